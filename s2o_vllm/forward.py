@@ -1,0 +1,127 @@
+"""The forward pass of a layer: dense rows to the parent, sparse rows to the operator."""
+
+from typing import Any
+
+import torch
+
+from . import compat, metrics
+from .kernels.operator import Shape, SparsePrefill
+from .kernels.plan import NUM_COUNTERS
+from .metadata import StepPlan
+
+
+class SparseImpl:
+    """Mixin for an attention implementation.
+
+    Attributes:
+        s2o_reason: why this layer cannot go sparse (a metric's label), or None.
+        s2o_items_per_wave: segments that one workspace holds.
+    """
+
+    s2o_reason: str | None = None
+    s2o_items_per_wave: int = 1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        from vllm.config import get_current_vllm_config
+
+        self._s2o_config = get_current_vllm_config()
+        self._s2o = compat.settings_of(self._s2o_config)
+        self.s2o_reason = "not_configured" if self._s2o is None else layer_reason(self)
+        self._s2o_operator: SparsePrefill | None = None
+        self._s2o_counters: torch.Tensor | None = None
+        if self.s2o_reason is None:
+            self._s2o_shape = shape_of(self, self._s2o_config, self._s2o.segment_size)
+            self.s2o_items_per_wave = self._s2o_shape.items_per_wave
+
+    def reserve(self, query: torch.Tensor) -> None:
+        """Make the operator and its workspace, so that vLLM's memory profile sees them."""
+        if self._s2o_operator is not None:
+            return
+        self._s2o_operator = SparsePrefill(
+            self._s2o_shape,
+            query.dtype,
+            query.device,
+            scale=self.scale,  # type: ignore[attr-defined]
+            softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
+            stop_threshold=self._s2o.stop_threshold,
+            permute_queries=self._s2o.permute_queries,
+        )
+        self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
+        metrics.worker.watch(self._s2o_counters)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; the arguments are vLLM's own (tokens first, ``[tokens, heads, head_dim]``)."""
+        scales = (output_scale, output_block_scale)
+        if self.s2o_reason is None and attn_metadata is None:
+            self.reserve(query)
+        plan: StepPlan | None = getattr(attn_metadata, "s2o", None)
+        if plan is None or self.s2o_reason is not None:
+            return super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        for part in plan.dense:
+            rows = slice(*part.tokens)
+            super().forward(  # type: ignore[misc]
+                layer, query[rows], key[rows], value[rows], kv_cache, part.metadata,
+                output[rows], *scales,
+            )  # fmt: skip
+        self.reserve(query)
+        cache, table = self.sparse_cache(kv_cache, attn_metadata.block_table, plan)
+        tokens = attn_metadata.num_actual_tokens
+        for work in plan.work:
+            self._s2o_operator(
+                query[:tokens], cache, table, work, output[:tokens], self._s2o_counters
+            )
+        return output
+
+    def sparse_cache(
+        self, kv_cache: torch.Tensor, block_table: torch.Tensor, plan: StepPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cache as ``[blocks, kv_heads, block_size, 2 * head_dim]`` and its table."""
+        return kv_cache, block_table
+
+
+def shape_of(impl: Any, vllm_config: Any, segment: int) -> Shape:
+    """Return what a layer's operator must be built for."""
+    return Shape(
+        heads=impl.num_heads,
+        kv_heads=impl.num_kv_heads,
+        head_dim=impl.head_size,
+        max_history=vllm_config.model_config.max_model_len,
+        max_queries=vllm_config.scheduler_config.max_num_batched_tokens,
+        segment=segment,
+    )
+
+
+def layer_reason(impl: Any) -> str | None:
+    """Return why a layer cannot go sparse, as a short label, or None."""
+    from vllm.v1.attention.backend import AttentionType
+
+    from .kernels.tiles import HEAD_DIMS
+
+    window = impl.sliding_window
+    if window not in (None, -1, (-1, -1)):
+        return "sliding_window"
+    if impl.attn_type != AttentionType.DECODER:
+        return "not_decoder"
+    if impl.alibi_slopes is not None:
+        return "alibi"
+    if impl.sinks is not None:
+        return "attention_sinks"
+    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+        return "quantized_kv_cache"
+    if impl.head_size not in HEAD_DIMS:
+        return "head_dim"
+    return None

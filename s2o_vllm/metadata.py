@@ -1,0 +1,187 @@
+"""A step's plan: which rows go sparse, which go to the parent backend, and why."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import compat, metrics
+from .config import S2OConfig
+from .kernels.plan import PrefillRow, WorkList, build_work_lists
+
+
+@dataclass
+class DensePart:
+    """Adjacent rows that the parent backend attends to.
+
+    Attributes:
+        rows: first and last (exclusive) row of the batch.
+        tokens: first and last (exclusive) query token.
+        metadata: the parent's metadata for these rows alone.
+    """
+
+    rows: tuple[int, int]
+    tokens: tuple[int, int]
+    metadata: Any
+
+
+@dataclass
+class StepPlan:
+    """What the forward of every layer does in one step.
+
+    Attributes:
+        work: segments of the sparse rows, one list a wave.
+        sparse_rows: their rows in the batch.
+        dense: the other rows.
+    """
+
+    work: list[WorkList]
+    sparse_rows: list[PrefillRow]
+    dense: list[DensePart]
+
+
+def split_rows(
+    starts: list[int],
+    seq_lens: list[int],
+    prefilling: list[bool],
+    budgets: list[float],
+    min_context: int,
+) -> tuple[list[PrefillRow], list[tuple[int, int]], list[str]]:
+    """Split a batch into sparse rows and runs of dense rows.
+
+    Args:
+        starts: first query token of each row, and the end of the last one.
+        seq_lens: tokens of each row including this chunk.
+        prefilling: whether a row is still reading its prompt.
+        budgets: sparsity budget of each row.
+        min_context: a row none of whose segments has that much history is dense.
+
+    Returns:
+        The sparse rows, the dense runs (first, last exclusive), and for each dense *prefill*
+        row the reason. Empty rows (padding) belong to neither.
+    """
+    sparse, runs, reasons = [], [], []
+    for row, total in enumerate(seq_lens):
+        count = starts[row + 1] - starts[row]
+        if count == 0:
+            continue
+        reason = None
+        if not prefilling[row] or count == 1:
+            reason = ""  # decode
+        elif budgets[row] >= 1:
+            reason = "budget_is_one"
+        elif total <= max(min_context, 1):
+            reason = "short_history"
+        if reason is None:
+            sparse.append(PrefillRow(row, starts[row], count, total - count, budgets[row]))
+            continue
+        if reason:
+            reasons.append(reason)
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return sparse, runs, reasons
+
+
+class SparseBuilder:
+    """Mixin for a metadata builder: attaches a :class:`StepPlan` where rows go sparse.
+
+    The parent's ``build`` makes everything else. Steps without sparse rows (all decode steps)
+    get the parent's metadata unchanged.
+    """
+
+    s2o: S2OConfig | None = None
+    s2o_reason: str | None = None  # why no layer of this group can go sparse
+    s2o_items_per_wave: int = 1
+
+    def prepare_s2o(self, layers: list[Any]) -> None:
+        """Read the settings and what the layers of this group allow.
+
+        Args:
+            layers: attention layers; each has an ``impl`` with ``s2o_reason`` and
+                ``s2o_items_per_wave``.
+        """
+        self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
+        compat.watch_requests()
+        impls = [layer.impl for layer in layers]
+        capable = [impl for impl in impls if impl.s2o_reason is None]
+        if capable:
+            self.s2o_items_per_wave = min(impl.s2o_items_per_wave for impl in capable)
+        else:
+            self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
+
+    def plan(self, common: Any) -> StepPlan | None:
+        """Return the plan of a step, or None if every row is the parent's."""
+        settings = self.s2o
+        if settings is None or common.max_query_len <= 1 or common.causal is not True:
+            return None
+        count = common.num_reqs
+        starts = common.query_start_loc_cpu[: count + 1].tolist()
+        seq_lens = common.seq_lens_cpu_upper_bound
+        prefilling = common.is_prefilling
+        if seq_lens is None or prefilling is None:
+            return None
+        prefill = prefilling[:count].tolist()
+        budgets = compat.budgets.of_rows(common, count, settings.sparsity_budget)
+        sparse, runs, reasons = split_rows(
+            starts, seq_lens[:count].tolist(), prefill, budgets, settings.min_context
+        )
+        if self.s2o_reason is not None:
+            reasons += [self.s2o_reason] * len(sparse)
+            sparse = []
+        for reason in reasons:
+            metrics.worker.add("s2o:dense_rows", 1, reason)
+        if not sparse:
+            return None
+        metrics.worker.add("s2o:sparse_requests", len(sparse))
+        build = super().build  # type: ignore[misc]
+        dense = [
+            DensePart(
+                (first, last),
+                (starts[first], starts[last]),
+                build(0, compat.slice_rows(common, first, last), fast_build=True),
+            )
+            for first, last in runs
+        ]
+        work = build_work_lists(
+            sparse,
+            settings.segment_size,
+            settings.min_context,
+            common.block_table_tensor.device,
+            self.s2o_items_per_wave,
+        )
+        return StepPlan(work, sparse, dense)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):
+        """Build the parent's metadata and attach the plan as ``s2o``."""
+        plan = self.plan(common_attn_metadata)
+        # The parts were scheduled on their own: a schedule of the whole batch is not needed.
+        metadata = super().build(  # type: ignore[misc]
+            common_prefix_len, common_attn_metadata, fast_build or plan is not None
+        )
+        metadata.s2o = plan
+        return metadata
+
+    def update_block_table(
+        self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> Any:
+        """Give the parent's metadata, and that of each dense part, another block table."""
+        update = super().update_block_table  # type: ignore[misc]
+        updated = update(metadata, blk_table, slot_mapping)
+        plan = getattr(metadata, "s2o", None)
+        if plan is not None:
+            dense = [
+                DensePart(
+                    part.rows,
+                    part.tokens,
+                    update(
+                        part.metadata,
+                        blk_table[slice(*part.rows)],
+                        slot_mapping[slice(*part.tokens)],
+                    ),
+                )
+                for part in plan.dense
+            ]
+            updated.s2o = StepPlan(plan.work, plan.sparse_rows, dense)
+        return updated

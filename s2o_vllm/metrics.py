@@ -1,0 +1,131 @@
+"""Counters on the server's own ``/metrics``.
+
+The backend counts in worker processes, on the device; Prometheus is scraped in the API
+process. Each worker keeps a file in the format of prometheus_client's multi-process mode,
+and the API process merges those files into its registry.
+"""
+
+import os
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS = {
+    "s2o:history_tokens_visited": "History tokens that prefill queries visited, over all heads.",
+    "s2o:history_tokens_eligible": "History tokens that prefill queries could have visited.",
+    "s2o:tiles": "Query tiles that ran on the sparse path.",
+    "s2o:tiles_stopped_early": "Query tiles that stopped before the end of their list.",
+    "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
+    "s2o:dense_rows": "Prefill chunks that took the stock path, by reason.",
+}
+DEVICE_METRICS = tuple(METRICS)[:4]  # in the order of kernels.plan's counters
+DIRECTORY = "S2O_METRICS_DIR"
+PERIOD = 0.5  # seconds between two readings of the device counters
+
+_own_directory: tempfile.TemporaryDirectory | None = None
+
+
+def install_collector() -> None:
+    """Offer the workers' counters on this process's registry. Idempotent.
+
+    With several API servers vLLM itself runs Prometheus in multi-process mode; then the
+    workers write to its folder, and its collector finds them there.
+    """
+    global _own_directory
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or _own_directory is not None:
+        return
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    _own_directory = tempfile.TemporaryDirectory(prefix="s2o-metrics-")
+    os.environ[DIRECTORY] = _own_directory.name
+    MultiProcessCollector(REGISTRY, path=_own_directory.name)
+
+
+class WorkerCounters:
+    """This worker's counters: device tensors of the layers, and counts made on the host.
+
+    A thread of its own reads the device now and then, so nothing in a forward pass waits.
+    """
+
+    def __init__(self, folder: str | None = None):
+        self._folder = folder
+        self._file: Any = None
+        self._device: list[torch.Tensor] = []
+        self._host: Counter[tuple[str, str]] = Counter()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def watch(self, counters: torch.Tensor) -> None:
+        """Add a layer's counters (int64, kernels.plan.NUM_COUNTERS of them)."""
+        self._device.append(counters)
+
+    def add(self, metric: str, amount: int, reason: str = "") -> None:
+        """Count on the host."""
+        with self._lock:
+            self._host[metric, reason] += amount
+        self._start()
+
+    def _start(self) -> None:
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
+        folder = (
+            self._folder
+            or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+            or os.environ.get(DIRECTORY, "")
+        )
+        if Path(folder).is_dir() and folder:
+            from prometheus_client.mmap_dict import MmapedDict
+
+            self._file = MmapedDict(str(Path(folder) / f"counter_s2o{os.getpid()}.db"))
+            self._thread.start()
+
+    def _run(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(PERIOD):
+            self.publish()
+
+    def totals(self) -> Counter[tuple[str, str]]:
+        """Return all counts by metric and reason ("" where there is none)."""
+        with self._lock:
+            totals = Counter(self._host)
+        for counters in list(self._device):
+            for metric, value in zip(DEVICE_METRICS, _read(counters), strict=True):
+                totals[metric, ""] += value
+        return totals
+
+    def publish(self) -> None:
+        """Write the present totals to this worker's file."""
+        if self._file is None:
+            return
+        from prometheus_client.mmap_dict import mmap_key
+
+        for (metric, reason), value in self.totals().items():
+            names, values = (("reason",), (reason,)) if reason else ((), ())
+            key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
+            self._file.write_value(key, float(value), 0.0)
+
+
+def _read(counters: torch.Tensor) -> list[int]:
+    """Read a layer's counters without touching the stream that kernels run on."""
+    if counters.device.type != "cuda":
+        return counters.tolist()
+    with torch.cuda.stream(_side_stream(counters.device)):
+        return counters.cpu().tolist()
+
+
+_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+worker = WorkerCounters()
