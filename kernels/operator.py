@@ -160,4 +160,4 @@ def query_order(query: torch.Tensor, work: WorkList, shape: Shape) -> torch.Tens
     mean = queries.sum(1, keepdim=True) / work.items[:, NUM_QUERIES, None, None, None]
     likeness = (queries * mean).sum(-1).unflatten(2, (shape.kv_heads, -1)).mean(-1)
     likeness = likeness.masked_fill(~valid[..., None], float("-inf"))
-    return likeness.argsort(1, descending=True, stable=True).transpose(1, 2).int().contiguous()
+    return likeness.argsort(dim=1, descending=True, stable=True).transpose(1, 2).int().contiguous()

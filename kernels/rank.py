@@ -85,8 +85,8 @@ def _score_kernel(
         parts = tl.load(p_lse + o_lse[:, None] + o_c[None, :], m_c, float("-inf"))
         largest = tl.max(parts, 1)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
-        lse = largest + tl.log2(tl.sum(tl.exp2(parts - largest[:, None]), 1))
-        lse = tl.where(m_row, lse, 0.0)
+        total = tl.sum(tl.exp2(parts - largest[:, None]), 1)
+        lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
         o_score_item = first + tl.arange(0, ITEMS)
         m_score_item = tl.arange(0, ITEMS) < items
         n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + 4, m_score_item, 0)
@@ -117,7 +117,7 @@ def _score_kernel(
             l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             m = m_new
     if not WRITE_SCORES:
-        tl.store(p_lse + o_lse + i_chunk, tl.where(l > 0, m + tl.log2(l), float("-inf")), m_row)
+        tl.store(p_lse + o_lse + i_chunk, m + tl.log2(tl.where(l > 0, l, 1.0)), m_row)
 
 
 class RankWorkspace:

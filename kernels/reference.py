@@ -133,7 +133,7 @@ def select_positions(scores: torch.Tensor, count: int) -> torch.Tensor:
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
     """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
     width = torch.clamp(best - worst, min=1e-20)
-    return ((best - scores) * (BUCKETS / width)).long().clamp(0, BUCKETS - 1)
+    return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
 
 
 def tier_bounds(cumulative: torch.Tensor, count: int) -> list[int]:

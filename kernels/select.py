@@ -20,8 +20,8 @@ BLOCK = 1024
 def _buckets(scores, best, worst, BUCKETS: tl.constexpr):
     """Bucket 0 holds the best scores."""
     width = tl.maximum(best - worst, 1e-20)
-    bucket = ((best - scores) * (BUCKETS / width)).to(tl.int32)
-    return tl.minimum(tl.maximum(bucket, 0), BUCKETS - 1)
+    bucket = (best - scores) * (BUCKETS / width)
+    return tl.minimum(tl.maximum(bucket, 0.0), BUCKETS - 1.0).to(tl.int32)
 
 
 @triton.jit

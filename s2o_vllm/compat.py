@@ -184,6 +184,7 @@ def unsupported_model(vllm_config: Any) -> str | None:
     from vllm import envs
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
     if model.use_mla:
         return f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
     if model.runner_type != "generate":
@@ -197,6 +198,8 @@ def unsupported_model(vllm_config: Any) -> str | None:
             f"every layer of {model.model} has a sliding window of {window} tokens, "
             "must have layers with full attention"
         )
+    if cache.user_specified_block_size and cache.block_size % 16:
+        return f"block size is {cache.block_size}, must be a multiple of 16"
     if parallel.decode_context_parallel_size > 1:
         return f"decode context parallel size is {parallel.decode_context_parallel_size}, must be 1"
     if parallel.prefill_context_parallel_size > 1:

@@ -1,0 +1,179 @@
+import pytest
+import torch
+from cases import dense_attention, full_lists, make_batch, nan_like, relative_error
+
+from s2o_vllm.kernels import attend, reference
+from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, STOPPED, VISITED
+from s2o_vllm.kernels.tiles import attend_tile
+
+GQA_AND_SIZES = [
+    # heads, kv_heads, head_dim, page, head_major
+    (4, 2, 64, 16, True),
+    (7, 1, 96, 32, False),
+    (3, 3, 128, 128, True),
+    (12, 2, 128, 48, False),
+    (2, 1, 256, 64, True),
+]
+
+
+def run(batch, work, slots, **options):
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
+    tile = attend_tile(batch.query.shape[2], out.device)
+    attend.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
+        scale=batch.scale, tile=tile, **options,
+    )  # fmt: skip
+    return out, counters, tile
+
+
+def run_reference(batch, work, slots, tile, **options):
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    reference.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
+        scale=batch.scale, queries_per_tile=tile.block_m // group, **options,
+    )  # fmt: skip
+    return out, counters
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, head_major, dtype):
+    """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype."""
+    batch = make_batch(
+        device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
+        head_major=head_major, dtype=dtype, budget=1.0,
+    )  # fmt: skip
+    work = batch.work()
+    out, counters, _ = run(batch, work, full_lists(batch, work))
+    truth = dense_attention(batch)
+    same_dtype = relative_error(dense_attention(batch, dtype), truth)
+    assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
+    assert counters[VISITED] == counters[1], "a full list visits all that is eligible"
+
+
+@pytest.mark.parametrize("stop_threshold", [0.0, 0.3])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_matches_the_reference(device, stop_threshold, permuted, softcap):
+    batch = make_batch(device, spread=3.0, chunks=((400, 40), (0, 10), (129, 3)))
+    work = batch.work()
+    slots = full_lists(batch, work)
+    order = None
+    if permuted:
+        order = torch.stack(
+            [
+                torch.stack([torch.nn.functional.pad(torch.randperm(item[2]), (0, 32 - item[2]))
+                             for _ in range(2)])
+                for item in work.items.tolist()
+            ]
+        ).int().to(device)  # fmt: skip
+    options = {"stop_threshold": stop_threshold, "stop_step": 16, "softcap": softcap}
+    out, counters, tile = run(batch, work, slots, order=order, **options)
+    wanted, wanted_counters = run_reference(batch, work, slots, tile, order=order, **options)
+    assert relative_error(out, wanted) < 1e-5
+    assert counters.tolist() == wanted_counters.tolist()
+    if stop_threshold and not softcap:
+        assert counters[STOPPED] > 0, "the case must exercise early stop"
+
+
+def test_softcap_is_that_of_dense_attention(device):
+    batch = make_batch(device, budget=1.0, spread=4.0)
+    work = batch.work()
+    out, _, _ = run(batch, work, full_lists(batch, work), softcap=3.0)
+    assert relative_error(out, dense_attention(batch, softcap=3.0)) < 1e-5
+    assert relative_error(out, dense_attention(batch)) > 1e-2
+
+
+def test_order_of_visiting_does_not_change_the_result(device):
+    batch = make_batch(device, budget=0.5)
+    work = batch.work()
+    slots = full_lists(batch, work)
+    one, _, _ = run(batch, work, slots)
+    shuffled = slots.clone()
+    for number, item in enumerate(work.items.tolist()):
+        count = item[LIST_LENGTH]
+        shuffled[number, :, :count] = slots[number, :, torch.randperm(count, device=device)]
+    assert count == 0 or not torch.equal(slots, shuffled)
+    other, _, _ = run(batch, work, shuffled)
+    assert relative_error(one, other) < 1e-5
+
+
+def test_query_order_does_not_change_the_result(device):
+    batch = make_batch(device, budget=0.5, chunks=((192, 32),))
+    work = batch.work()
+    slots = full_lists(batch, work)
+    order = torch.stack([torch.randperm(32) for _ in range(2)])[None].int().to(device)
+    assert relative_error(run(batch, work, slots, order=order)[0], run(batch, work, slots)[0]) < 1e-5
+
+
+def test_early_stop_never_drops_a_tile_that_still_gains(device):
+    """Whatever is left out after a stop, the last step visited gained less than the threshold.
+
+    Recomputed from the scores alone, for every tile and row.
+    """
+    threshold, step = 0.2, 16
+    batch = make_batch(device, spread=3.0, chunks=((500, 16),), heads=2, kv_heads=1, budget=1.0)
+    work = batch.work()
+    slots = full_lists(batch, work)
+    out, counters, tile = run(batch, work, slots, stop_threshold=threshold, stop_step=step)
+    assert counters[STOPPED] > 0
+    head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
+    queries_per_tile = tile.block_m // 2
+    start = 0
+    for item in sorted(work.items.tolist(), key=lambda item: item[1]):
+        number = work.items.tolist().index(item)
+        listed = slots[number, 0, : item[LIST_LENGTH]].long()
+        for first in range(0, item[2], queries_per_tile):
+            count = min(queries_per_tile, item[2] - first)
+            rows = batch.query[start + first : start + first + count].double()
+            keys = batch.kv_cache[listed // page, 0, listed % page].double()
+            position = torch.arange(item[3], item[3] + item[2], device=device)
+            blocks = batch.block_table[item[0]][position // page].long()
+            own = batch.kv_cache[blocks, 0, position % page].double()
+            k = torch.cat([own, keys])[:, :head_dim]
+            v = torch.cat([own, keys])[:, head_dim:]
+            scores = torch.einsum("qhd,nd->qhn", rows, k) * batch.scale
+            future = torch.arange(item[2], device=device) > torch.arange(
+                first, first + count, device=device
+            ).unsqueeze(1)
+            scores[:, :, : item[2]].masked_fill_(future[:, None], float("-inf"))
+            p = scores.exp()
+            visited = 0
+            while visited + step <= len(listed):
+                visited += step
+                total = p[..., : item[2] + visited].sum(-1)
+                gain = p[..., item[2] + visited - step : item[2] + visited].sum(-1) / total
+                if gain.max() < threshold:
+                    break
+            else:
+                visited = len(listed)
+            p = p[..., : item[2] + visited]
+            wanted = torch.einsum("qhn,nd->qhd", p / p.sum(-1, keepdim=True), v[: p.shape[-1]])
+            assert relative_error(out[start + first : start + first + count], wanted) < 1e-5
+        start += item[2]
+
+
+def test_rows_outside_the_work_list_are_not_written(device):
+    batch = make_batch(device)
+    batch.rows = batch.rows[1:]
+    work = batch.work()
+    out, _, _ = run(batch, work, full_lists(batch, work))
+    assert torch.isnan(out[:70]).all()
+    assert torch.isfinite(out[70:]).all()
+
+
+def test_empty_list_attends_to_the_own_segment(device):
+    batch = make_batch(device, budget=1e-9)
+    work = batch.work()
+    assert work.max_list == 0
+    out, counters, _ = run(batch, work, full_lists(batch, work))
+    assert torch.isfinite(out).all()
+    assert counters[VISITED] == 0
+
+
+def test_unknown_head_dim_is_refused(device):
+    with pytest.raises(ValueError, match="head_dim is 80, must be one of"):
+        attend_tile(80, device)

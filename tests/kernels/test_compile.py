@@ -1,0 +1,37 @@
+"""Every kernel variant compiles for every architecture of the tile table, and fits.
+
+Compiled without a GPU, in a process of its own: the other tests may be in the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY
+
+COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
+MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
+
+
+@pytest.mark.parametrize("capability", BY_CAPABILITY)
+def test_compiles_and_fits(capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(COMPILING), str(capability)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    compiled = json.loads(result.stdout)
+    assert {one["name"].split()[0] for one in compiled} == {
+        "_mean_kernel", "_score_kernel", "_bounds_kernel", "_histogram_kernel",
+        "_place_kernel", "_emit_kernel", "_attend_kernel",
+    }  # fmt: skip
+    for one in compiled:
+        assert one["shared"] <= SHARED_MEMORY[capability], one
+        if one["name"].startswith("_attend"):
+            assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
+            assert one["spills"] == 0, one

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from cases import SEGMENT, dense_attention, make_batch, nan_like, relative_error
+
+from s2o_vllm.kernels.operator import Shape, SparsePrefill
+from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
+
+
+def operator_for(batch, **options):
+    heads, head_dim = batch.query.shape[1:]
+    shape = Shape(heads, batch.kv_cache.shape[1], head_dim, 4096, 512, SEGMENT)
+    return SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale, **options)
+
+
+def run(batch, work, **options):
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
+    operator = operator_for(batch, **options)
+    operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+    return out, counters
+
+
+def test_density_is_at_most_the_budget(device):
+    batch = make_batch(device, budget=0.25)
+    _, counters = run(batch, batch.work())
+    assert 0.2 < counters[VISITED] / counters[ELIGIBLE] <= 0.25
+
+
+def test_dense_segments_are_exact(device):
+    batch = make_batch(device, budget=0.1)
+    out, _ = run(batch, batch.work(min_context=10_000))
+    assert relative_error(out, dense_attention(batch)) < 1e-5
+
+
+def test_error_falls_as_the_budget_rises(device):
+    torch.manual_seed(0)
+    batch = make_batch(device, spread=2.0)
+    truth = dense_attention(batch)
+    errors = []
+    for budget in (0.1, 0.5, 0.999):
+        batch.rows = [row._replace(budget=budget) for row in batch.rows]
+        errors.append(relative_error(run(batch, batch.work())[0], truth))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.2
+
+
+def test_finds_the_token_that_every_query_wants(device):
+    """A needle: with 5 % of the history the output is that of dense attention."""
+    batch = make_batch(device, chunks=((600, 32),), budget=0.05)
+    needle = torch.nn.functional.normalize(torch.randn(64), dim=0).to(device) * 40
+    page = batch.kv_cache.shape[2]
+    block = int(batch.block_table[0, 333 // page])
+    batch.kv_cache[block, :, 333 % page, :64] = needle
+    batch.query += needle
+    out, _ = run(batch, batch.work())
+    assert relative_error(out, dense_attention(batch)) < 1e-3
+
+
+def test_query_permutation_keeps_the_result(device):
+    batch = make_batch(device)
+    plain, _ = run(batch, batch.work())
+    permuted, _ = run(batch, batch.work(), permute_queries=True)
+    assert relative_error(permuted, plain) < 1e-5
+
+
+def test_a_request_does_not_depend_on_its_neighbours(device):
+    batch = make_batch(device)
+    together, _ = run(batch, batch.work())
+    batch.rows = batch.rows[:1]
+    alone, _ = run(batch, batch.work())
+    torch.testing.assert_close(alone[:70], together[:70], atol=0, rtol=0)
+
+
+def test_refuses_an_unknown_head_dim(device):
+    batch = make_batch(device, head_dim=32)
+    with pytest.raises(ValueError, match="head_dim is 32"):
+        operator_for(batch)

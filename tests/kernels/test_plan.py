@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from s2o_vllm.kernels import plan
+from s2o_vllm.kernels.plan import PrefillRow, build_work_lists, segments
+
+CPU = torch.device("cpu")
+
+
+def test_segments_are_cut_at_multiples_of_the_sequence():
+    row = PrefillRow(row=3, query_start=10, num_queries=70, context=150, budget=0.5)
+    assert segments(row, 32, 0) == [
+        (3, 10, 10, 150, 150, 75),
+        (3, 20, 32, 160, 160, 80),
+        (3, 52, 28, 192, 192, 96),
+    ]
+
+
+def test_chunking_does_not_change_whole_segments():
+    whole = segments(PrefillRow(0, 0, 128, 64, 0.5), 32, 0)
+    parts = segments(PrefillRow(0, 0, 64, 64, 0.5), 32, 0)
+    parts += segments(PrefillRow(0, 64, 64, 128, 0.5), 32, 0)
+    assert parts == whole
+
+
+def test_short_history_is_dense_from_token_zero():
+    items = segments(PrefillRow(0, 0, 64, 32, 0.5), 32, 64)
+    assert items == [(0, 0, 32, 32, 0, 0), (0, 32, 32, 64, 64, 32)]
+
+
+def test_first_segment_has_no_list_even_without_min_context():
+    assert segments(PrefillRow(0, 0, 16, 0, 0.5), 32, 0) == [(0, 0, 16, 0, 0, 0)]
+
+
+def test_list_never_exceeds_the_budget():
+    for budget in (0.01, 0.3, 0.999):
+        for item in segments(PrefillRow(0, 0, 1000, 37, budget), 32, 0):
+            assert item[plan.LIST_LENGTH] <= budget * item[plan.HISTORY]
+
+
+def test_items_of_a_request_are_adjacent_longest_first_and_grouped():
+    rows = [PrefillRow(0, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
+    (work,) = build_work_lists(rows, 32, 0, CPU, 1000)
+    items = work.items.tolist()
+    assert [item[0] for item in items] == [0] * 40 + [1]
+    histories = [item[plan.HISTORY] for item in items[:40]]
+    assert histories == sorted(histories, reverse=True)
+    assert work.groups.tolist() == [[0, 16], [16, 16], [32, 8], [40, 1]]
+    assert (work.max_history, work.max_list, work.max_queries) == (39 * 32, 39 * 16, 32)
+
+
+def test_waves_hold_every_item_once():
+    rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
+    waves = build_work_lists(rows, 32, 0, CPU, 4)
+    assert [wave.num_items for wave in waves] == [4, 4, 2]
+    starts = sorted(item[1] for wave in waves for item in wave.items.tolist())
+    assert starts == list(range(0, 320, 32))
+
+
+@pytest.mark.parametrize(("segment", "wave"), [(0, 1), (-1, 1), (32, 0)])
+def test_refuses_sizes_that_are_not_positive(segment, wave):
+    with pytest.raises(ValueError, match="must be positive"):
+        build_work_lists([PrefillRow(0, 0, 1, 0, 0.5)], segment, 0, CPU, wave)

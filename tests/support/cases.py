@@ -1,0 +1,118 @@
+"""Batches over a shuffled paged cache, and dense attention in fp64 as the truth."""
+
+from dataclasses import dataclass
+
+import torch
+
+from s2o_vllm.kernels.plan import PrefillRow, WorkList, build_work_lists
+
+SEGMENT = 32
+
+
+@dataclass
+class Batch:
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    rows: list[PrefillRow]
+    scale: float
+
+    def work(self, *, min_context: int = 0, segment: int = SEGMENT) -> WorkList:
+        (work,) = build_work_lists(self.rows, segment, min_context, self.query.device, 1000)
+        return work
+
+
+def make_batch(
+    device,
+    *,
+    chunks=((150, 70), (0, 40), (77, 1)),  # (context, queries) of each request
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    page=16,
+    dtype=torch.float32,
+    head_major=True,
+    budget=0.4,
+    spread=1.0,
+) -> Batch:
+    """Random queries and a cache whose blocks are shuffled over the requests.
+
+    ``spread`` scales the keys: larger values give peaked attention.
+    """
+    counts = [-(-(context + queries) // page) for context, queries in chunks]
+    blocks = sum(counts) + 3
+    shape = (blocks, kv_heads, page, 2 * head_dim)
+    if not head_major:  # vLLM's other layout: tokens outside heads
+        shape = (blocks, page, kv_heads, 2 * head_dim)
+    kv_cache = torch.randn(shape, device=device, dtype=dtype)
+    if not head_major:
+        kv_cache = kv_cache.transpose(1, 2)
+    kv_cache[..., :head_dim] *= spread
+    order = torch.randperm(blocks, device=device).int()
+    table = torch.full((len(chunks), max(counts) + 2), -1, dtype=torch.int32, device=device)
+    first = 0
+    for row, count in enumerate(counts):
+        table[row, :count] = order[first : first + count]
+        first += count
+    rows, start = [], 0
+    for row, (context, queries) in enumerate(chunks):
+        rows.append(PrefillRow(row, start, queries, context, budget))
+        start += queries
+    query = torch.randn(start, heads, head_dim, device=device, dtype=dtype)
+    return Batch(query, kv_cache, table, rows, head_dim**-0.5)
+
+
+def tokens_of(batch: Batch, row: PrefillRow) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a request, [kv_heads, tokens, head_dim], gathered token by token."""
+    page, head_dim = batch.kv_cache.shape[2], batch.query.shape[2]
+    tokens = torch.stack(
+        [
+            batch.kv_cache[int(batch.block_table[row.row, position // page]), :, position % page]
+            for position in range(row.context + row.num_queries)
+        ],
+        1,
+    )
+    return tokens[..., :head_dim], tokens[..., head_dim:]
+
+
+def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> torch.Tensor:
+    """Causal attention of every request over its whole history, in ``dtype``."""
+    out = torch.empty_like(batch.query, dtype=dtype)
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    for row in batch.rows:
+        keys, values = (x.to(dtype).repeat_interleave(group, 0) for x in tokens_of(batch, row))
+        queries = batch.query[row.query_start :][: row.num_queries].to(dtype).transpose(0, 1)
+        scores = queries @ keys.transpose(1, 2) * batch.scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        own = row.context + torch.arange(row.num_queries, device=scores.device)
+        future = torch.arange(keys.shape[1], device=scores.device) > own[:, None]
+        scores = scores.masked_fill(future, float("-inf"))
+        result = (scores.softmax(-1) @ values).transpose(0, 1)
+        out[row.query_start :][: row.num_queries] = result
+    return out
+
+
+def full_lists(batch: Batch, work: WorkList) -> torch.Tensor:
+    """Slot lists that hold the whole history in a random order."""
+    page = batch.kv_cache.shape[2]
+    kv_heads = batch.kv_cache.shape[1]
+    slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+    table = batch.block_table.cpu()
+    for number, item in enumerate(work.items.tolist()):
+        for head in range(kv_heads):
+            positions = torch.randperm(item[5])
+            slots[number, head, : item[5]] = (
+                table[item[0]][positions // page] * page + positions % page
+            )
+    return slots.to(batch.query.device)
+
+
+def nan_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A fresh output: what is not written is seen."""
+    return torch.full_like(tensor, float("nan"))
+
+
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """‖result − truth‖ / ‖truth‖; NaN if any element is NaN."""
+    return float((result.double() - truth.double()).norm() / truth.double().norm())

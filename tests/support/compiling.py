@@ -1,0 +1,158 @@
+"""Compile a Triton launch for a GPU that need not be there."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+DTYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass
+class Compiled:
+    name: str
+    shared: int
+    spills: int
+    registers: int
+    asm: str
+
+
+class CompileOnly:
+    """Stands in for ``JITFunction.run``: compiles for ``capability``, launches nothing."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+        self.compiled: list[Compiled] = []
+
+    def run(self, kernel, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        bound = kernel.signature.bind(*args, **kwargs).arguments
+        signature, constants, attributes = {}, {}, {}
+        for number, parameter in enumerate(kernel.params):
+            value = bound[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[(number,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + DTYPES[value.dtype]
+                attributes[(number,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if value < 2**31 else "i64"
+                if value == 1:
+                    signature[parameter.name] = "constexpr"
+                    constants[(number,)] = 1
+                elif value % 16 == 0:
+                    attributes[(number,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        result = triton.compile(source, target=self.target, options=options)
+        self.compiled.append(describe(kernel.fn.__name__, result))
+
+
+def describe(name: str, result) -> Compiled:
+    """Read the resources of a compiled kernel from its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    registers = int(re.search(r"REG:(\d+)", text)[1])
+    spills = int(re.search(r"STACK:(\d+)", text)[1]) + int(re.search(r"LOCAL:(\d+)", text)[1])
+    return Compiled(name, result.metadata.shared, spills, registers, result.asm["ptx"])
+
+
+def compile_attend(capability: int, head_dim: int, stop_threshold: float) -> Compiled:
+    """Compile the attend kernel with the tile that the table has for a capability."""
+    from s2o_vllm.kernels import attend, plan, tiles
+
+    q, kv, table, work = launch_arguments(head_dim)
+    slots = torch.empty(work.num_items, 8, 131072, dtype=torch.int32, device="meta")
+    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    with compiling_for(capability) as compiled:
+        attend.attend(
+            q, kv, table, work, slots, q, counters, scale=0.1, stop_threshold=stop_threshold,
+            tile=tiles.BY_CAPABILITY[capability][head_dim],
+        )  # fmt: skip
+    return compiled[0]
+
+
+def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
+    """Compile every kernel of ranking and selection."""
+    from s2o_vllm.kernels import rank, select
+
+    q, kv, table, work = launch_arguments(head_dim)
+    meta = torch.device("meta")
+    ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
+    selection = select.SelectWorkspace(work.num_items, 8, 131072, meta)
+    with compiling_for(capability) as compiled:
+        rank.mean_query_scores(q, kv, table, work, selection.scores, ranking, scale=0.1)
+        select.select(table, work, 16, selection)
+    return compiled
+
+
+def launch_arguments(head_dim: int):
+    """Llama-3.1-8B's heads, an 8K chunk at 100K context, bf16."""
+    from s2o_vllm.kernels import plan
+
+    rows = [plan.PrefillRow(0, 0, 8192, 100_000, 0.1)]
+    (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), 100)
+    q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=torch.bfloat16, device="meta")
+    return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
+
+
+@contextmanager
+def compiling_for(capability: int):
+    """Turn launches into compilations; yields the list of what was compiled."""
+    stand_in = CompileOnly(capability)
+    run = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = lambda kernel, *args, **kwargs: stand_in.run(
+        kernel, *args, **kwargs
+    )
+    try:
+        yield stand_in.compiled
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+
+
+def main() -> None:
+    """Compile everything for one capability and print it as JSON (run without interpreter)."""
+    from s2o_vllm.kernels import tiles
+
+    capability = int(sys.argv[1])
+    compiled = compile_ranking(capability, 128)
+    for head_dim in tiles.HEAD_DIMS:
+        for stop_threshold in (0.0, 0.001):
+            one = compile_attend(capability, head_dim, stop_threshold)
+            compiled.append(replace(one, name=f"{one.name} {head_dim} {stop_threshold}"))
+    mma = ("wgmma", "tcgen05", "mma.sync")
+    print(
+        json.dumps(
+            [
+                {**asdict(one), "asm": next((name for name in mma if name in one.asm), "")}
+                for one in compiled
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+import dataclasses
+import math
+
+import pytest
+
+from s2o_vllm import config
+from s2o_vllm.config import ConfigError, S2OConfig, resolve
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1.5, -0.1, math.nan, math.inf, "lots", "0.1", True, None])
+def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
+    with pytest.raises(ConfigError) as refusal:
+        S2OConfig(sparsity_budget=value)
+    message = str(refusal.value)
+    assert "sparsity_budget" in message
+    assert repr(value) in message
+    assert "greater than 0 and at most 1" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("stop_threshold", -0.1, "from 0"),
+        ("stop_threshold", math.nan, "from 0"),
+        ("stop_threshold", "no", "from 0"),
+        ("min_context", -1, "0 or more"),
+        ("min_context", 1.5, "whole number"),
+        ("segment_size", 8, "16 to 4096"),
+        ("segment_size", 5000, "16 to 4096"),
+        ("permute_queries", "yes", "true or false"),
+    ],
+)
+def test_other_settings_are_refused_by_name(key, value, allowed):
+    with pytest.raises(ConfigError, match=f"{key} is .*{allowed}"):
+        S2OConfig(**{key: value})
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        S2OConfig().sparsity_budget = 1.0
+
+
+def test_precedence_flag_over_additional_config_over_environment_over_default():
+    environment = {"S2O_SPARSITY_BUDGET": "0.5", "S2O_MIN_CONTEXT": "100", "S2O_SEGMENT_SIZE": "64"}
+    additional = {"sparsity_budget": 0.4, "min_context": 200}
+    settings = resolve({"sparsity_budget": 0.3, "min_context": None}, additional, environment)
+    assert settings.sparsity_budget == 0.3
+    assert settings.min_context == 200
+    assert settings.segment_size == 64
+    assert settings.stop_threshold == S2OConfig().stop_threshold
+
+
+def test_unknown_key_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown setting 'budget', must be one of sparsity_bud"):
+        resolve({}, {"budget": 0.1}, {})
+
+
+@pytest.mark.parametrize("settings", [[0.1], "0.1", 3])
+def test_settings_that_are_no_object_are_refused(settings):
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        resolve({}, settings, {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("S2O_SPARSITY_BUDGET", "lots"), ("S2O_MIN_CONTEXT", "1.5"), ("S2O_PERMUTE_QUERIES", "maybe")],
+)
+def test_bad_environment_is_refused_by_key(variable, text):
+    with pytest.raises(ConfigError, match=variable.removeprefix("S2O_").lower()):
+        resolve({}, None, {variable: text})
+
+
+def test_environment_booleans():
+    assert resolve({}, None, {"S2O_PERMUTE_QUERIES": "true"}).permute_queries is True
+
+
+def test_dictionary_round_trip():
+    settings = S2OConfig(sparsity_budget=0.2, min_context=10)
+    assert S2OConfig(**settings.as_dict()) == settings
+
+
+def test_request_budget():
+    assert config.request_budget(None) is None
+    assert config.request_budget({"other": "x"}) is None
+    assert config.request_budget({"s2o_sparsity_budget": 1}) == 1.0
+
+
+@pytest.mark.parametrize("value", ["0.1", [0.1], 0, 2, math.nan, True, None])
+def test_malformed_request_budget_is_refused(value):
+    with pytest.raises(ConfigError, match="s2o_sparsity_budget is "):
+        config.request_budget({"s2o_sparsity_budget": value})
+
+
+def test_unknown_request_setting_is_refused():
+    with pytest.raises(ConfigError, match="unknown request setting 's2o_budget'"):
+        config.request_budget({"s2o_budget": 0.1})
+
+
+def test_cache_salts_differ_exactly_where_the_kv_cache_does():
+    server = S2OConfig(sparsity_budget=0.1)
+    default = config.cache_salt(None, server, None)
+    assert config.cache_salt(None, server, 0.1) == default
+    assert config.cache_salt(None, server, 0.2) != default
+    assert config.cache_salt("tenant", server, None) != default
+    other = S2OConfig(sparsity_budget=0.1, min_context=1)
+    assert config.cache_salt(None, other, None) != default
+    # Dense is dense, whatever the other settings.
+    assert config.cache_salt(None, server, 1.0) == config.cache_salt(None, other, 1.0)

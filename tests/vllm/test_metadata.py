@@ -1,0 +1,172 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from s2o_vllm import compat, metrics
+from s2o_vllm.config import S2OConfig
+from s2o_vllm.metadata import SparseBuilder, split_rows
+
+
+def split(rows, min_context=100):
+    """rows: (queries, total, prefilling, budget)."""
+    starts = [0]
+    for queries, *_ in rows:
+        starts.append(starts[-1] + queries)
+    totals, prefilling, budgets = ([row[i] for row in rows] for i in (1, 2, 3))
+    return split_rows(starts, totals, prefilling, budgets, min_context)
+
+
+def test_decode_dense_and_sparse_rows_are_told_apart():
+    sparse, runs, reasons = split(
+        [
+            (1, 5000, False, 0.1),  # decode
+            (1, 5000, True, 0.1),  # the last token of a prompt: as cheap as decode
+            (4, 5000, False, 0.1),  # speculative verification
+            (64, 5000, True, 0.1),
+            (64, 90, True, 0.1),
+            (64, 5000, True, 1.0),
+            (64, 5000, True, 0.2),
+            (0, 0, False, 0.1),  # padding of a graph batch
+        ]
+    )
+    assert [(row.row, row.query_start, row.context, row.budget) for row in sparse] == [
+        (3, 6, 4936, 0.1),
+        (6, 198, 4936, 0.2),
+    ]
+    assert runs == [(0, 3), (4, 6)]
+    assert reasons == ["short_history", "budget_is_one"]
+
+
+def test_a_row_is_sparse_if_any_of_its_segments_can_be():
+    assert split([(64, 101, True, 0.1)])[0]
+    assert not split([(64, 100, True, 0.1)])[0]
+
+
+def test_every_token_is_attended_exactly_once():
+    generator = np.random.default_rng()
+    rows = [
+        (int(q), int(q + c), bool(p), float(b))
+        for q, c, p, b in zip(
+            generator.integers(0, 80, 50), generator.integers(0, 300, 50),
+            generator.integers(0, 2, 50), generator.choice([0.1, 1.0], 50), strict=True,
+        )
+    ]  # fmt: skip
+    sparse, runs, _ = split(rows)
+    owner = np.zeros(50, int)
+    for row in sparse:
+        owner[row.row] += 1
+    for first, last in runs:
+        owner[first:last] += 1
+    counts = np.array([row[0] for row in rows])
+    assert (owner[counts > 0] == 1).all()
+    # Padding may lie inside a run but never makes one.
+    assert all(counts[first] > 0 and counts[last - 1] > 0 for first, last in runs)
+
+
+class ParentBuilder:
+    supports_update_block_table = True
+
+    def build(self, common_prefix_len, common, fast_build=False):
+        return SimpleNamespace(common=common, fast_build=fast_build, block_table=None)
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        return SimpleNamespace(**{**vars(metadata), "block_table": blk_table})
+
+
+class Builder(SparseBuilder, ParentBuilder):
+    s2o = S2OConfig(sparsity_budget=0.1, min_context=100, segment_size=64)
+    s2o_items_per_wave = 2
+
+
+def common_metadata(counts, totals, prefilling, **changes):
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    values = {
+        "query_start_loc": starts, "query_start_loc_cpu": starts,
+        "seq_lens": torch.tensor(totals), "num_reqs": len(counts),
+        "num_actual_tokens": int(starts[-1]), "max_query_len": max(counts),
+        "max_seq_len": max(totals), "block_table_tensor": torch.zeros(len(counts), 99).int(),
+        "slot_mapping": torch.arange(int(starts[-1])),
+        "seq_lens_cpu_upper_bound": torch.tensor(totals),
+        "is_prefilling": torch.tensor(prefilling),
+    }  # fmt: skip
+    return CommonAttentionMetadata(**(values | changes))
+
+
+def test_decode_steps_get_the_parents_metadata_unchanged():
+    metadata = Builder().build(0, common_metadata([1, 1], [5000, 80], [False, False]))
+    assert metadata.s2o is None
+    assert metadata.fast_build is False
+
+
+def test_a_mixed_step():
+    common = common_metadata([1, 130, 50], [900, 1130, 60], [False, True, True])
+    metadata = Builder().build(0, common)
+    plan = metadata.s2o
+    assert [row.row for row in plan.sparse_rows] == [1]
+    assert [work.num_items for work in plan.work] == [2, 1]  # cut at 1024 and 1088
+    assert [(part.rows, part.tokens) for part in plan.dense] == [((0, 1), (0, 1)), ((2, 3), (131, 181))]
+    last = plan.dense[1].metadata.common
+    assert last.query_start_loc.tolist() == [0, 50]
+    assert (last.num_reqs, last.num_actual_tokens, last.max_query_len) == (1, 50, 50)
+    assert last.seq_lens.tolist() == [60]
+    assert last.slot_mapping.tolist() == list(range(131, 181))
+    assert plan.dense[1].metadata.fast_build, "a shared schedule buffer must not be overwritten"
+
+
+def test_another_block_table_reaches_the_dense_parts():
+    builder = Builder()
+    metadata = builder.build(0, common_metadata([1, 130], [900, 1130], [False, True]))
+    table = torch.arange(2 * 99).reshape(2, 99)
+    updated = builder.update_block_table(metadata, table, torch.arange(131))
+    assert updated.block_table is table
+    assert updated.s2o.dense[0].metadata.block_table.tolist() == [table[0].tolist()]
+    assert updated.s2o.work is metadata.s2o.work
+
+
+def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    builder = Builder()
+    builder.s2o_reason = "alibi"
+    assert builder.build(0, common_metadata([130], [1130], [True])).s2o is None
+    assert counters.totals()["s2o:dense_rows", "alibi"] == 1
+
+
+@pytest.mark.parametrize("causal", [False, torch.ones(1, dtype=torch.int32)])
+def test_attention_that_is_not_causal_is_left_alone(causal):
+    assert Builder().build(0, common_metadata([130], [1130], [True], causal=causal)).s2o is None
+
+
+def test_runner_v2_budgets_follow_the_request_index(monkeypatch):
+    budgets = compat.RequestBudgets()
+    monkeypatch.setattr(compat, "budgets", budgets)
+
+    def request(request_id, extra):
+        return SimpleNamespace(req_id=request_id, sampling_params=SimpleNamespace(extra_args=extra))
+
+    runner = SimpleNamespace(req_states=SimpleNamespace(req_id_to_index={"a": 4, "b": 7, "c": 4}))
+    step = SimpleNamespace(
+        scheduled_new_reqs=[request("a", {"s2o_sparsity_budget": 0.25}), request("b", None)]
+    )
+    compat._add_requests_v2(lambda *_: None, runner, step)
+    common = SimpleNamespace(req_idx=np.array([7, 4, 9]))
+    assert budgets.of_rows(common, 3, 0.1) == [0.1, 0.25, 0.1]
+    # The slot is reused by a request that asks for nothing.
+    compat._add_requests_v2(
+        lambda *_: None, runner, SimpleNamespace(scheduled_new_reqs=[request("c", {})])
+    )
+    assert budgets.of_rows(common, 3, 0.1) == [0.1, 0.1, 0.1]
+
+
+def test_runner_v1_budgets_follow_the_batch(monkeypatch):
+    budgets = compat.RequestBudgets()
+    params = SimpleNamespace(extra_args={"s2o_sparsity_budget": 0.5})
+    budgets.runner_v1 = SimpleNamespace(
+        requests={"a": SimpleNamespace(sampling_params=None), "b": SimpleNamespace(sampling_params=params)},
+        input_batch=SimpleNamespace(req_ids=["b", "a"]),
+    )
+    assert budgets.of_rows(SimpleNamespace(req_idx=None), 3, 0.1) == [0.5, 0.1, 0.1]

@@ -1,0 +1,62 @@
+"""Models and configurations that S2O refuses at start, each by name."""
+
+import pytest
+
+from s2o_vllm import plugin
+
+
+def configure(model, **arguments):
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    return EngineArgs(model=model, attention_backend="s2o", **arguments).create_engine_config()
+
+
+def test_a_plain_model_is_accepted(tiny_model):
+    assert configure(tiny_model).additional_config["s2o"]["sparsity_budget"] == 0.1
+
+
+def test_mla_is_refused(make_model):
+    model = make_model(
+        architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2",
+        kv_lora_rank=64, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=32,
+        v_head_dim=32, n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=1,
+        moe_intermediate_size=32, first_k_dense_replace=2,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"s2o: .* uses multi-head latent attention"):
+        configure(model)
+
+
+def test_pooling_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="s2o: runner is 'pooling', must be 'generate'"):
+        configure(tiny_model, runner="pooling")
+
+
+def test_sliding_window_everywhere_is_refused(make_model):
+    model = make_model(
+        architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=128
+    )
+    with pytest.raises(ValueError, match="s2o: every layer of .* sliding window of 128"):
+        configure(model)
+
+
+def test_a_hybrid_model_is_accepted(make_model):
+    model = make_model(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=128,
+        use_sliding_window=True, max_window_layers=1,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    assert "s2o" in configure(model).additional_config
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_block_sizes_that_the_kernels_refuse(tiny_model, size):
+    with pytest.raises(ValueError, match=f"s2o: block size is {size}, must be a multiple of 16"):
+        configure(tiny_model, block_size=size)
+
+
+def test_rust_frontend_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="s2o: VLLM_USE_RUST_FRONTEND is set, must be unset"):
+        configure(tiny_model)

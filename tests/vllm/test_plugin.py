@@ -1,0 +1,173 @@
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from s2o_vllm import compat, plugin
+
+
+def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter outside the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, cwd="/", check=False, **kwargs,
+    )  # fmt: skip
+
+
+def test_kernels_install_inside_our_package_only():
+    result = run_python("""
+        import importlib.util, s2o_vllm.kernels.plan
+        assert importlib.util.find_spec("kernels") is None, "a top-level `kernels` is importable"
+        print(s2o_vllm.kernels.plan.COLUMNS)
+    """)
+    assert result.stdout.strip() == "6", result.stderr
+
+
+def test_importing_the_package_is_inert():
+    result = run_python("""
+        import sys, s2o_vllm, s2o_vllm.config, s2o_vllm.plugin
+        print([name for name in ("torch", "triton", "vllm") if name in sys.modules])
+    """)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_kernels_never_import_vllm():
+    result = run_python("""
+        import sys
+        import s2o_vllm.kernels.operator, s2o_vllm.kernels.attend, s2o_vllm.kernels.select
+        import s2o_vllm.kernels.rank, s2o_vllm.kernels.reference
+        print([name for name in sys.modules if name.split(".")[0] == "vllm"])
+    """)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_registering_loads_no_triton_kernel_and_no_backend():
+    result = run_python("""
+        import sys
+        from vllm.plugins import load_general_plugins
+        load_general_plugins()
+        print([name for name in sys.modules if name.startswith(("s2o_vllm.kernels", "s2o_vllm.b"))])
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum as E
+        print(E["S2O"] is E.CUSTOM, E.CUSTOM.get_path())
+    """)
+    lines = result.stdout.strip().splitlines()[-2:]
+    assert lines == ["[]", f"True {compat.CUDA_BACKEND}"], result.stderr
+
+
+@pytest.mark.parametrize("spelling", ["s2o", "S2O", "CUSTOM"])
+def test_flag_spellings(spelling, tiny_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    for flag in ("--attention-backend", "-ac.backend"):
+        args = parse(["--model", tiny_model, flag, spelling])
+        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        assert vllm_config.attention_config.backend.name == "CUSTOM"
+        assert compat.settings_of(vllm_config) is not None
+
+
+def test_registering_twice_changes_nothing_more():
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    before = EngineArgs.__dict__["create_engine_config"]
+    plugin.register()
+    assert EngineArgs.__dict__["create_engine_config"] is before
+
+
+def test_alias_unpickles_where_the_plug_in_is_not_loaded_yet():
+    """Workers are spawned, and unpickle the configuration before they load plug-ins."""
+    plugin.register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    data = pickle.dumps(AttentionBackendEnum["S2O"])
+    result = run_python(f"import pickle; print(pickle.loads({data!r}).name)")
+    assert result.stdout.strip().splitlines()[-1:] == ["CUSTOM"], result.stderr
+
+
+def parse(arguments):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(arguments)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_flags_survive_additional_config_on_either_side(order, tiny_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    flag = ["--s2o-sparsity-budget", "0.3"]
+    additional = ["--additional-config", '{"s2o": {"min_context": 7}, "other": 1}']
+    arguments = [*flag, *additional] if order else [*additional, *flag]
+    args = parse(["--model", tiny_model, "--attention-backend", "s2o", *arguments])
+    settings = AsyncEngineArgs.from_cli_args(args).create_engine_config().additional_config
+    assert settings["other"] == 1
+    assert settings["s2o"]["sparsity_budget"] == 0.3
+    assert settings["s2o"]["min_context"] == 7
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--s2o-sparsity-budget", "0"),
+        ("--s2o-sparsity-budget", "1.5"),
+        ("--s2o-sparsity-budget", "lots"),
+        ("--s2o-sparsity-budget", "nan"),
+        ("--s2o-stop-threshold", "-1"),
+        ("--s2o-min-context", "many"),
+    ],
+)
+def test_bad_flags_are_refused_by_the_parser(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        parse([flag, value])
+    error = capsys.readouterr().err
+    assert flag in error
+    assert "must be" in error
+
+
+def test_flags_without_the_backend_are_refused(tiny_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = parse(["--model", tiny_model, "--s2o-sparsity-budget", "0.3"])
+    with pytest.raises(ValueError, match="--s2o-sparsity-budget needs --attention-backend s2o"):
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def test_settings_are_refused_before_the_model_is_looked_at(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    args = EngineArgs(
+        model=str(tmp_path), attention_backend="s2o", additional_config={"s2o": {"budget": 0.1}}
+    )
+    with pytest.raises(ValueError, match="unknown setting 'budget'"):
+        args.create_engine_config()
+
+
+def test_stock_configuration_is_untouched(tiny_model):
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    assert EngineArgs(model=tiny_model).create_engine_config().additional_config == {}
+
+
+@pytest.mark.parametrize("found", ["0.25.1", "0.31.0", "0.34.0", "1.0", "dev"])
+def test_other_releases_are_named_in_one_sentence(found):
+    reason = compat.unsupported_version(found)
+    assert found in reason
+    assert "0.32 to 0.33" in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1"])
+def test_supported_releases(found):
+    assert compat.unsupported_version(found) is None
+
+
+def test_an_unsupported_vllm_is_left_alone(monkeypatch, caplog):
+    monkeypatch.setattr(compat, "unsupported_version", lambda: "s2o-vllm found 9.9")
+    monkeypatch.setattr(compat, "install", lambda: pytest.fail("installed"))
+    plugin.register()
+    assert "9.9" in caplog.text
