@@ -1,0 +1,142 @@
+"""A stock OpenAI-compatible server with S2O on, through the official client."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def prompt(length, seed):
+    generator = random.Random(seed)
+    return [generator.randrange(3, 512) for _ in range(length)]
+
+
+def complete(server, tokens, budget=None, **options):
+    """Greedy tokens of a prompt given as token ids."""
+    extra = {"return_token_ids": True}
+    if budget is not None:
+        extra["vllm_xargs"] = {"s2o_sparsity_budget": budget}
+    answer = client(server).completions.create(
+        model=server.model, prompt=tokens, temperature=0, max_tokens=8,
+        extra_body=extra | options,
+    )  # fmt: skip
+    return answer.choices[0].token_ids
+
+
+def wait_for(condition, seconds=10):
+    """Counters reach /metrics within a second or so."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert condition()
+
+
+def density(server, run):
+    """Visited over eligible history tokens of what ``run`` does."""
+    names = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible")
+    before = [server.total(name) for name in names]
+    run()
+    wait_for(lambda: server.total(names[1]) > before[1])
+    time.sleep(1.5)  # let the last layer's counters arrive
+    visited, eligible = (server.total(name) - b for name, b in zip(names, before, strict=True))
+    return visited / eligible
+
+
+def test_long_prompt_is_sparse_and_within_the_budget(server):
+    share = density(server, lambda: complete(server, prompt(3000, 1)))
+    assert 0.05 < share <= 0.35, "dense segments count in full, the rest at most at the budget"
+
+
+def test_request_budget_turns_density_up_and_down(server):
+    low = density(server, lambda: complete(server, prompt(3000, 2), budget=0.02))
+    high = density(server, lambda: complete(server, prompt(3000, 2), budget=0.6))
+    assert low < 0.3 < high
+
+
+def test_budget_one_gives_the_tokens_of_stock_vllm(server, stock_server):
+    for seed, length in ((3, 3000), (4, 700), (5, 513), (6, 17)):
+        tokens = prompt(length, seed)
+        assert complete(server, tokens, budget=1.0) == complete(stock_server, tokens)
+
+
+def test_short_prompts_are_stock(server, stock_server):
+    tokens = prompt(200, 7)
+    assert complete(server, tokens) == complete(stock_server, tokens)
+
+
+def test_short_prompts_are_counted_by_reason(server):
+    name = 's2o:dense_rows_total{reason="short_history"}'
+    before = server.metrics().get(name, 0)
+    complete(server, prompt(100, 8))
+    wait_for(lambda: server.metrics().get(name, 0) > before)
+
+
+def cached_tokens(server):
+    return server.total("vllm:prefix_cache_hits")
+
+
+def test_prefix_cache_hits_within_a_budget_and_never_across(server):
+    tokens = prompt(2000, 9)
+    first = complete(server, tokens, budget=0.3)
+    before = cached_tokens(server)
+    assert complete(server, tokens, budget=0.3) == first
+    same = cached_tokens(server)
+    assert same > before, "the same budget reuses its blocks"
+    complete(server, tokens, budget=0.2)
+    complete(server, tokens, budget=1.0)
+    complete(server, tokens)
+    assert cached_tokens(server) == same, "another budget's blocks were reused"
+
+
+def test_a_prefix_cache_hit_is_attended_sparsely(server):
+    tokens = prompt(2000, 10)
+    complete(server, tokens)
+    before = cached_tokens(server)
+    share = density(server, lambda: complete(server, tokens + prompt(600, 11)))
+    assert cached_tokens(server) - before >= 1500
+    assert share <= 0.1, "all of the new segments have a long history"
+
+
+def test_two_requests_at_once_do_not_change_each_other(server):
+    # Each prompt alone first; salted apart, so that the second run computes all of it again.
+    prompts = [prompt(1800, 12), prompt(900, 13)]
+    budgets = [None, 0.5]
+    alone = [
+        complete(server, one, budget, cache_salt="alone")
+        for one, budget in zip(prompts, budgets, strict=True)
+    ]
+    with ThreadPoolExecutor() as pool:
+        together = list(
+            pool.map(
+                lambda pair: complete(server, pair[0], pair[1], cache_salt="together"),
+                zip(prompts, budgets, strict=True),
+            )
+        )
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("xargs", "named"),
+    [
+        ({"s2o_sparsity_budget": "lots"}, "s2o_sparsity_budget is 'lots'"),
+        ({"s2o_sparsity_budget": 1.5}, "greater than 0 and at most 1"),
+        ({"s2o_sparsity_budget": 0}, "s2o_sparsity_budget is 0"),
+        ({"s2o_budget": 0.1}, "unknown request setting 's2o_budget'"),
+    ],
+)
+def test_malformed_request_settings_are_http_400(server, xargs, named):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client(server).completions.create(
+            model=server.model, prompt=[3, 4, 5], max_tokens=1, extra_body={"vllm_xargs": xargs}
+        )
+    assert refusal.value.status_code == 400
+    assert named in str(refusal.value)
+    assert len(complete(server, [3, 4, 5])) == 8, "the server goes on"
