@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from . import reference
-from .plan import NUM_QUERIES, QUERY_START, WorkList
+from .plan import (
+    NUM_COUNTERS,
+    NUM_QUERIES,
+    QUERY_START,
+    PrefillRow,
+    WorkList,
+    build_work_lists,
+)
 from .tiles import attend_tile
 
 WORKSPACE_BYTES = 512 * 2**20  # what one wave of segments may take; more segments, more waves
@@ -76,6 +83,19 @@ class SparsePrefill:
         self.tile = attend_tile(shape.head_dim, device)
         self.space = workspace(shape, dtype, device) if device.type == "cuda" else None
 
+    def warm_up(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        """Run every kernel once, over the very tensors that requests will use.
+
+        Strides are part of what a kernel is compiled for, so they must be the real ones.
+        Reads the cache, writes only scratch.
+        """
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
+        work = small_work_list(query.device)
+        table = torch.zeros_like(block_table)
+        self(query, kv_cache, table, work, torch.empty_like(query), counters)
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -128,6 +148,12 @@ class SparsePrefill:
 
 
 _workspaces: dict = {}
+
+
+def small_work_list(device: torch.device) -> WorkList:
+    """Return a work list of one segment with a short history, all in the row's first block."""
+    (work,) = build_work_lists([PrefillRow(0, 0, 1, 8, 0.5)], 16, 0, device, 1)
+    return work
 
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple:

@@ -29,6 +29,7 @@ class SparseImpl:
         self._s2o = compat.settings_of(self._s2o_config)
         self.s2o_reason = "not_configured" if self._s2o is None else layer_reason(self)
         self._s2o_operator: SparsePrefill | None = None
+        self._s2o_warm = False
         self._s2o_counters: torch.Tensor | None = None
         if self.s2o_reason is None:
             self._s2o_shape = shape_of(self, self._s2o_config, self._s2o.segment_size)
@@ -50,6 +51,18 @@ class SparseImpl:
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         metrics.worker.watch(self._s2o_counters)
 
+    def warm_up(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> None:
+        """Compile every kernel before the server is ready.
+
+        vLLM runs dummy batches over the real cache before it reports healthy; the first of
+        them comes here. Nothing may compile while a graph is being captured.
+        """
+        if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        self._s2o_warm = True
+        self.reserve(query)
+        self._s2o_operator.warm_up(query, kv_cache, attn_metadata.block_table)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -66,6 +79,8 @@ class SparseImpl:
         scales = (output_scale, output_block_scale)
         if self.s2o_reason is None and attn_metadata is None:
             self.reserve(query)
+        elif self.s2o_reason is None and not self._s2o_warm:
+            self.warm_up(query, kv_cache, attn_metadata)
         plan: StepPlan | None = getattr(attn_metadata, "s2o", None)
         if plan is None or self.s2o_reason is not None:
             return super().forward(  # type: ignore[misc]

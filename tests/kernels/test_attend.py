@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import dense_attention, full_lists, make_batch, nan_like, relative_error
+from cases import DTYPES, TOLERANCE, dense_attention, full_lists, make_batch, nan_like, relative_error
 
 from s2o_vllm.kernels import attend, reference
 from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, STOPPED, VISITED
@@ -39,7 +39,7 @@ def run_reference(batch, work, slots, tile, **options):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, head_major, dtype):
     """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype."""
     batch = make_batch(
@@ -73,7 +73,7 @@ def test_matches_the_reference(device, stop_threshold, permuted, softcap):
     options = {"stop_threshold": stop_threshold, "stop_step": 16, "softcap": softcap}
     out, counters, tile = run(batch, work, slots, order=order, **options)
     wanted, wanted_counters = run_reference(batch, work, slots, tile, order=order, **options)
-    assert relative_error(out, wanted) < 1e-5
+    assert relative_error(out, wanted) < TOLERANCE
     assert counters.tolist() == wanted_counters.tolist()
     if stop_threshold and not softcap:
         assert counters[STOPPED] > 0, "the case must exercise early stop"
@@ -83,7 +83,7 @@ def test_softcap_is_that_of_dense_attention(device):
     batch = make_batch(device, budget=1.0, spread=4.0)
     work = batch.work()
     out, _, _ = run(batch, work, full_lists(batch, work), softcap=3.0)
-    assert relative_error(out, dense_attention(batch, softcap=3.0)) < 1e-5
+    assert relative_error(out, dense_attention(batch, softcap=3.0)) < TOLERANCE
     assert relative_error(out, dense_attention(batch)) > 1e-2
 
 
@@ -98,7 +98,7 @@ def test_order_of_visiting_does_not_change_the_result(device):
         shuffled[number, :, :count] = slots[number, :, torch.randperm(count, device=device)]
     assert count == 0 or not torch.equal(slots, shuffled)
     other, _, _ = run(batch, work, shuffled)
-    assert relative_error(one, other) < 1e-5
+    assert relative_error(one, other) < TOLERANCE
 
 
 def test_query_order_does_not_change_the_result(device):
@@ -106,7 +106,7 @@ def test_query_order_does_not_change_the_result(device):
     work = batch.work()
     slots = full_lists(batch, work)
     order = torch.stack([torch.randperm(32) for _ in range(2)])[None].int().to(device)
-    assert relative_error(run(batch, work, slots, order=order)[0], run(batch, work, slots)[0]) < 1e-5
+    assert relative_error(run(batch, work, slots, order=order)[0], run(batch, work, slots)[0]) < TOLERANCE
 
 
 def test_early_stop_never_drops_a_tile_that_still_gains(device):
@@ -152,7 +152,7 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
                 visited = len(listed)
             p = p[..., : item[2] + visited]
             wanted = torch.einsum("qhn,nd->qhd", p / p.sum(-1, keepdim=True), v[: p.shape[-1]])
-            assert relative_error(out[start + first : start + first + count], wanted) < 1e-5
+            assert relative_error(out[start + first : start + first + count], wanted) < TOLERANCE
         start += item[2]
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import SEGMENT, dense_attention, make_batch, nan_like, relative_error
+from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
 
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
@@ -29,7 +29,7 @@ def test_density_is_at_most_the_budget(device):
 def test_dense_segments_are_exact(device):
     batch = make_batch(device, budget=0.1)
     out, _ = run(batch, batch.work(min_context=10_000))
-    assert relative_error(out, dense_attention(batch)) < 1e-5
+    assert relative_error(out, dense_attention(batch)) < TOLERANCE
 
 
 def test_error_falls_as_the_budget_rises(device):
@@ -53,14 +53,14 @@ def test_finds_the_token_that_every_query_wants(device):
     batch.kv_cache[block, :, 333 % page, :64] = needle
     batch.query += needle
     out, _ = run(batch, batch.work())
-    assert relative_error(out, dense_attention(batch)) < 1e-3
+    assert relative_error(out, dense_attention(batch)) < max(1e-3, TOLERANCE)
 
 
 def test_query_permutation_keeps_the_result(device):
     batch = make_batch(device)
     plain, _ = run(batch, batch.work())
     permuted, _ = run(batch, batch.work(), permute_queries=True)
-    assert relative_error(permuted, plain) < 1e-5
+    assert relative_error(permuted, plain) < TOLERANCE
 
 
 def test_a_request_does_not_depend_on_its_neighbours(device):
@@ -75,3 +75,11 @@ def test_refuses_an_unknown_head_dim(device):
     batch = make_batch(device, head_dim=32)
     with pytest.raises(ValueError, match="head_dim is 32"):
         operator_for(batch)
+
+
+def test_warm_up_touches_nothing(device):
+    batch = make_batch(device)
+    before = [x.clone() for x in (batch.query, batch.kv_cache, batch.block_table)]
+    operator_for(batch).warm_up(batch.query, batch.kv_cache, batch.block_table)
+    after = (batch.query, batch.kv_cache, batch.block_table)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -7,6 +7,11 @@ import torch
 from s2o_vllm.kernels.plan import PrefillRow, WorkList, build_work_lists
 
 SEGMENT = 32
+ON_GPU = torch.cuda.is_available()
+# bf16 dots are silently wrong in the interpreter; fp32 tiles do not fit a GPU's shared memory.
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
+DTYPE = DTYPES[0]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[DTYPE]
 
 
 @dataclass
@@ -30,7 +35,7 @@ def make_batch(
     kv_heads=2,
     head_dim=64,
     page=16,
-    dtype=torch.float32,
+    dtype=DTYPE,
     head_major=True,
     budget=0.4,
     spread=1.0,

@@ -1,0 +1,1 @@
+"""What S2O costs and what it is worth, measured by commands of this repository."""

@@ -1,0 +1,273 @@
+"""`s2o bench attention`: the operator against dense attention on one CUDA device.
+
+One layer, one prompt, causal, bf16. The baselines run in the same process on the same inputs:
+FlashAttention 3 over pages (what vLLM serves with) and FlashAttention 2 (the paper's baseline).
+No time is reported unless the correctness check of the same run has passed.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2o_vllm.kernels import attend, rank, select
+from s2o_vllm.kernels.operator import Shape, SparsePrefill
+from s2o_vllm.kernels.plan import (
+    ELIGIBLE,
+    NUM_COUNTERS,
+    VISITED,
+    PrefillRow,
+    WorkList,
+    build_work_lists,
+)
+
+from .report import header, save
+
+SHAPES = {  # query heads, KV heads, head_dim
+    "llama-3.1-8b": (32, 8, 128),
+    "qwen3-8b": (32, 8, 128),
+    "qwen2.5-1.5b": (12, 2, 128),
+}
+PAGE = 16
+NEVER = 1e-30  # an early-stop threshold that no tile falls below: its cost alone
+GATE_CONTEXT = 2048
+GATE_FACTOR = 2.0  # promise 3: error at most twice that of PyTorch in the same dtype
+
+
+@dataclass
+class Prompt:
+    """One prompt whose cache pages are shuffled.
+
+    Attributes:
+        query: ``[tokens, heads, head_dim]``.
+        key: ``[tokens, kv_heads, head_dim]``, the contiguous copy for baselines.
+        value: as ``key``.
+        kv_cache: ``[blocks, kv_heads, PAGE, 2 * head_dim]``.
+        block_table: int32 ``[1, blocks]``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        """Softmax scale."""
+        return self.query.shape[2] ** -0.5
+
+
+def make_prompt(shape: tuple[int, int, int], context: int) -> Prompt:
+    """Return random queries, keys and values (bf16) of a prompt."""
+    heads, kv_heads, head_dim = shape
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(context, heads, head_dim, **options)
+    key, value = (torch.randn(context, kv_heads, head_dim, **options) for _ in range(2))
+    blocks = -(-context // PAGE)
+    order = torch.randperm(blocks, device="cuda")
+    # vLLM's layout on CUDA: tokens outside heads.
+    storage = torch.zeros(blocks, PAGE, kv_heads, 2 * head_dim, **options)
+    tokens = torch.cat([key, value], -1)
+    padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, blocks * PAGE - context))
+    storage[order] = padded.unflatten(0, (blocks, PAGE))
+    return Prompt(query, key, value, storage.transpose(1, 2), order.int()[None])
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Return the median time of a call, in ms."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=50, rep=300, return_mode="median")
+
+
+def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
+    """Return FlashAttention 3 over the same pages, as vLLM calls it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    context, head_dim = prompt.query.shape[0], prompt.query.shape[2]
+    keys, values = prompt.kv_cache.transpose(1, 2).split(head_dim, -1)
+    starts = torch.tensor([0, context], dtype=torch.int32, device="cuda")
+    used = torch.tensor([context], dtype=torch.int32, device="cuda")
+
+    def run() -> torch.Tensor:
+        return flash_attn_varlen_func(
+            q=prompt.query, k=keys, v=values, cu_seqlens_q=starts, max_seqlen_q=context,
+            seqused_k=used, max_seqlen_k=context, softmax_scale=prompt.scale, causal=True,
+            block_table=prompt.block_table, fa_version=3,
+        )  # fmt: skip
+
+    return run
+
+
+def fa2(prompt: Prompt) -> Callable[[], torch.Tensor]:
+    """Return FlashAttention 2 (through torch) over contiguous keys and values."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query, key, value = (
+        x.transpose(0, 1)[None] for x in (prompt.query, prompt.key, prompt.value)
+    )
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+
+    return run
+
+
+class Sparse:
+    """The operator over a whole prompt, its two halves callable on their own."""
+
+    def __init__(self, prompt: Prompt, budget: float, segment: int, min_context: int):
+        tokens, heads, head_dim = prompt.query.shape
+        self.prompt = prompt
+        self.operator = SparsePrefill(
+            Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment),
+            prompt.query.dtype, prompt.query.device, scale=prompt.scale,
+        )  # fmt: skip
+        self.waves = build_work_lists(
+            [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
+            prompt.query.device, self.operator.shape.items_per_wave,
+        )  # fmt: skip
+        self.out = torch.empty_like(prompt.query)
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
+
+    def arguments(self, work: WorkList) -> tuple:
+        """Return what every launch takes first."""
+        return self.prompt.query, self.prompt.kv_cache, self.prompt.block_table, work
+
+    def run(self) -> torch.Tensor:
+        """Rank, select and attend; return the output."""
+        for work in self.waves:
+            self.operator(*self.arguments(work), self.out, self.counters)
+        return self.out
+
+    def rank(self) -> None:
+        """Rank and select only."""
+        assert self.operator.space is not None
+        ranking, selection = self.operator.space
+        for work in self.waves:
+            rank.mean_query_scores(
+                *self.arguments(work), selection.scores, ranking, scale=self.prompt.scale
+            )
+            select.select(self.prompt.block_table, work, PAGE, selection)
+
+    def attend(self, stop_threshold: float = 0.0) -> None:
+        """Attend only, over the lists that the last ranking left (the last wave's for all)."""
+        assert self.operator.space is not None
+        for work in self.waves:
+            attend.attend(
+                *self.arguments(work), self.operator.space[1].slots, self.out, self.counters,
+                scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
+            )  # fmt: skip
+
+    def density(self) -> float:
+        """Run once and return the share of the history that was visited."""
+        self.counters.zero_()
+        self.run()
+        return float(self.counters[VISITED] / self.counters[ELIGIBLE])
+
+
+def check(shape: tuple[int, int, int], segment: int) -> dict[str, float]:
+    """Compare the operator with everything listed to fp64 attention.
+
+    Returns:
+        ``error`` of the operator and ``torch_error`` of bf16 PyTorch, ‖x − truth‖ / ‖truth‖.
+
+    Raises:
+        SystemExit: if the operator's error is more than ``GATE_FACTOR`` times PyTorch's.
+    """
+    prompt = make_prompt(shape, GATE_CONTEXT)
+    group = shape[0] // shape[1]
+
+    def dense(dtype: torch.dtype) -> torch.Tensor:
+        query = prompt.query.to(dtype).transpose(0, 1)
+        key, value = (
+            x.to(dtype).repeat_interleave(group, 1).transpose(0, 1)
+            for x in (prompt.key, prompt.value)
+        )
+        scores = query @ key.transpose(1, 2) * prompt.scale
+        future = torch.ones(GATE_CONTEXT, GATE_CONTEXT, device="cuda").triu(1).bool()
+        return (scores.masked_fill(future, float("-inf")).softmax(-1) @ value).transpose(0, 1)
+
+    truth = dense(torch.float64)
+    sparse = Sparse(prompt, 1.0, segment, 0)  # every list holds the whole history
+    sparse.out.fill_(float("nan"))
+    result = sparse.run().double()
+    norm = truth.norm()
+    error = float((result - truth).norm() / norm)
+    torch_error = float((dense(torch.bfloat16).double() - truth).norm() / norm)
+    if not error <= GATE_FACTOR * torch_error:
+        raise SystemExit(
+            f"s2o bench attention: the operator's error {error:.2e} is more than {GATE_FACTOR} "
+            f"times PyTorch's {torch_error:.2e}: no time is reported."
+        )
+    return {"error": error, "torch_error": torch_error}
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one row per shape, context and budget."""
+    for name in args.shapes:
+        shape = SHAPES[name]
+        gate = check(shape, args.segment)
+        for context in args.contexts:
+            prompt = make_prompt(shape, context)
+            baselines = {
+                "fa3_paged_ms": milliseconds(fa3_paged(prompt)),
+                "fa2_ms": milliseconds(fa2(prompt)),
+            }
+            dense_mode = Sparse(prompt, 1.0, args.segment, context + 1)
+            baselines["dense_mode_ms"] = milliseconds(dense_mode.run)
+            for budget in args.budgets:
+                sparse = Sparse(prompt, budget, args.segment, args.min_context)
+                density = sparse.density()
+                attend_ms = milliseconds(sparse.attend)
+                stopping_ms = milliseconds(lambda s=sparse: s.attend(NEVER))
+                yield {
+                    "shape": name,
+                    "context": context,
+                    "ranking": "mean_query",
+                    "segment": args.segment,
+                    "budget": budget,
+                    "density": density,
+                    "rank_ms": milliseconds(sparse.rank),
+                    "attend_ms": attend_ms,
+                    "total_ms": milliseconds(sparse.run),
+                    **baselines,
+                    "early_stop_overhead": stopping_ms / attend_ms - 1,
+                    "relative_mse": None,
+                    **gate,
+                }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="s2o bench attention", description=__doc__)
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["llama-3.1-8b"], metavar="NAME")
+    add("--contexts", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
+    add("--budgets", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2], metavar="B")
+    add("--segment", type=int, default=512, metavar="QUERIES")
+    add("--min-context", type=int, default=0, metavar="TOKENS")
+    add("--out", type=Path, default=Path("benchmarks/results/attention.json"), metavar="FILE")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: times of the interpreter say nothing")
+    rows = []
+    for row in measure(args):
+        rows.append(row)
+        save(args.out, header(), rows)
+        print(
+            f"{row['shape']} {row['context']:>7} budget {row['budget']:<5} "
+            f"rank {row['rank_ms']:7.2f} attend {row['attend_ms']:7.2f} "
+            f"total {row['total_ms']:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
+            f"({row['fa3_paged_ms'] / row['total_ms']:.1f}x), FA2 {row['fa2_ms']:7.2f} "
+            f"({row['fa2_ms'] / row['total_ms']:.1f}x)"
+        )
+    print(f"{args.out}: {len(rows)} rows")
+    return 0
