@@ -1,6 +1,7 @@
 """The whole operator: rank, select, attend, over workspaces that are made once."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +47,9 @@ class Shape:
         return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
 
 
+RANKINGS = {"low_rank": 64, "mean_query": 512}  # and the segment size that suits each
+
+
 class SparsePrefill:
     """Sparse attention of prefill segments over a paged cache.
 
@@ -57,6 +61,7 @@ class SparsePrefill:
         dtype: of queries and cache.
         device: where it runs.
         scale: softmax scale.
+        ranking: ``low_rank`` (ours) or ``mean_query`` (the paper's).
         softcap: cap of the scaled scores, 0 for none.
         stop_threshold: early stop, see :func:`attend.attend`.
         permute_queries: sort a segment's queries by their likeness to its mean query, so that
@@ -64,7 +69,7 @@ class SparsePrefill:
             shared guide vector that the paper's digest does not define; this guide is ours.
 
     Raises:
-        ValueError: for a head_dim that no kernel exists for.
+        ValueError: for a head_dim that no kernel exists for, or an unknown ranking.
     """
 
     def __init__(
@@ -74,14 +79,22 @@ class SparsePrefill:
         device: torch.device,
         *,
         scale: float,
+        ranking: str = "low_rank",
         softcap: float = 0.0,
         stop_threshold: float = 0.0,
         permute_queries: bool = False,
     ):
+        if ranking not in RANKINGS:
+            raise ValueError(f"ranking is {ranking!r}, must be one of {', '.join(RANKINGS)}")
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tile = attend_tile(shape.head_dim, device)
-        self.space = workspace(shape, dtype, device) if device.type == "cuda" else None
+        if device.type == "cuda":
+            self.space = workspace(shape, dtype, device, ranking)
+        else:
+            self.space = None
+            low_rank = reference.LowRankReference()
+            self.reference = low_rank if ranking == "low_rank" else reference.mean_query_scores
 
     def warm_up(
         self, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor
@@ -123,31 +136,49 @@ class SparsePrefill:
             "stop_threshold": self.stop_threshold,
             "order": order,
         }
+        arguments = (query, kv_cache, block_table, work)
         if self.space is None:
-            scores = reference.mean_query_scores(
-                query, kv_cache, block_table, work, scale=self.scale
-            )
+            scores = self.reference(*arguments, scale=self.scale)
             slots = reference.select(scores, block_table, work, kv_cache.shape[2])
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
             reference.attend(
-                query, kv_cache, block_table, work, slots, out, counters,
-                queries_per_tile=queries_per_tile, **options,
-            )  # fmt: skip
+                *arguments, slots, out, counters, queries_per_tile=queries_per_tile, **options
+            )
             return
-        from . import attend, rank, select
+        self.rank(*arguments)
+        from . import attend
 
-        rank_space, select_space = self.space
-        rank.mean_query_scores(
-            query, kv_cache, block_table, work, select_space.scores, rank_space, scale=self.scale
-        )
-        select.select(block_table, work, kv_cache.shape[2], select_space)
         attend.attend(
-            query, kv_cache, block_table, work, select_space.slots, out, counters,
-            tile=self.tile, **options,
-        )  # fmt: skip
+            *arguments, self.space.selection.slots, out, counters, tile=self.tile, **options
+        )
+
+    def rank(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+    ) -> None:
+        """Score and select on a CUDA device; the lists are left in the workspace."""
+        from . import low_rank, rank, select
+
+        space = self.space
+        arguments = (query, kv_cache, block_table, work, space.selection.scores, space.ranking)
+        if isinstance(space.ranking, rank.RankWorkspace):
+            rank.mean_query_scores(*arguments, scale=self.scale)
+        else:
+            low_rank.low_rank_scores(*arguments, scale=self.scale)
+        select.select(block_table, work, kv_cache.shape[2], space.selection)
 
 
-_workspaces: dict = {}
+class Workspace(NamedTuple):
+    """Scratch of the ranking in use, and of the selection."""
+
+    ranking: Any
+    selection: Any
+
+
+_workspaces: dict[tuple, Workspace] = {}
 
 
 def small_work_list(device: torch.device) -> WorkList:
@@ -156,19 +187,21 @@ def small_work_list(device: torch.device) -> WorkList:
     return work
 
 
-def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple:
+def workspace(shape: Shape, dtype: torch.dtype, device: torch.device, ranking: str) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
-    from . import rank, select
+    from . import low_rank, rank, select
 
-    key = (shape, dtype, device)
+    key = (shape, dtype, device, ranking)
     if key not in _workspaces:
         items = shape.items_per_wave
-        _workspaces[key] = (
-            rank.RankWorkspace(
-                items, shape.heads, shape.head_dim, shape.max_history, dtype, device
-            ),
-            select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device),
-        )
+        if ranking == "mean_query":
+            sizes = (items, shape.heads, shape.head_dim, shape.max_history)
+            made: Any = rank.RankWorkspace(*sizes, dtype, device)
+        else:
+            sizes = (shape.heads, shape.kv_heads, shape.max_history, shape.max_queries)
+            made = low_rank.LowRankWorkspace(*sizes, dtype, device)
+        selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device)
+        _workspaces[key] = Workspace(made, selection)
     return _workspaces[key]
 
 

@@ -20,6 +20,8 @@ BUCKETS = 512
 TIERS = 6  # the first 1/16, 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
+QUERY_STRIDE = 2  # the low-rank ranking looks at every second query: half the cost
+
 # What an attend launch adds to its counters, in this order.
 VISITED, ELIGIBLE, TILES, STOPPED = range(4)
 NUM_COUNTERS = 4
@@ -45,19 +47,27 @@ class PrefillRow(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkList:
-    """Query segments that are launched together.
+    """Query segments of one request that are launched together.
 
     Attributes:
+        row: the request's row in the block table.
+        query_start: index of the first query of its chunk.
+        num_queries: queries of its chunk.
+        first: whether this is the request's first list of the step.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit.
-            Items of one request are adjacent, the longest history first.
+            The longest history comes first.
         groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
-            up to ``GROUP_ITEMS`` segments of one request.
+            up to ``GROUP_ITEMS`` segments.
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
         max_queries: most queries of any item.
     """
 
+    row: int
+    query_start: int
+    num_queries: int
+    first: bool
     items: torch.Tensor
     groups: torch.Tensor
     max_history: int
@@ -97,16 +107,13 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
-def work_list(items: Sequence[tuple[int, ...]], device: torch.device) -> WorkList:
+def work_list(
+    row: PrefillRow, items: Sequence[tuple[int, ...]], first: bool, device: torch.device
+) -> WorkList:
     """Put work items into device tables, copied asynchronously from pinned memory."""
-    ordered = sorted(items, key=lambda item: (item[ROW], -item[HISTORY]))
-    groups: list[list[int]] = []
-    for number, item in enumerate(ordered):
-        same_row = groups and ordered[groups[-1][0]][ROW] == item[ROW]
-        if same_row and groups[-1][1] < GROUP_ITEMS:
-            groups[-1][1] += 1
-        else:
-            groups.append([number, 1])
+    groups = [
+        (start, min(GROUP_ITEMS, len(items) - start)) for start in range(0, len(items), GROUP_ITEMS)
+    ]
 
     def to_device(table: Sequence[Sequence[int]]) -> torch.Tensor:
         tensor = torch.tensor(table, dtype=torch.int32)
@@ -115,7 +122,11 @@ def work_list(items: Sequence[tuple[int, ...]], device: torch.device) -> WorkLis
         return tensor
 
     return WorkList(
-        items=to_device(ordered),
+        row=row.row,
+        query_start=row.query_start,
+        num_queries=row.num_queries,
+        first=first,
+        items=to_device(items),
         groups=to_device(groups),
         max_history=max(item[DENSE_START] for item in items),
         max_list=max(item[LIST_LENGTH] for item in items),
@@ -139,13 +150,19 @@ def build_work_lists(
         device: where the kernels run.
         items_per_wave: most segments that one workspace holds; more make further lists.
 
+    Returns:
+        The lists of each request, one after the other.
+
     Raises:
         ValueError: if ``segment`` or ``items_per_wave`` is not positive.
     """
     if segment <= 0 or items_per_wave <= 0:
         raise ValueError(f"segment {segment} and items_per_wave {items_per_wave} must be positive")
-    items = [item for row in rows for item in segments(row, segment, min_context)]
-    return [
-        work_list(items[start : start + items_per_wave], device)
-        for start in range(0, len(items), items_per_wave)
-    ]
+    lists = []
+    for row in rows:
+        items = segments(row, segment, min_context)[::-1]  # the longest history first
+        lists += [
+            work_list(row, items[start : start + items_per_wave], start == 0, device)
+            for start in range(0, len(items), items_per_wave)
+        ]
+    return lists

@@ -1,6 +1,15 @@
 import pytest
 import torch
-from cases import DTYPES, TOLERANCE, dense_attention, full_lists, make_batch, nan_like, relative_error
+from cases import (
+    DTYPES,
+    SEGMENT,
+    TOLERANCE,
+    dense_attention,
+    full_lists,
+    make_batch,
+    nan_like,
+    relative_error,
+)
 
 from s2o_vllm.kernels import attend, reference
 from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, STOPPED, VISITED
@@ -16,26 +25,43 @@ GQA_AND_SIZES = [
 ]
 
 
-def run(batch, work, slots, **options):
+def run(batch, lists, function=attend.attend, orders=None, **options):
+    """Attend to every request; ``lists`` pairs each work list with its slots."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     tile = attend_tile(batch.query.shape[2], out.device)
-    attend.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
-        scale=batch.scale, tile=tile, **options,
-    )  # fmt: skip
-    return out, counters, tile
-
-
-def run_reference(batch, work, slots, tile, **options):
-    out = nan_like(batch.query)
-    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
-    group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    reference.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
-        scale=batch.scale, queries_per_tile=tile.block_m // group, **options,
-    )  # fmt: skip
+    if function is reference.attend:
+        group = batch.query.shape[1] // batch.kv_cache.shape[1]
+        options["queries_per_tile"] = tile.block_m // group
+    else:
+        options["tile"] = tile
+    for number, (work, slots) in enumerate(lists):
+        function(
+            batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
+            scale=batch.scale, order=orders[number] if orders else None, **options,
+        )  # fmt: skip
     return out, counters
+
+
+def query_orders(batch, lists):
+    """A random order of the queries of every segment and KV head."""
+    kv_heads = batch.kv_cache.shape[1]
+    return [
+        torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.nn.functional.pad(torch.randperm(item[2]), (0, SEGMENT - item[2]))
+                        for _ in range(kv_heads)
+                    ]
+                )
+                for item in work.items.tolist()
+            ]
+        )
+        .int()
+        .to(batch.query.device)
+        for work, _ in lists
+    ]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
@@ -46,8 +72,7 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
         device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
         head_major=head_major, dtype=dtype, budget=1.0,
     )  # fmt: skip
-    work = batch.work()
-    out, counters, _ = run(batch, work, full_lists(batch, work))
+    out, counters = run(batch, full_lists(batch))
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
@@ -59,20 +84,11 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_matches_the_reference(device, stop_threshold, permuted, softcap):
     batch = make_batch(device, spread=3.0, chunks=((400, 40), (0, 10), (129, 3)))
-    work = batch.work()
-    slots = full_lists(batch, work)
-    order = None
-    if permuted:
-        order = torch.stack(
-            [
-                torch.stack([torch.nn.functional.pad(torch.randperm(item[2]), (0, 32 - item[2]))
-                             for _ in range(2)])
-                for item in work.items.tolist()
-            ]
-        ).int().to(device)  # fmt: skip
+    lists = full_lists(batch)
     options = {"stop_threshold": stop_threshold, "stop_step": 16, "softcap": softcap}
-    out, counters, tile = run(batch, work, slots, order=order, **options)
-    wanted, wanted_counters = run_reference(batch, work, slots, tile, order=order, **options)
+    options["orders"] = query_orders(batch, lists) if permuted else None
+    out, counters = run(batch, lists, **options)
+    wanted, wanted_counters = run(batch, lists, reference.attend, **options)
     assert relative_error(out, wanted) < TOLERANCE
     assert counters.tolist() == wanted_counters.tolist()
     if stop_threshold and not softcap:
@@ -81,32 +97,30 @@ def test_matches_the_reference(device, stop_threshold, permuted, softcap):
 
 def test_softcap_is_that_of_dense_attention(device):
     batch = make_batch(device, budget=1.0, spread=4.0)
-    work = batch.work()
-    out, _, _ = run(batch, work, full_lists(batch, work), softcap=3.0)
+    out, _ = run(batch, full_lists(batch), softcap=3.0)
     assert relative_error(out, dense_attention(batch, softcap=3.0)) < TOLERANCE
     assert relative_error(out, dense_attention(batch)) > 1e-2
 
 
 def test_order_of_visiting_does_not_change_the_result(device):
     batch = make_batch(device, budget=0.5)
-    work = batch.work()
-    slots = full_lists(batch, work)
-    one, _, _ = run(batch, work, slots)
-    shuffled = slots.clone()
-    for number, item in enumerate(work.items.tolist()):
-        count = item[LIST_LENGTH]
-        shuffled[number, :, :count] = slots[number, :, torch.randperm(count, device=device)]
-    assert count == 0 or not torch.equal(slots, shuffled)
-    other, _, _ = run(batch, work, shuffled)
-    assert relative_error(one, other) < TOLERANCE
+    lists = full_lists(batch)
+    one, _ = run(batch, lists)
+    shuffled = [(work, slots.clone()) for work, slots in lists]
+    for work, slots in shuffled:
+        for number, item in enumerate(work.items.tolist()):
+            count = item[LIST_LENGTH]
+            order = torch.randperm(count, device=device)
+            slots[number, :, :count] = slots[number, :, order]
+    assert not torch.equal(lists[0][1], shuffled[0][1])
+    assert relative_error(one, run(batch, shuffled)[0]) < TOLERANCE
 
 
 def test_query_order_does_not_change_the_result(device):
-    batch = make_batch(device, budget=0.5, chunks=((192, 32),))
-    work = batch.work()
-    slots = full_lists(batch, work)
-    order = torch.stack([torch.randperm(32) for _ in range(2)])[None].int().to(device)
-    assert relative_error(run(batch, work, slots, order=order)[0], run(batch, work, slots)[0]) < TOLERANCE
+    batch = make_batch(device, budget=0.5)
+    lists = full_lists(batch)
+    permuted, _ = run(batch, lists, orders=query_orders(batch, lists))
+    assert relative_error(permuted, run(batch, lists)[0]) < TOLERANCE
 
 
 def test_early_stop_never_drops_a_tile_that_still_gains(device):
@@ -116,12 +130,11 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
     """
     threshold, step = 0.2, 16
     batch = make_batch(device, spread=3.0, chunks=((500, 16),), heads=2, kv_heads=1, budget=1.0)
-    work = batch.work()
-    slots = full_lists(batch, work)
-    out, counters, tile = run(batch, work, slots, stop_threshold=threshold, stop_step=step)
+    ((work, slots),) = lists = full_lists(batch)
+    out, counters = run(batch, lists, stop_threshold=threshold, stop_step=step)
     assert counters[STOPPED] > 0
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
-    queries_per_tile = tile.block_m // 2
+    queries_per_tile = attend_tile(head_dim, device).block_m // 2
     start = 0
     for item in sorted(work.items.tolist(), key=lambda item: item[1]):
         number = work.items.tolist().index(item)
@@ -159,17 +172,15 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
 def test_rows_outside_the_work_list_are_not_written(device):
     batch = make_batch(device)
     batch.rows = batch.rows[1:]
-    work = batch.work()
-    out, _, _ = run(batch, work, full_lists(batch, work))
+    out, _ = run(batch, full_lists(batch))
     assert torch.isnan(out[:70]).all()
     assert torch.isfinite(out[70:]).all()
 
 
 def test_empty_list_attends_to_the_own_segment(device):
     batch = make_batch(device, budget=1e-9)
-    work = batch.work()
-    assert work.max_list == 0
-    out, counters, _ = run(batch, work, full_lists(batch, work))
+    assert all(work.max_list == 0 for work in batch.work())
+    out, counters = run(batch, full_lists(batch))
     assert torch.isfinite(out).all()
     assert counters[VISITED] == 0
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
 
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
+from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
 
@@ -12,17 +12,19 @@ def operator_for(batch, **options):
     return SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale, **options)
 
 
-def run(batch, work, **options):
+def run(batch, works, **options):
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     operator = operator_for(batch, **options)
-    operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+    for work in works:
+        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
     return out, counters
 
 
-def test_density_is_at_most_the_budget(device):
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_density_is_at_most_the_budget(device, ranking):
     batch = make_batch(device, budget=0.25)
-    _, counters = run(batch, batch.work())
+    _, counters = run(batch, batch.work(), ranking=ranking)
     assert 0.2 < counters[VISITED] / counters[ELIGIBLE] <= 0.25
 
 
@@ -32,19 +34,21 @@ def test_dense_segments_are_exact(device):
     assert relative_error(out, dense_attention(batch)) < TOLERANCE
 
 
-def test_error_falls_as_the_budget_rises(device):
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_error_falls_as_the_budget_rises(device, ranking):
     torch.manual_seed(0)
     batch = make_batch(device, spread=2.0)
     truth = dense_attention(batch)
     errors = []
     for budget in (0.1, 0.5, 0.999):
         batch.rows = [row._replace(budget=budget) for row in batch.rows]
-        errors.append(relative_error(run(batch, batch.work())[0], truth))
+        errors.append(relative_error(run(batch, batch.work(), ranking=ranking)[0], truth))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.2
 
 
-def test_finds_the_token_that_every_query_wants(device):
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_finds_the_token_that_every_query_wants(device, ranking):
     """A needle: with 5 % of the history the output is that of dense attention."""
     batch = make_batch(device, chunks=((600, 32),), budget=0.05)
     needle = torch.nn.functional.normalize(torch.randn(64), dim=0).to(device) * 40
@@ -52,7 +56,7 @@ def test_finds_the_token_that_every_query_wants(device):
     block = int(batch.block_table[0, 333 // page])
     batch.kv_cache[block, :, 333 % page, :64] = needle
     batch.query += needle
-    out, _ = run(batch, batch.work())
+    out, _ = run(batch, batch.work(), ranking=ranking)
     assert relative_error(out, dense_attention(batch)) < max(1e-3, TOLERANCE)
 
 
@@ -63,11 +67,12 @@ def test_query_permutation_keeps_the_result(device):
     assert relative_error(permuted, plain) < TOLERANCE
 
 
-def test_a_request_does_not_depend_on_its_neighbours(device):
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_a_request_does_not_depend_on_its_neighbours(device, ranking):
     batch = make_batch(device)
-    together, _ = run(batch, batch.work())
+    together, _ = run(batch, batch.work(), ranking=ranking)
     batch.rows = batch.rows[:1]
-    alone, _ = run(batch, batch.work())
+    alone, _ = run(batch, batch.work(), ranking=ranking)
     torch.testing.assert_close(alone[:70], together[:70], atol=0, rtol=0)
 
 
@@ -75,6 +80,11 @@ def test_refuses_an_unknown_head_dim(device):
     batch = make_batch(device, head_dim=32)
     with pytest.raises(ValueError, match="head_dim is 32"):
         operator_for(batch)
+
+
+def test_refuses_an_unknown_ranking(device):
+    with pytest.raises(ValueError, match="ranking is 'best', must be one of low_rank, mean_query"):
+        operator_for(make_batch(device), ranking="best")
 
 
 def test_warm_up_touches_nothing(device):

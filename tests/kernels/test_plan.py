@@ -38,21 +38,24 @@ def test_list_never_exceeds_the_budget():
             assert item[plan.LIST_LENGTH] <= budget * item[plan.HISTORY]
 
 
-def test_items_of_a_request_are_adjacent_longest_first_and_grouped():
-    rows = [PrefillRow(0, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
-    (work,) = build_work_lists(rows, 32, 0, CPU, 1000)
-    items = work.items.tolist()
-    assert [item[0] for item in items] == [0] * 40 + [1]
-    histories = [item[plan.HISTORY] for item in items[:40]]
-    assert histories == sorted(histories, reverse=True)
-    assert work.groups.tolist() == [[0, 16], [16, 16], [32, 8], [40, 1]]
-    assert (work.max_history, work.max_list, work.max_queries) == (39 * 32, 39 * 16, 32)
+def test_each_request_has_its_lists_longest_history_first():
+    rows = [PrefillRow(4, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
+    one, other = build_work_lists(rows, 32, 0, CPU, 1000)
+    histories = [item[plan.HISTORY] for item in one.items.tolist()]
+    assert histories == list(range(39 * 32, -1, -32))
+    assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
+    assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16, 32)
+    assert (one.row, one.query_start, one.num_queries) == (4, 0, 1280)
+    assert (other.row, other.query_start, other.num_queries) == (1, 1280, 32)
+    assert one.first
+    assert other.first
 
 
-def test_waves_hold_every_item_once():
-    rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
-    waves = build_work_lists(rows, 32, 0, CPU, 4)
+def test_waves_hold_every_item_once_and_the_first_sees_the_most():
+    waves = build_work_lists([PrefillRow(0, 0, 10 * 32, 64, 0.5)], 32, 0, CPU, 4)
     assert [wave.num_items for wave in waves] == [4, 4, 2]
+    assert [wave.first for wave in waves] == [True, False, False]
+    assert waves[0].max_history == max(wave.max_history for wave in waves)
     starts = sorted(item[1] for wave in waves for item in wave.items.tolist())
     assert starts == list(range(0, 320, 32))
 

@@ -32,20 +32,20 @@ def random_scores(work, kv_heads, device, kind):
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
 def test_lists_match_the_reference(device, kind, budget, page):
     batch = make_batch(device, budget=budget, page=page, chunks=((400, 40), (0, 10), (129, 3)))
-    work = batch.work()
-    scores = random_scores(work, 2, device, kind)
-    slots = select_with_kernel(batch, work, scores)
-    wanted = reference.select(scores, batch.block_table, work, page)
-    for number, item in enumerate(work.items.tolist()):
-        count = item[LIST_LENGTH]
-        torch.testing.assert_close(slots[number, :, :count], wanted[number, :, :count])
-        assert (slots[number, :, count:] == -7).all(), "wrote beyond the list"
+    for work in batch.work():
+        scores = random_scores(work, 2, device, kind)
+        slots = select_with_kernel(batch, work, scores)
+        wanted = reference.select(scores, batch.block_table, work, page)
+        for number, item in enumerate(work.items.tolist()):
+            count = item[LIST_LENGTH]
+            torch.testing.assert_close(slots[number, :, :count], wanted[number, :, :count])
+            assert (slots[number, :, count:] == -7).all(), "wrote beyond the list"
 
 
 def test_page_table_is_the_only_indirection(device):
     """The same scores over another placement of the blocks select the same tokens."""
     batch = make_batch(device, chunks=((300, 20),))
-    work = batch.work()
+    (work,) = batch.work()
     scores = random_scores(work, 2, device, "normal")
     moved = make_batch(device, chunks=((300, 20),))
     page = batch.kv_cache.shape[2]
@@ -82,7 +82,7 @@ def test_order_is_by_tier_and_by_address_inside_one():
 
 def test_every_list_is_full_and_without_repeats(device):
     batch = make_batch(device, budget=0.3, chunks=((400, 64),))
-    work = batch.work()
+    (work,) = batch.work()
     slots = select_with_kernel(batch, work, random_scores(work, 2, device, "few values"))
     for number, item in enumerate(work.items.tolist()):
         assert item[DENSE_START] > 0

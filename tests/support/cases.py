@@ -22,9 +22,9 @@ class Batch:
     rows: list[PrefillRow]
     scale: float
 
-    def work(self, *, min_context: int = 0, segment: int = SEGMENT) -> WorkList:
-        (work,) = build_work_lists(self.rows, segment, min_context, self.query.device, 1000)
-        return work
+    def work(self, *, min_context: int = 0, segment: int = SEGMENT) -> list[WorkList]:
+        """One list per request."""
+        return build_work_lists(self.rows, segment, min_context, self.query.device, 1000)
 
 
 def make_batch(
@@ -98,19 +98,19 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     return out
 
 
-def full_lists(batch: Batch, work: WorkList) -> torch.Tensor:
-    """Slot lists that hold the whole history in a random order."""
-    page = batch.kv_cache.shape[2]
-    kv_heads = batch.kv_cache.shape[1]
-    slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
-    table = batch.block_table.cpu()
-    for number, item in enumerate(work.items.tolist()):
-        for head in range(kv_heads):
-            positions = torch.randperm(item[5])
-            slots[number, head, : item[5]] = (
-                table[item[0]][positions // page] * page + positions % page
-            )
-    return slots.to(batch.query.device)
+def full_lists(batch: Batch) -> list[tuple[WorkList, torch.Tensor]]:
+    """Each request's work with lists of random history tokens, as many as its budget allows."""
+    page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
+    lists = []
+    for work in batch.work():
+        slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+        table = batch.block_table[work.row].cpu()
+        for number, item in enumerate(work.items.tolist()):
+            for head in range(kv_heads):
+                positions = torch.randperm(item[4])[: item[5]]
+                slots[number, head, : item[5]] = table[positions // page] * page + positions % page
+        lists.append((work, slots.to(batch.query.device)))
+    return lists
 
 
 def nan_like(tensor: torch.Tensor) -> torch.Tensor:
