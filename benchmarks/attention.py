@@ -6,6 +6,8 @@ No time is reported unless the correctness check of the same run has passed.
 """
 
 import argparse
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 import torch
 
-from s2o_vllm.kernels import attend, rank, select
+from s2o_vllm.config import RANKINGS
+from s2o_vllm.kernels import attend
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     ELIGIBLE,
@@ -107,9 +110,7 @@ def fa2(prompt: Prompt) -> Callable[[], torch.Tensor]:
     """Return FlashAttention 2 (through torch) over contiguous keys and values."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    query, key, value = (
-        x.transpose(0, 1)[None] for x in (prompt.query, prompt.key, prompt.value)
-    )
+    query, key, value = (x.transpose(0, 1)[None] for x in (prompt.query, prompt.key, prompt.value))
 
     def run() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -123,12 +124,12 @@ def fa2(prompt: Prompt) -> Callable[[], torch.Tensor]:
 class Sparse:
     """The operator over a whole prompt, its two halves callable on their own."""
 
-    def __init__(self, prompt: Prompt, budget: float, segment: int, min_context: int):
+    def __init__(self, prompt: Prompt, ranking: str, budget: float, segment: int, min_context: int):
         tokens, heads, head_dim = prompt.query.shape
         self.prompt = prompt
         self.operator = SparsePrefill(
             Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment),
-            prompt.query.dtype, prompt.query.device, scale=prompt.scale,
+            prompt.query.dtype, prompt.query.device, scale=prompt.scale, ranking=ranking,
         )  # fmt: skip
         self.waves = build_work_lists(
             [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
@@ -149,20 +150,15 @@ class Sparse:
 
     def rank(self) -> None:
         """Rank and select only."""
-        assert self.operator.space is not None
-        ranking, selection = self.operator.space
         for work in self.waves:
-            rank.mean_query_scores(
-                *self.arguments(work), selection.scores, ranking, scale=self.prompt.scale
-            )
-            select.select(self.prompt.block_table, work, PAGE, selection)
+            self.operator.rank(*self.arguments(work))
 
     def attend(self, stop_threshold: float = 0.0) -> None:
         """Attend only, over the lists that the last ranking left (the last wave's for all)."""
         assert self.operator.space is not None
         for work in self.waves:
             attend.attend(
-                *self.arguments(work), self.operator.space[1].slots, self.out, self.counters,
+                *self.arguments(work), self.operator.space.selection.slots, self.out, self.counters,
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 
@@ -173,7 +169,7 @@ class Sparse:
         return float(self.counters[VISITED] / self.counters[ELIGIBLE])
 
 
-def check(shape: tuple[int, int, int], segment: int) -> dict[str, float]:
+def check(shape: tuple[int, int, int], ranking: str) -> dict[str, float]:
     """Compare the operator with everything listed to fp64 attention.
 
     Returns:
@@ -196,7 +192,9 @@ def check(shape: tuple[int, int, int], segment: int) -> dict[str, float]:
         return (scores.masked_fill(future, float("-inf")).softmax(-1) @ value).transpose(0, 1)
 
     truth = dense(torch.float64)
-    sparse = Sparse(prompt, 1.0, segment, 0)  # every list holds the whole history
+    sparse = Sparse(
+        prompt, ranking, 1.0, RANKINGS[ranking], 0
+    )  # every list holds the whole history
     sparse.out.fill_(float("nan"))
     result = sparse.run().double()
     norm = truth.norm()
@@ -212,27 +210,27 @@ def check(shape: tuple[int, int, int], segment: int) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row per shape, context and budget."""
-    for name in args.shapes:
-        shape = SHAPES[name]
-        gate = check(shape, args.segment)
-        for context in args.contexts:
-            prompt = make_prompt(shape, context)
-            baselines = {
-                "fa3_paged_ms": milliseconds(fa3_paged(prompt)),
-                "fa2_ms": milliseconds(fa2(prompt)),
-            }
-            dense_mode = Sparse(prompt, 1.0, args.segment, context + 1)
+    for name, context in itertools.product(args.shapes, args.contexts):
+        prompt = make_prompt(SHAPES[name], context)
+        baselines = {
+            "fa3_paged_ms": milliseconds(fa3_paged(prompt)),
+            "fa2_ms": milliseconds(fa2(prompt)),
+        }
+        for ranking in args.rankings:
+            gate = check(SHAPES[name], ranking)
+            segment = args.segment or RANKINGS[ranking]
+            dense_mode = Sparse(prompt, ranking, 1.0, segment, context + 1)
             baselines["dense_mode_ms"] = milliseconds(dense_mode.run)
             for budget in args.budgets:
-                sparse = Sparse(prompt, budget, args.segment, args.min_context)
+                sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
                 density = sparse.density()
                 attend_ms = milliseconds(sparse.attend)
-                stopping_ms = milliseconds(lambda s=sparse: s.attend(NEVER))
+                stopping_ms = milliseconds(functools.partial(sparse.attend, NEVER))
                 yield {
                     "shape": name,
                     "context": context,
-                    "ranking": "mean_query",
-                    "segment": args.segment,
+                    "ranking": ranking,
+                    "segment": segment,
                     "budget": budget,
                     "density": density,
                     "rank_ms": milliseconds(sparse.rank),
@@ -252,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--shapes", nargs="+", choices=SHAPES, default=["llama-3.1-8b"], metavar="NAME")
     add("--contexts", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
     add("--budgets", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2], metavar="B")
-    add("--segment", type=int, default=512, metavar="QUERIES")
+    add("--rankings", nargs="+", choices=RANKINGS, default=list(RANKINGS), metavar="R")
+    add("--segment", type=int, default=0, metavar="QUERIES", help="default: the ranking's own")
     add("--min-context", type=int, default=0, metavar="TOKENS")
     add("--out", type=Path, default=Path("benchmarks/results/attention.json"), metavar="FILE")
     args = parser.parse_args(argv)
@@ -263,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         save(args.out, header(), rows)
         print(
-            f"{row['shape']} {row['context']:>7} budget {row['budget']:<5} "
+            f"{row['shape']} {row['context']:>7} {row['ranking']:>10} budget {row['budget']:<5} "
             f"rank {row['rank_ms']:7.2f} attend {row['attend_ms']:7.2f} "
             f"total {row['total_ms']:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
             f"({row['fa3_paged_ms'] / row['total_ms']:.1f}x), FA2 {row['fa2_ms']:7.2f} "

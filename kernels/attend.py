@@ -17,16 +17,16 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _online_softmax(s, v, m, l, acc, PRECISION: tl.constexpr):
-    """Fold a tile of base-2 scores [M, N] and values [N, D] into (m, l, acc)."""
+def _online_softmax(s, v, m, mass, acc, PRECISION: tl.constexpr):
+    """Fold a tile of base-2 scores [M, N] and values [N, D] into (m, mass, acc)."""
     m_new = tl.maximum(m, tl.max(s, 1))
     # A row that has seen nothing yet keeps m = -inf; shift by 0 there, not by inf - inf.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - shift[:, None])
     alpha = tl.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1)
+    mass = mass * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m_new, l, acc
+    return m_new, mass, acc
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PA
 
 @triton.jit
 def _visit(
-    q, p_k, p_v, p_list, tile, m_n, m, l, acc, o_d, scale_log2, softcap,
+    q, p_k, p_v, p_list, tile, m_n, m, mass, acc, o_d, scale_log2, softcap,
     stride_block, stride_token,
     MASKED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,7 +68,7 @@ def _visit(
         s = _softcap(s, softcap)
     if MASKED:
         s = tl.where(m_n[None, :], s, float("-inf"))
-    return _online_softmax(s, v, m, l, acc, PRECISION)
+    return _online_softmax(s, v, m, mass, acc, PRECISION)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _attend_kernel(
     q = _load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     o_n = tl.arange(0, BLOCK_N)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
@@ -129,7 +129,7 @@ def _attend_kernel(
         if SOFTCAP:
             s = _softcap(s, softcap)
         s = tl.where(position[None, :] <= history + o_query[:, None], s, float("-inf"))
-        m, l, acc = _online_softmax(s, v, m, l, acc, PRECISION)
+        m, mass, acc = _online_softmax(s, v, m, mass, acc, PRECISION)
 
     # Pass 2: the listed slots, each visible to every query of the segment.
     p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
@@ -140,33 +140,33 @@ def _attend_kernel(
     running = count > 0
     if EARLY_STOP:
         while (seen < full) & running:
-            m_before, l_before = m, l
+            m_before, mass_before = m, mass
             stop = tl.minimum(seen + STOP_STEP, full)
             for tile in range(seen, stop):
-                m, l, acc = _visit(
-                    q, p_k, p_v, p_list, tile, m_tail, m, l, acc, o_d, scale_log2, softcap,
+                m, mass, acc = _visit(
+                    q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale_log2, softcap,
                     stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
                 )  # fmt: skip
             seen = stop
             # The largest relative gain of any row decides: no row loses mass unseen.
-            gain = 1.0 - l_before * tl.exp2(m_before - m) / l
+            gain = 1.0 - mass_before * tl.exp2(m_before - m) / mass
             running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
     else:
         for tile in range(0, full):
-            m, l, acc = _visit(
-                q, p_k, p_v, p_list, tile, m_tail, m, l, acc, o_d, scale_log2, softcap,
+            m, mass, acc = _visit(
+                q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale_log2, softcap,
                 stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
             )  # fmt: skip
         seen = full
     visited = seen * BLOCK_N
     if running & (tail > 0):
-        m, l, acc = _visit(
-            q, p_k, p_v, p_list, full, m_tail, m, l, acc, o_d, scale_log2, softcap,
+        m, mass, acc = _visit(
+            q, p_k, p_v, p_list, full, m_tail, m, mass, acc, o_d, scale_log2, softcap,
             stride_block, stride_token, True, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
         )  # fmt: skip
         visited += tail
 
-    acc = acc / l[:, None]
+    acc = acc / mass[:, None]
     o_o = (query_start + o_query) * stride_o_token + head * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],

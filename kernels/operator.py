@@ -47,7 +47,7 @@ class Shape:
         return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
 
 
-RANKINGS = {"low_rank": 64, "mean_query": 512}  # and the segment size that suits each
+RANKINGS = ("low_rank", "mean_query")
 
 
 class SparsePrefill:
@@ -89,12 +89,12 @@ class SparsePrefill:
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tile = attend_tile(shape.head_dim, device)
+        self.space: Any = None  # a Workspace, on a CUDA device
         if device.type == "cuda":
             self.space = workspace(shape, dtype, device, ranking)
         else:
-            self.space = None
             low_rank = reference.LowRankReference()
-            self.reference = low_rank if ranking == "low_rank" else reference.mean_query_scores
+            self.reference: Any = low_rank if ranking == "low_rank" else reference.mean_query_scores
 
     def warm_up(
         self, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor
@@ -130,7 +130,7 @@ class SparsePrefill:
             counters: int64 ``[NUM_COUNTERS]``, added to.
         """
         order = query_order(query, work, self.shape) if self.permute_queries else None
-        options = {
+        options: dict[str, Any] = {
             "scale": self.scale,
             "softcap": self.softcap,
             "stop_threshold": self.stop_threshold,

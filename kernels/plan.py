@@ -88,7 +88,7 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     less than ``min_context`` history is attended densely: its list is empty and its dense
     pass starts at token 0.
     """
-    items = []
+    items: list[tuple[int, ...]] = []
     position, end = row.context, row.context + row.num_queries
     while position < end:
         stop = min(end, (position // segment + 1) * segment)

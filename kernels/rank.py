@@ -93,7 +93,7 @@ def _score_kernel(
         p_scores += i_head * stride_scores_head
     else:
         m = tl.full([ROWS], float("-inf"), tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
 
     for o in range(start, tl.minimum(start + CHUNK, longest), BLOCK):
         o_n = o + tl.arange(0, BLOCK)
@@ -114,10 +114,10 @@ def _score_kernel(
         else:
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+            mass = mass * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             m = m_new
     if not WRITE_SCORES:
-        tl.store(p_lse + o_lse + i_chunk, m + tl.log2(tl.where(l > 0, l, 1.0)), m_row)
+        tl.store(p_lse + o_lse + i_chunk, m + tl.log2(tl.where(mass > 0, mass, 1.0)), m_row)
 
 
 class RankWorkspace:

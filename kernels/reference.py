@@ -255,8 +255,10 @@ def attend(
 
         dense = (history - dense_start) * count * kv_heads
         tiles = -(-count // queries_per_tile)
-        stopped = visited[:, ::queries_per_tile] if order is None else tile_firsts(
-            visited, order[number, :, :count].long(), queries_per_tile
+        stopped = (
+            visited[:, ::queries_per_tile]
+            if order is None
+            else tile_firsts(visited, order[number, :, :count].long(), queries_per_tile)
         )
         counters += torch.tensor(
             [

@@ -149,9 +149,7 @@ def _emit_kernel(
     if (start >= n) | (count == 0):
         return
     i_list = i_item * tl.num_programs(1) + i_head
-    best, worst = _bounds_of_list(
-        p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD
-    )
+    best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
     p_scores += i_item * stride_item + i_head * stride_head
     p_slots += i_item * stride_slots_item + i_head * stride_slots_head
     p_tier_bounds += i_list * TIERS_PAD

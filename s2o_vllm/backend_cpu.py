@@ -38,23 +38,18 @@ class CacheLayout:
 
     def __init__(self, isa: str, page: int, head_dim: int, dtype: torch.dtype):
         numbers = torch.arange(page * head_dim)
-        digits = [numbers % self.DIGIT, numbers // self.DIGIT % self.DIGIT]
-        digits.append(numbers // self.DIGIT**2)
-        found = [0, 0]
+        digits = [numbers // self.DIGIT**place % self.DIGIT for place in range(3)]
+        found = torch.zeros(2, page * head_dim, dtype=torch.long)  # of keys and of values
         for place, digit in enumerate(digits):
             block = torch.zeros(1, 1, 2 * page, head_dim, dtype=dtype)
             tokens = digit.reshape(page, 1, head_dim).to(dtype)
-            halves = block.chunk(2, dim=2)
-            slots = torch.arange(page)
-            ops.cpu_attn_reshape_and_cache(tokens, tokens, *halves, slots, isa)
-            for half in range(2):
-                read = halves[half].reshape(-1).long() * self.DIGIT**place
-                found[half] = found[half] + read
-        # found[half][place in the block] is the element's number; invert it.
-        self.order = torch.cat([torch.argsort(half) + i * page * head_dim
-                                for i, half in enumerate(found)])  # fmt: skip
-        if any(not torch.equal(half.sort().values, numbers) for half in found):
+            keys, values = block.chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(tokens, tokens, keys, values, torch.arange(page), isa)
+            found += block.reshape(2, -1).long() * self.DIGIT**place
+        if not torch.equal(found.sort().values, numbers.expand(2, -1)):
             raise RuntimeError(f"s2o: vLLM's CPU cache layout {isa!r} could not be read back")
+        # found[half][place in the half] is the element's number; invert it.
+        self.order = (found.argsort() + torch.tensor([[0], [page * head_dim]])).flatten()
         self.page, self.head_dim = page, head_dim
 
     def tokens(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -71,7 +66,7 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See :meth:`SparseImpl.forward`."""
-        self._isa = getattr(layer, "isa", None)
+        self._isa = str(getattr(layer, "isa", ""))
         return super().forward(layer, *args, **kwargs)
 
     def sparse_cache(
@@ -81,14 +76,15 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         page = kv_cache.shape[2]
         key = (self._isa, page, self.head_size, kv_cache.dtype)
         if key not in self._layouts:
-            self._layouts[key] = CacheLayout(*key)
+            self._layouts[key] = CacheLayout(self._isa, page, self.head_size, kv_cache.dtype)
         table = torch.zeros_like(block_table)
-        blocks = []
+        blocks: list[torch.Tensor] = []
+        first = 0
         for row in plan.sparse_rows:
             count = -(-(row.context + row.num_queries) // page)
-            first = sum(map(len, blocks))
             table[row.row, :count] = torch.arange(first, first + count)
             blocks.append(block_table[row.row, :count])
+            first += count
         return self._layouts[key].tokens(kv_cache[torch.cat(blocks).long()]), table
 
 

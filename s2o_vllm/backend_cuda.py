@@ -15,7 +15,7 @@ from .forward import SparseImpl
 from .metadata import SparseBuilder
 
 
-class S2OImpl(SparseImpl, FlashAttentionImpl):
+class S2OImpl(SparseImpl, FlashAttentionImpl):  # type: ignore[misc]
     """FlashAttention, with the sparse rows of a step on S2O's kernels."""
 
 

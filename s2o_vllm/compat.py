@@ -105,7 +105,9 @@ FLAGS = {
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "segment_size": "Queries that are ranked together. Default: 512.",
+    "ranking": "How the history is ranked: low_rank (every query against a low-rank image of the "
+    "keys) or mean_query (the paper's). Default: low_rank.",
+    "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
 }
 
@@ -186,7 +188,9 @@ def unsupported_model(vllm_config: Any) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     if model.use_mla:
-        return f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
+        return (
+            f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
+        )
     if model.runner_type != "generate":
         return f"runner is {model.runner_type!r}, must be 'generate' (decoder-only text generation)"
     if model.is_encoder_decoder:

@@ -13,6 +13,10 @@ KEY = "s2o"  # the settings' place in vLLM's additional_config
 ENV_PREFIX = "S2O_"
 REQUEST_PREFIX = "s2o_"
 
+# What ranks the history, and how many queries share a list by default: the paper's mean query
+# in its segments of 512, or every query against a low-rank image of the keys.
+RANKINGS = {"low_rank": 64, "mean_query": 512}
+
 
 class ConfigError(ValueError):
     """A setting was refused; the message is one sentence for the user."""
@@ -31,7 +35,9 @@ class S2OConfig:
             over a layer's heads; 1.0 is stock attention.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
-        segment_size: queries that are ranked together (S2O's segment).
+        ranking: how the history is ranked, one of ``RANKINGS``.
+        segment_size: queries that are ranked together (S2O's segment); 0 takes what suits the
+            ranking.
         permute_queries: group like queries into tiles (S2O's Q permutation).
 
     Raises:
@@ -41,7 +47,8 @@ class S2OConfig:
     sparsity_budget: float = 0.1
     stop_threshold: float = 0.0
     min_context: int = 8192
-    segment_size: int = 512
+    ranking: str = "low_rank"
+    segment_size: int = 0
     permute_queries: bool = False
 
     def __post_init__(self) -> None:
@@ -53,17 +60,25 @@ class S2OConfig:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise _refusal("min_context", value, "a whole number of tokens, 0 or more")
         value = self.segment_size
-        if not isinstance(value, int) or isinstance(value, bool) or not 16 <= value <= 4096:
-            raise _refusal("segment_size", value, "a whole number of queries from 16 to 4096")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not (value == 0 or 16 <= value <= 4096):
+            raise _refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
+        if self.ranking not in RANKINGS:
+            raise _refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
         if not isinstance(self.permute_queries, bool):
             raise _refusal("permute_queries", self.permute_queries, "true or false")
+
+    @property
+    def segment(self) -> int:
+        """Queries per segment."""
+        return self.segment_size or RANKINGS[self.ranking]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
         return asdict(self)
 
 
-FIELDS = {field.name: field.type for field in fields(S2OConfig)}
+FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
 
 
 def _refusal(key: str, value: Any, allowed: str) -> ConfigError:

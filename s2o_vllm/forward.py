@@ -25,14 +25,15 @@ class SparseImpl:
         super().__init__(*args, **kwargs)
         from vllm.config import get_current_vllm_config
 
-        self._s2o_config = get_current_vllm_config()
-        self._s2o = compat.settings_of(self._s2o_config)
-        self.s2o_reason = "not_configured" if self._s2o is None else layer_reason(self)
-        self._s2o_operator: SparsePrefill | None = None
+        vllm_config = get_current_vllm_config()
+        settings = compat.settings_of(vllm_config)
+        self.s2o_reason = layer_reason(self) if settings else "not_configured"
+        self._s2o: Any = settings
+        self._s2o_operator: Any = None  # a SparsePrefill, once reserved
         self._s2o_warm = False
         self._s2o_counters: torch.Tensor | None = None
-        if self.s2o_reason is None:
-            self._s2o_shape = shape_of(self, self._s2o_config, self._s2o.segment_size)
+        if settings is not None and self.s2o_reason is None:
+            self._s2o_shape = shape_of(self, vllm_config, settings.segment)
             self.s2o_items_per_wave = self._s2o_shape.items_per_wave
 
     def reserve(self, query: torch.Tensor) -> None:
@@ -45,6 +46,7 @@ class SparseImpl:
             query.device,
             scale=self.scale,  # type: ignore[attr-defined]
             softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
+            ranking=self._s2o.ranking,
             stop_threshold=self._s2o.stop_threshold,
             permute_queries=self._s2o.permute_queries,
         )

@@ -60,7 +60,9 @@ def split_rows(
         The sparse rows, the dense runs (first, last exclusive), and for each dense *prefill*
         row the reason. Empty rows (padding) belong to neither.
     """
-    sparse, runs, reasons = [], [], []
+    sparse: list[PrefillRow] = []
+    runs: list[tuple[int, int]] = []
+    reasons: list[str] = []
     for row, total in enumerate(seq_lens):
         count = starts[row + 1] - starts[row]
         if count == 0:
@@ -146,7 +148,7 @@ class SparseBuilder:
         ]
         work = build_work_lists(
             sparse,
-            settings.segment_size,
+            settings.segment,
             settings.min_context,
             common.block_table_tensor.device,
             self.s2o_items_per_wave,

@@ -106,7 +106,7 @@ class WorkerCounters:
         from prometheus_client.mmap_dict import mmap_key
 
         for (metric, reason), value in self.totals().items():
-            names, values = (("reason",), (reason,)) if reason else ((), ())
+            names, values = (["reason"], [reason]) if reason else ([], [])
             key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
             self._file.write_value(key, float(value), 0.0)
 

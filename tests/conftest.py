@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from models import write_model
 
 # A test machine has little memory to give to a KV cache, and no hub.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from s2o_vllm.loadtest import bench, cli, main, plot, report, server
 from s2o_vllm.loadtest.arms import Arm, LoadTestError, parse_arm, parse_arms
 
@@ -264,9 +265,9 @@ def test_every_arm_and_rate_becomes_a_row(
         ("stock", 1.0, 1.0), ("stock", 1.0, 2.0), ("s2o", 0.1, 1.0), ("s2o", 0.1, 2.0),
     ]  # fmt: skip
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    salts = [salt for *_, salt in measured]
-    assert salts[:3] == salts[3:], "both arms are measured alike"
-    assert len(set(salts)) == 3, "no rate finds its prompts cached by another"
+    loads = [tuple(rest) for _, _, *rest, _ in measured]
+    assert loads[:3] == loads[3:], "both arms get the same load"
+    assert len({salt for *_, salt in measured}) == 6, "no run finds its prompts cached by another"
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,7 @@ class Server:
     def total(self, metric: str) -> float:
         """A counter's value, summed over its labels."""
         name = metric + "_total"
-        return sum(
-            value for key, value in self.metrics().items() if key.split("{")[0] == name
-        )
+        return sum(value for key, value in self.metrics().items() if key.split("{")[0] == name)
 
 
 def start_server(folder: Path, name: str, model: str, *flags: str) -> Server:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from cases import (
     DTYPES,
     SEGMENT,
@@ -10,7 +11,6 @@ from cases import (
     nan_like,
     relative_error,
 )
-
 from s2o_vllm.kernels import attend, reference
 from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, STOPPED, VISITED
 from s2o_vllm.kernels.tiles import attend_tile

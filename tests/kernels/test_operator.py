@@ -1,7 +1,7 @@
 import pytest
 import torch
-from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
 
+from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
 from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from cases import DTYPES, make_batch
 
+from cases import DTYPES, make_batch
 from s2o_vllm.kernels import basis, low_rank, rank, reference
 from s2o_vllm.kernels.plan import DENSE_START
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from cases import make_batch
 
+from cases import make_batch
 from s2o_vllm.kernels import reference, select
 from s2o_vllm.kernels.plan import BUCKETS, DENSE_START, LIST_LENGTH
 
@@ -55,8 +55,7 @@ def test_page_table_is_the_only_indirection(device):
         table = one.block_table[0].tolist()
         count = work.items[0, LIST_LENGTH]
         position[name] = [
-            table.index(slot // page) * page + slot % page
-            for slot in slots[0, 0, :count].tolist()
+            table.index(slot // page) * page + slot % page for slot in slots[0, 0, :count].tolist()
         ]
     assert not torch.equal(batch.block_table, moved.block_table)
     assert position["a"] == position["b"]

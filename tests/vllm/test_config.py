@@ -7,7 +7,9 @@ from s2o_vllm import config
 from s2o_vllm.config import ConfigError, S2OConfig, resolve
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 1.5, -0.1, math.nan, math.inf, "lots", "0.1", True, None])
+@pytest.mark.parametrize(
+    "value", [0, 0.0, 1.5, -0.1, math.nan, math.inf, "lots", "0.1", True, None]
+)
 def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
     with pytest.raises(ConfigError) as refusal:
         S2OConfig(sparsity_budget=value)
@@ -28,6 +30,8 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("min_context", 1.5, "whole number"),
         ("segment_size", 8, "16 to 4096"),
         ("segment_size", 5000, "16 to 4096"),
+        ("ranking", "best", "one of low_rank, mean_query"),
+        ("ranking", 3, "one of low_rank, mean_query"),
         ("permute_queries", "yes", "true or false"),
     ],
 )
@@ -73,6 +77,14 @@ def test_bad_environment_is_refused_by_key(variable, text):
 
 def test_environment_booleans():
     assert resolve({}, None, {"S2O_PERMUTE_QUERIES": "true"}).permute_queries is True
+
+
+def test_each_ranking_has_its_segment_size_and_a_kernel():
+    from s2o_vllm.kernels import operator
+
+    assert tuple(config.RANKINGS) == operator.RANKINGS
+    assert S2OConfig(ranking="mean_query").segment == 512
+    assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 
 
 def test_dictionary_round_trip():

@@ -4,9 +4,10 @@ import torch
 ops = pytest.importorskip("vllm._custom_ops")
 pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
 
-from s2o_vllm.backend_cpu import CacheLayout  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
+
+from s2o_vllm.backend_cpu import CacheLayout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 

@@ -108,7 +108,10 @@ def test_a_mixed_step():
     plan = metadata.s2o
     assert [row.row for row in plan.sparse_rows] == [1]
     assert [work.num_items for work in plan.work] == [2, 1]  # cut at 1024 and 1088
-    assert [(part.rows, part.tokens) for part in plan.dense] == [((0, 1), (0, 1)), ((2, 3), (131, 181))]
+    assert [(part.rows, part.tokens) for part in plan.dense] == [
+        ((0, 1), (0, 1)),
+        ((2, 3), (131, 181)),
+    ]
     last = plan.dense[1].metadata.common
     assert last.query_start_loc.tolist() == [0, 50]
     assert (last.num_reqs, last.num_actual_tokens, last.max_query_len) == (1, 50, 50)
@@ -166,7 +169,10 @@ def test_runner_v1_budgets_follow_the_batch(monkeypatch):
     budgets = compat.RequestBudgets()
     params = SimpleNamespace(extra_args={"s2o_sparsity_budget": 0.5})
     budgets.runner_v1 = SimpleNamespace(
-        requests={"a": SimpleNamespace(sampling_params=None), "b": SimpleNamespace(sampling_params=params)},
+        requests={
+            "a": SimpleNamespace(sampling_params=None),
+            "b": SimpleNamespace(sampling_params=params),
+        },
         input_batch=SimpleNamespace(req_ids=["b", "a"]),
     )
     assert budgets.of_rows(SimpleNamespace(req_idx=None), 3, 0.1) == [0.5, 0.1, 0.1]

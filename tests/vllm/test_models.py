@@ -37,7 +37,7 @@ def test_sliding_window_everywhere_is_refused(make_model):
     model = make_model(
         architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=128
     )
-    with pytest.raises(ValueError, match="s2o: every layer of .* sliding window of 128"):
+    with pytest.raises(ValueError, match=r"s2o: every layer of .* sliding window of 128"):
         configure(model)
 
 

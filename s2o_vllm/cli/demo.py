@@ -1,0 +1,245 @@
+"""What ``make serve`` runs: the embedded server, and one long prompt through S2O.
+
+``python -m s2o_vllm.cli.demo [--once] [--port N] [any flag of s2o serve]``
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+VISITED = "s2o:history_tokens_visited_total"
+ELIGIBLE = "s2o:history_tokens_eligible_total"
+START_LIMIT = 900.0  # seconds; the first start downloads and converts the model
+STOP_LIMIT = 30.0
+SETTLE_LIMIT = 8  # seconds for the workers' counters to reach the server's page
+LOG_LINES = 25
+
+WHO = "The gardener|My neighbour|A young teacher|The old sailor|Her cousin|The baker|Our guide"
+DID = "repaired|painted|borrowed|described|measured|carried|photographed|remembered|cleaned"
+WHAT = "a wooden boat|the stone bridge|an empty notebook|the kitchen window|a bicycle|two lamps"
+WHERE = "near the harbour|behind the library|in the quiet valley|at the station|by the river"
+WHEN = "on a rainy morning|before lunch|late in the evening|during the festival|last winter"
+FACT = "The magic number of the lighthouse is 7429."
+FACT_AT = 0.75  # of the text
+QUESTION = "What is the magic number of the lighthouse?"
+OPENING = "The magic number of the lighthouse is"  # a model this small needs to be led
+SENTENCES = 370  # about 5,000 tokens
+
+
+class Answer(NamedTuple):
+    """What the server said, and how long its first token and all of it took, in seconds."""
+
+    text: str
+    prompt_tokens: int
+    first_token: float
+    total: float
+
+
+class ServerError(Exception):
+    """The server did not do what the demo needs; the message is for the user."""
+
+
+def long_prompt(sentences: int = SENTENCES, seed: int = 7) -> str:
+    """Return a long text with one fact in it, and a question about that fact at its end."""
+    choose = random.Random(seed).choice
+    parts = [part.split("|") for part in (WHO, DID, WHAT, WHERE, WHEN)]
+    lines = [" ".join(choose(part) for part in parts) + "." for _ in range(sentences)]
+    lines.insert(round(sentences * FACT_AT), FACT)
+    return f"{' '.join(lines)}\n\nQuestion: {QUESTION}\nAnswer: {OPENING}"
+
+
+def metric(page: str, name: str) -> float:
+    """Return the sum of a counter's samples in a Prometheus page, 0 if it has none."""
+    total = 0.0
+    for line in page.splitlines():
+        sample, _, value = line.rpartition(" ")
+        if sample.split("{", 1)[0] == name:
+            total += float(value)
+    return total
+
+
+def density(before: str, after: str) -> float | None:
+    """Return the share of history visited between two Prometheus pages, None if there was none."""
+    visited, eligible = (metric(after, name) - metric(before, name) for name in (VISITED, ELIGIBLE))
+    return visited / eligible if eligible > 0 else None
+
+
+def read(url: str) -> str | None:
+    """Return a page of the server, or None while it does not answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as page:
+            return str(page.read().decode("utf-8"))
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> float:
+    """Wait for the server, showing that it is alive; return the seconds it took.
+
+    Raises:
+        ServerError: with the server's last lines, if it ends or takes too long.
+    """
+    start = time.monotonic()
+    shown = 0
+    told = start
+    while time.monotonic() - start < START_LIMIT:
+        steps = [line for line in _lines(log) if line.startswith("s2o:")]
+        for step in steps[shown:]:
+            print(step, flush=True)
+        shown = len(steps)
+        if server.poll() is not None:
+            tail = "\n".join(_lines(log)[-LOG_LINES:])
+            raise ServerError(f"{tail}\nThe server ended with exit code {server.returncode}.")
+        if read(f"{url}/health") is not None:
+            return time.monotonic() - start
+        if time.monotonic() - told >= 10:
+            told = time.monotonic()
+            print(f"s2o: loading, {told - start:.0f} s so far", flush=True)
+        time.sleep(0.5)
+    tail = "\n".join(_lines(log)[-LOG_LINES:])
+    raise ServerError(f"{tail}\nThe server was not healthy within {START_LIMIT:.0f} s.")
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def ask(url: str, prompt: str) -> Answer:
+    """Send one prompt with the official client and time its first token."""
+    import openai
+
+    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+    model = client.models.list().data[0].id
+    pieces: list[str] = []
+    first, prompt_tokens = 0.0, 0
+    start = time.perf_counter()
+    stream = client.completions.create(
+        model=model,
+        prompt=prompt,
+        temperature=0,
+        max_tokens=32,
+        stop=["\n"],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        if chunk.usage is not None:
+            prompt_tokens = chunk.usage.prompt_tokens
+        if chunk.choices and (text := chunk.choices[0].text):
+            first = first or time.perf_counter() - start
+            pieces.append(text)
+    return Answer("".join(pieces).strip(), prompt_tokens, first, time.perf_counter() - start)
+
+
+def measured_density(url: str, before: str) -> float | None:
+    """Return the density since ``before``; the workers publish their counters with a delay."""
+    last = page = before
+    for _ in range(SETTLE_LIMIT):
+        time.sleep(1)
+        last, page = page, read(f"{url}/metrics") or ""
+        if metric(last, ELIGIBLE) == metric(page, ELIGIBLE) > metric(before, ELIGIBLE):
+            break
+    return density(before, page)
+
+
+def report(url: str) -> None:
+    """Ask the long question and print what came of it.
+
+    Raises:
+        ServerError: if the server refuses it.
+    """
+    import openai
+
+    prompt = long_prompt()
+    before = read(f"{url}/metrics") or ""
+    print(f"s2o: asking, after a text of {len(prompt.split()):,} words: {QUESTION}", flush=True)
+    try:
+        answer = ask(url, prompt)
+    except openai.OpenAIError as error:
+        raise ServerError(f"The server did not answer the long prompt: {error}") from error
+    share = measured_density(url, before)
+    print(f"\nAnswer:              {OPENING} {answer.text}")
+    print(f"In the text:         {FACT}")
+    print(f"Prompt:              {answer.prompt_tokens:,} tokens")
+    print(f"Time to first token: {answer.first_token:.2f} s")
+    if share is None:
+        print("Density:             no history was attended sparsely: this prompt ran dense")
+    else:
+        print(f"Density:             {share:.3f} (history tokens visited / eligible)")
+    print(flush=True)
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and its workers: gently first, at once if interrupted again."""
+    if server.poll() is not None:
+        return
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(STOP_LIMIT)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(server.pid, signal.SIGKILL)  # it leads a session of its own
+        server.wait()
+
+
+def run(server: subprocess.Popen, url: str, log: Path, *, once: bool) -> int:
+    """Wait for the server, ask, and stay until interrupted; return the exit code."""
+    seconds = wait_until_healthy(server, url, log)
+    print(f"s2o: healthy after {seconds:.0f} s", flush=True)
+    report(url)
+    if once:
+        return 0
+    print(f"The server stays up at {url}/v1 until Ctrl-C; its log: {log}", flush=True)
+    return server.wait()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s2o_vllm.cli.demo", description="A server, and one long prompt through it."
+    )
+    parser.add_argument("--once", action="store_true", help="stop the server after the answer")
+    parser.add_argument("--port", type=int, default=8000)
+    args, words = parser.parse_known_args(argv)
+    url = f"http://127.0.0.1:{args.port}"
+    if read(f"{url}/health") is not None:
+        print(f"demo: port {args.port} is taken: choose another with --port.", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _interrupt)
+    with tempfile.TemporaryDirectory(prefix="s2o-demo-") as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as output:
+            server = start(words, args.port, output)
+            try:
+                return run(server, url, log, once=args.once)
+            except ServerError as error:
+                print(f"{error}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                print("\ns2o: stopping the server", flush=True)
+                return 0
+            finally:
+                stop(server)
+
+
+def start(words: Sequence[str], port: int, output: IO[bytes]) -> subprocess.Popen:
+    """Start ``s2o serve`` in a session of its own, so that only ``stop`` interrupts it."""
+    command = [sys.executable, "-P", "-m", "s2o_vllm.cli", "serve", *words, "--port", str(port)]
+    return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
