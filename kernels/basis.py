@@ -6,7 +6,7 @@ covariance of the keys, the best one is spanned by the leading eigenvectors of C
 fitted anew for each chunk of queries against the history they see, so nothing is stored
 beside the KV cache: prefix-cache hits, preemption and block reuse need no care.
 
-Two things keep the fit cheap. One step of subspace iteration from random directions is as good
+Two things keep the fit cheap. Two steps of subspace iteration from random directions are about as good
 as the eigenvectors here (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
 """
 
@@ -19,7 +19,7 @@ from .plan import WorkList
 LOG2E = 1.4426950408889634
 RANK = 32
 SAMPLES = 4096  # keys, and queries x group, that the moments are taken from, at most
-STEPS = 1
+STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
 

@@ -42,7 +42,7 @@ def run_step(containing: str) -> str:
 
 def test_base_is_the_official_image_of_the_supported_release():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (pinned,) = project["optional-dependencies"]["cuda"]
+    pinned, *_ = project["optional-dependencies"]["cuda"]
     arguments = dict(rest.split("=", 1) for name, rest in instructions() if name == "ARG")
     base = final_stage()[0][1].replace("${VLLM_VERSION}", arguments["VLLM_VERSION"])
     assert base == "vllm/vllm-openai:v" + pinned.removeprefix("vllm==")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from s2o_vllm.benchmarks.report import save
 from s2o_vllm.loadtest import bench, cli, main, plot, report, server
 from s2o_vllm.loadtest.arms import Arm, LoadTestError, parse_arm, parse_arms
 
@@ -344,14 +345,14 @@ def test_arguments_of_the_wrong_kind_are_refused(arguments: list[str], capsys: A
 
 def test_append_keeps_other_rows_and_replaces_the_same_measurement(tmp_path: Path):
     path, head = tmp_path / "load.json", report.header([], "here")
-    report.save(path, head, [some_row(failed=3), some_row(backend="stock")])
+    save(path, head, [some_row(failed=3), some_row(backend="stock")])
     rows = report.add_row(report.load_rows(path, head), some_row(failed=0))
     assert [(row["backend"], row["failed"]) for row in rows] == [("stock", 0), ("s2o", 0)]
 
 
 def test_append_refuses_results_of_another_machine(tmp_path: Path):
     path = tmp_path / "load.json"
-    report.save(path, report.header([], "there"), [])
+    save(path, report.header([], "there"), [])
     with pytest.raises(LoadTestError, match="device 'there' and this is 'here'"):
         report.load_rows(path, report.header([], "here"))
     path.write_text("[]")
