@@ -1,7 +1,7 @@
 # make serve      start a server on a small model and ask it one long question
 # make test       every test that needs no GPU, real servers included
 # make lint       style and types
-# make test-gpu   the tests that need a CUDA device
+# make test-gpu   the kernels on the card, and servers on it
 # make clean      remove what these made (the model in the user's cache stays)
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
@@ -32,7 +32,7 @@ test: $(INSTALLED_DEV)
 	$(PY) -m pytest $(or $(ARGS),-m "not gpu")
 
 test-gpu: $(INSTALLED_DEV)
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest tests/kernels tests/gpu $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(PY) -m ruff check .

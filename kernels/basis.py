@@ -6,8 +6,8 @@ covariance of the keys, the best one is spanned by the leading eigenvectors of C
 fitted anew for each chunk of queries against the history they see, so nothing is stored
 beside the KV cache: prefix-cache hits, preemption and block reuse need no care.
 
-Two things keep the fit cheap. Two steps of subspace iteration from random directions are about as good
-as the eigenvectors here (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
+Two things keep the fit cheap: two steps of subspace iteration from random directions are about
+as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import basis
-from .plan import COLUMNS, QUERY_STRIDE, WorkList
+from .plan import COLUMNS, WorkList
 
 CHUNK = 1024  # history tokens a program
 BLOCK_M = 128  # rows (queries x group) at a time
@@ -44,7 +44,7 @@ def _project_kernel(
 def _score_kernel(
     p_queries, p_shifts, p_images, p_items, p_scores, row_start,
     stride_images, stride_scores_item, stride_scores_head,
-    GROUP: tl.constexpr, RANK: tl.constexpr, QUERY_STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def _score_kernel(
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
     first_query = tl.load(p_item + 1) - row_start
-    rows = tl.cdiv(tl.load(p_item + 2), QUERY_STRIDE) * GROUP
+    rows = tl.load(p_item + 2) * GROUP
     n = tl.load(p_item + 4)
     start = i_chunk * CHUNK
     if start >= n:
@@ -69,7 +69,7 @@ def _score_kernel(
         for first in range(0, rows, BLOCK_M):
             o_m = first + tl.arange(0, BLOCK_M)
             m_m = o_m < rows
-            o_query = first_query + (o_m // GROUP) * QUERY_STRIDE
+            o_query = first_query + o_m // GROUP
             o_vector = o_query.to(tl.int64) * heads + i_head * GROUP + o_m % GROUP
             q = tl.load(p_queries + o_vector[:, None] * RANK + o_r[None, :], m_m[:, None], 0.0)
             shift = tl.load(p_shifts + o_vector, m_m, float("inf"))
@@ -144,8 +144,8 @@ def low_rank_scores(
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request; its first list of a step fits the basis.
         scores: float32 ``[items, kv_heads, max_history]``; written up to each item's
-            ``dense_start``: the largest over the segment's queries (every ``QUERY_STRIDE``-th)
-            and the group's heads of the estimated log2-probability.
+            ``dense_start``: the largest over the segment's queries and the group's heads of the
+            estimated log2-probability.
         space: scratch, kept between the lists of one request.
         scale: softmax scale.
     """
@@ -157,7 +157,7 @@ def low_rank_scores(
     _score_kernel[(-(-work.max_history // CHUNK), kv_heads, work.num_items)](
         space.queries, space.shifts, space.images, work.items, scores, work.query_start,
         space.images.stride(0), scores.stride(0), scores.stride(1),
-        GROUP=query.shape[1] // kv_heads, RANK=space.images.shape[2], QUERY_STRIDE=QUERY_STRIDE,
+        GROUP=query.shape[1] // kv_heads, RANK=space.images.shape[2],
         CHUNK=CHUNK, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         ITEM_COLUMNS=COLUMNS, num_warps=8, num_stages=2,

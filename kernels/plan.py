@@ -20,8 +20,6 @@ BUCKETS = 512
 TIERS = 6  # the first 1/16, 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
-QUERY_STRIDE = 2  # the low-rank ranking looks at every second query: half the cost
-
 # What an attend launch adds to its counters, in this order.
 VISITED, ELIGIBLE, TILES, STOPPED = range(4)
 NUM_COUNTERS = 4

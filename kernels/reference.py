@@ -14,7 +14,6 @@ from .plan import (
     LIST_LENGTH,
     NUM_QUERIES,
     QUERY_START,
-    QUERY_STRIDE,
     ROW,
     STOP_STEP_TOKENS,
     TIERS,
@@ -114,7 +113,7 @@ class LowRankReference:
             n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
             if n == 0:
                 continue
-            queries = query[start : start + count : QUERY_STRIDE]
+            queries = query[start : start + count]
             queries, shifts = basis.project_queries(queries, self.basis, scale)
             queries = queries.unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
             shifts = shifts.unflatten(1, (kv_heads, -1)).permute(1, 0, 2).flatten(1, 2)

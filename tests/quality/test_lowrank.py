@@ -28,7 +28,7 @@ def exact(segment):
 
 def error(segment, kind, rank, chunk=0):
     """Mean squared error of the image's scores for the queries that the basis was fitted to."""
-    scores = LowRankScores(segment, rank, chunk, kind, "fp32")
+    scores = LowRankScores(segment, rank, chunk, kind)
     q = segment.past_q[:, -256:]
     wanted = q @ segment.k.repeat_interleave(segment.group, 0).transpose(1, 2) * segment.scale
     found = torch.stack([scores(h, q[h]) for h in range(segment.heads)])
@@ -38,7 +38,7 @@ def error(segment, kind, rank, chunk=0):
 @pytest.mark.parametrize("kind", [*KINDS, "pca_k", "pca_q"])
 @pytest.mark.parametrize("chunk", [0, 1024])
 def test_full_rank_is_exact(spread, kind, chunk):
-    scores = LowRankScores(spread, 16, chunk, kind, "fp32")
+    scores = LowRankScores(spread, 16, chunk, kind)
     found = torch.stack([scores(h, spread.q[h]) for h in range(spread.heads)])
     wanted = exact(spread)
     assert float((found - wanted).norm() / wanted.norm()) < 0.02  # what the ridge costs
@@ -69,6 +69,19 @@ def test_a_chunk_is_not_changed_by_later_tokens(spread):
     after = bases.fit_chunks(spread, "previous1", 4, 1024)[1][0]
     torch.testing.assert_close(before.a, after.a)
     torch.testing.assert_close(before.b, after.b)
+
+
+def test_a_basis_can_be_fitted_to_the_queries_that_are_scored(spread):
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(5))).Q
+    spread.q = spread.q @ turn  # unlike the queries of the history
+    wanted = exact(spread)
+
+    def missed(queries):
+        scores = LowRankScores(spread, 4, 0, "eigen", queries)
+        found = torch.stack([scores(h, spread.q[h]) for h in range(spread.heads)])
+        return float((found - wanted).square().mean())
+
+    assert missed(64) < 0.8 * missed(0)
 
 
 def test_unknown_bases_are_refused(spread):

@@ -96,14 +96,19 @@ def compile_attend(capability: int, head_dim: int, stop_threshold: float) -> Com
 
 def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import rank, select
+    from s2o_vllm.kernels import low_rank, rank, select
 
     q, kv, table, work = launch_arguments(head_dim)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
+    images = low_rank.LowRankWorkspace(32, 8, 131072, 8192, q.dtype, meta)
     selection = select.SelectWorkspace(work.num_items, 8, 131072, meta)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, selection.scores, ranking, scale=0.1)
+        low_rank.prepare(q, kv, table, work, images, scale=0.1)
+        low_rank.low_rank_scores(
+            q, kv, table, replace(work, first=False), selection.scores, images, scale=0.1
+        )
         select.select(table, work, 16, selection)
     return compiled
 

@@ -1,0 +1,1 @@
+"""Quality harness: the error of sparse attention on real queries, keys and values."""

@@ -1,0 +1,1 @@
+"""Baselines, written from their papers, on the interface of our own methods."""

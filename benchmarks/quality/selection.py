@@ -1,0 +1,176 @@
+"""Selection: from a ranking of history tokens or blocks to what each unit visits.
+
+All rules are compared at the same total density: where a paper fixes a threshold, the
+threshold is chosen so that the units of a segment visit the wanted share together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .attention import Segment
+from .units import Rows
+
+TIER_BOUNDS = (2, 4, 8)  # skipped tokens are cut into tiers at these multiples of the budget
+
+
+@dataclass
+class Pseudo:
+    """Stand-ins for skipped tokens (FlashPrefill V2's mean term; tiers are ours).
+
+    Attributes:
+        k: mean keys [P, D].
+        v: mean values [P, D].
+        count: tokens that each stands for [P].
+    """
+
+    k: Tensor
+    v: Tensor
+    count: Tensor
+
+
+@dataclass
+class Selection:
+    """What each unit visits.
+
+    Attributes:
+        rows: the units.
+        tokens: history positions per unit, most important first.
+        pseudo: stand-ins for the skipped tokens per unit, or None.
+    """
+
+    rows: Rows
+    tokens: list[Tensor]
+    pseudo: list[Pseudo] | None = None
+
+
+@dataclass
+class Ranking:
+    """Scores of candidates; a candidate is ``block`` neighbours of a layout of the history.
+
+    Attributes:
+        rows: the units.
+        scores: [U, C], larger is better.
+        block: tokens of a candidate.
+        layout: history positions in the order that blocks are cut from [U, T]; None is the
+            natural order.
+    """
+
+    rows: Rows
+    scores: Tensor
+    block: int = 1
+    layout: Tensor | None = None
+
+    def tokens(self, unit: int, candidates: Tensor, history: int) -> Tensor:
+        """Return the positions of candidates of a unit, in the candidates' order."""
+        if self.block == 1:
+            return candidates
+        spread = candidates[:, None] * self.block + torch.arange(self.block)
+        spread = spread.flatten()
+        spread = spread[spread < history]
+        return spread if self.layout is None else self.layout[unit][spread]
+
+
+def counts_top(ordered: Tensor, wanted: int) -> Tensor:
+    """Give every unit the same number of candidates (S2O's budget)."""
+    return torch.full((len(ordered),), wanted)
+
+
+def _by_threshold(cost: Tensor, wanted: int) -> Tensor:
+    """Take the cheapest ``wanted`` per unit on average; cost [U, C] rises along a unit."""
+    limit = cost.flatten().kthvalue(min(wanted * len(cost), cost.numel())).values
+    return (cost <= limit).sum(1)
+
+
+def counts_gap(ordered: Tensor, wanted: int) -> Tensor:
+    """Take what lies within one gap of its unit's best (VecAttention; alpha·max of FlashPrefill).
+
+    Args:
+        ordered: log scores, best first [U, C].
+        wanted: candidates per unit on average.
+    """
+    return _by_threshold(ordered[:, :1] - ordered, wanted)
+
+
+def counts_level(ordered: Tensor, wanted: int) -> Tensor:
+    """Take what scores above one level in all units (ours)."""
+    return _by_threshold(-ordered, wanted)
+
+
+def counts_half(ordered: Tensor, wanted: int) -> Tensor:
+    """Give each unit half the budget and spend the rest by one level (ours)."""
+    floor = wanted // 2
+    if wanted == floor:
+        return counts_top(ordered, wanted)
+    return floor + _by_threshold(-ordered[:, floor:], wanted - floor)
+
+
+def counts_mass(ordered: Tensor, wanted: int) -> Tensor:
+    """Take the fewest that hold one share of the estimated mass (FlexPrefill, XAttention, PBS).
+
+    Args:
+        ordered: scores ≥ 0 in proportion to mass, best first [U, C].
+        wanted: candidates per unit on average.
+    """
+    share = ordered / ordered.sum(1, keepdim=True)
+    return _by_threshold(share.cumsum(1) - share, wanted)
+
+
+RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "top": counts_top,
+    "gap": counts_gap,
+    "level": counts_level,
+    "half": counts_half,
+    "mass": counts_mass,
+}
+CORRECTIONS = ("none", "tiers", "blocks")
+
+
+class Selector:
+    """A ranking, sorted once, from which selections of any density are read."""
+
+    def __init__(self, segment: Segment, ranking: Ranking, rule: str, correction: str = "none"):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule}")
+        if correction not in CORRECTIONS:
+            raise ValueError(
+                f"correction must be one of {', '.join(CORRECTIONS)}, not {correction}"
+            )
+        self.segment, self.ranking, self.rule = segment, ranking, rule
+        self.correction = correction
+        self.ordered, self.order = ranking.scores.sort(dim=1, descending=True, stable=True)
+
+    def select(self, density: float) -> Selection:
+        """Return the selection that visits this share of the history on average."""
+        candidates = self.ordered.shape[1]
+        wanted = min(max(round(density * candidates), 1), candidates)
+        counts = RULES[self.rule](self.ordered, wanted).clamp(min=1)
+        units, history = range(len(counts)), self.segment.history
+        tokens = [self.ranking.tokens(u, self.order[u, : counts[u]], history) for u in units]
+        selection = Selection(self.ranking.rows, tokens)
+        if self.correction != "none":
+            selection.pseudo = [self._pseudo(u, int(counts[u])) for u in units]
+        return selection
+
+    def _pseudo(self, unit: int, count: int) -> Pseudo:
+        """Return the mean terms of what a unit skips."""
+        history, kv = self.segment.history, int(self.ranking.rows.kv[unit])
+        skipped = self.order[unit, count:]
+        if self.correction == "blocks":
+            tiers = list(skipped.split(1))
+        else:
+            bounds = [count * bound for bound in TIER_BOUNDS]
+            edges = [count, *(b for b in bounds if b < len(self.order[unit])), None]
+            tiers = [self.order[unit, low:high] for low, high in pairwise(edges)]
+        places = [self.ranking.tokens(unit, tier, history) for tier in tiers if len(tier)]
+        k, v = self.segment.k[kv], self.segment.v[kv]
+        if not places:
+            return Pseudo(k[:0], v[:0], k.new_zeros(0))
+        return Pseudo(
+            torch.stack([k[p].mean(0) for p in places]),
+            torch.stack([v[p].mean(0) for p in places]),
+            torch.tensor([float(len(p)) for p in places]),
+        )

@@ -1,0 +1,89 @@
+"""bf16 and fp16 on the card, at the tile shapes that serve."""
+
+import pytest
+import torch
+
+from cases import dense_attention, full_lists, make_batch, nan_like, relative_error
+from s2o_vllm.kernels import attend, low_rank, rank, reference, select
+from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
+from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS
+from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
+
+CHUNKS = ((3000, 700), (0, 300), (1777, 1), (500, 64))
+
+
+def gpu_batch(**options):
+    return make_batch(torch.device("cuda"), chunks=CHUNKS, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (12, 2), (7, 1), (4, 4)])
+def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads):
+    """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype."""
+    batch = gpu_batch(
+        dtype=dtype, head_dim=head_dim, heads=heads, kv_heads=kv_heads, budget=1.0,
+        head_major=False,
+    )  # fmt: skip
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
+    for work, slots in full_lists(batch):
+        attend.attend(
+            batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
+            scale=batch.scale, tile=attend_tile(head_dim, out.device),
+        )  # fmt: skip
+    truth = dense_attention(batch)
+    assert relative_error(out, truth) <= 2 * relative_error(dense_attention(batch, dtype), truth)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_lists_agree_with_the_reference(ranking):
+    """The same tokens up to rounding: bf16 scores may swap tokens at the edge of a list."""
+    batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1)
+    tokens, heads, head_dim = batch.query.shape
+    for work in batch.work(segment=64):
+        if work.max_list == 0:
+            continue
+        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, "cuda")
+        arguments = (batch.query, batch.kv_cache, batch.block_table, work)
+        if ranking == "mean_query":
+            space = rank.RankWorkspace(
+                work.num_items, heads, head_dim, work.max_history, batch.query.dtype, "cuda"
+            )
+            rank.mean_query_scores(*arguments, selection.scores, space, scale=batch.scale)
+            wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
+        else:
+            space = low_rank.LowRankWorkspace(
+                heads, 8, work.max_history, tokens, batch.query.dtype, "cuda"
+            )
+            low_rank.low_rank_scores(*arguments, selection.scores, space, scale=batch.scale)
+            wanted = reference.LowRankReference()(*arguments, scale=batch.scale)
+        select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
+        slots = reference.select(wanted, batch.block_table, work, batch.kv_cache.shape[2])
+        for number, item in enumerate(work.items.tolist()):
+            count = item[LIST_LENGTH]
+            for head in range(8):
+                got = set(selection.slots[number, head, :count].tolist())
+                assert len(got) == count, "a list is full and has no repeats"
+                assert len(got & set(slots[number, head, :count].tolist())) >= 0.9 * count
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_operator_runs_at_a_servers_sizes(ranking):
+    """32K of history, an 8K chunk, workspaces of a 128K server; every row finite."""
+    batch = make_batch(
+        torch.device("cuda"), chunks=((32768, 8192),), heads=32, kv_heads=8, head_dim=128,
+        head_major=False, budget=0.05,
+    )  # fmt: skip
+    shape = Shape(32, 8, 128, 131072, 8192, 64)
+    operator = SparsePrefill(
+        shape, batch.query.dtype, batch.query.device, scale=batch.scale, ranking=ranking
+    )
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
+    from s2o_vllm.kernels.plan import build_work_lists
+
+    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.items_per_wave):
+        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+    assert torch.isfinite(out).all()
+    assert counters[0] <= 0.05 * counters[1]
