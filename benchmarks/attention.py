@@ -128,8 +128,8 @@ class Sparse:
         tokens, heads, head_dim = prompt.query.shape
         self.prompt = prompt
         self.operator = SparsePrefill(
-            Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment),
-            prompt.query.dtype, prompt.query.device, scale=prompt.scale, ranking=ranking,
+            Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment, ranking),
+            prompt.query.dtype, prompt.query.device, scale=prompt.scale,
         )  # fmt: skip
         self.waves = build_work_lists(
             [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,

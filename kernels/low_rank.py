@@ -79,7 +79,7 @@ def _score_kernel(
 
 
 class LowRankWorkspace:
-    """Scratch of :func:`low_rank_scores`: images of one request's keys and queries."""
+    """Scratch of :func:`low_rank_scores`: images of a history and of a list's queries."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ def prepare(
     *,
     scale: float,
 ) -> None:
-    """Fit the basis of a request and project its queries and keys; once a request and layer."""
+    """Fit the basis of a work list and project its queries and keys."""
     head_dim, page, kv_heads = query.shape[2], kv_cache.shape[2], kv_cache.shape[1]
     rank = space.images.shape[2]
     fitted = basis.fit(*basis.sample(query, kv_cache, block_table, work), rank)
@@ -142,17 +142,16 @@ def low_rank_scores(
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
-        work: segments of one request; its first list of a step fits the basis.
+        work: segments of one request; one basis serves them all.
         scores: float32 ``[items, kv_heads, max_history]``; written up to each item's
             ``dense_start``: the largest over the segment's queries and the group's heads of the
             estimated log2-probability.
-        space: scratch, kept between the lists of one request.
+        space: scratch.
         scale: softmax scale.
     """
     if work.max_history == 0:
         return
-    if work.first:
-        prepare(query, kv_cache, block_table, work, space, scale=scale)
+    prepare(query, kv_cache, block_table, work, space, scale=scale)
     kv_heads = kv_cache.shape[1]
     _score_kernel[(-(-work.max_history // CHUNK), kv_heads, work.num_items)](
         space.queries, space.shifts, space.images, work.items, scores, work.query_start,

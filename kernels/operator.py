@@ -19,6 +19,11 @@ from .tiles import attend_tile
 WORKSPACE_BYTES = 512 * 2**20  # what one wave of segments may take; more segments, more waves
 
 
+RANKINGS = ("low_rank", "mean_query")
+# Queries that share a basis. Fewer fit it better and project the history more often.
+FIT_QUERIES = 2048
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the operator must be built for.
@@ -30,6 +35,7 @@ class Shape:
         max_history: longest history, in tokens.
         max_queries: most queries of a step.
         segment: queries per segment.
+        ranking: one of ``RANKINGS``.
     """
 
     heads: int
@@ -38,16 +44,15 @@ class Shape:
     max_history: int
     max_queries: int
     segment: int
+    ranking: str = "low_rank"
 
     @property
     def items_per_wave(self) -> int:
-        """Segments whose scores and lists fit ``WORKSPACE_BYTES`` (at least one)."""
-        wanted = -(-self.max_queries // self.segment) + 1
+        """Segments that are launched together: those that share a basis, and fit the scratch."""
+        queries = FIT_QUERIES if self.ranking == "low_rank" else self.max_queries
+        wanted = -(-min(self.max_queries, queries) // self.segment)
         each = self.kv_heads * self.max_history * 8
         return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
-
-
-RANKINGS = ("low_rank", "mean_query")
 
 
 class SparsePrefill:
@@ -61,7 +66,6 @@ class SparsePrefill:
         dtype: of queries and cache.
         device: where it runs.
         scale: softmax scale.
-        ranking: ``low_rank`` (ours) or ``mean_query`` (the paper's).
         softcap: cap of the scaled scores, 0 for none.
         stop_threshold: early stop, see :func:`attend.attend`.
         permute_queries: sort a segment's queries by their likeness to its mean query, so that
@@ -79,22 +83,25 @@ class SparsePrefill:
         device: torch.device,
         *,
         scale: float,
-        ranking: str = "low_rank",
         softcap: float = 0.0,
         stop_threshold: float = 0.0,
         permute_queries: bool = False,
     ):
-        if ranking not in RANKINGS:
-            raise ValueError(f"ranking is {ranking!r}, must be one of {', '.join(RANKINGS)}")
+        if shape.ranking not in RANKINGS:
+            raise ValueError(f"ranking is {shape.ranking!r}, must be one of {', '.join(RANKINGS)}")
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tile = attend_tile(shape.head_dim, device)
+        if device.type == "cuda" and shape.heads // shape.kv_heads > self.tile.block_m:
+            raise ValueError(
+                f"{shape.heads // shape.kv_heads} query heads share a KV head, "
+                f"must be at most {self.tile.block_m}"
+            )
         self.space: Any = None  # a Workspace, on a CUDA device
         if device.type == "cuda":
-            self.space = workspace(shape, dtype, device, ranking)
+            self.space = workspace(shape, dtype, device)
         else:
-            low_rank = reference.LowRankReference()
-            self.reference: Any = low_rank if ranking == "low_rank" else reference.mean_query_scores
+            self.reference: Any = getattr(reference, f"{shape.ranking}_scores")
 
     def warm_up(
         self, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor
@@ -187,18 +194,19 @@ def small_work_list(device: torch.device) -> WorkList:
     return work
 
 
-def workspace(shape: Shape, dtype: torch.dtype, device: torch.device, ranking: str) -> Workspace:
+def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
     from . import low_rank, rank, select
 
-    key = (shape, dtype, device, ranking)
+    key = (shape, dtype, device)
     if key not in _workspaces:
         items = shape.items_per_wave
-        if ranking == "mean_query":
+        if shape.ranking == "mean_query":
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)
         else:
-            sizes = (shape.heads, shape.kv_heads, shape.max_history, shape.max_queries)
+            queries = items * shape.segment
+            sizes = (shape.heads, shape.kv_heads, shape.max_history, queries)
             made = low_rank.LowRankWorkspace(*sizes, dtype, device)
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device)
         _workspaces[key] = Workspace(made, selection)

@@ -49,9 +49,8 @@ class WorkList:
 
     Attributes:
         row: the request's row in the block table.
-        query_start: index of the first query of its chunk.
-        num_queries: queries of its chunk.
-        first: whether this is the request's first list of the step.
+        query_start: index of the first query of these segments; they are adjacent.
+        num_queries: queries of these segments.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit.
             The longest history comes first.
@@ -65,7 +64,6 @@ class WorkList:
     row: int
     query_start: int
     num_queries: int
-    first: bool
     items: torch.Tensor
     groups: torch.Tensor
     max_history: int
@@ -105,9 +103,7 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
-def work_list(
-    row: PrefillRow, items: Sequence[tuple[int, ...]], first: bool, device: torch.device
-) -> WorkList:
+def work_list(row: int, items: Sequence[tuple[int, ...]], device: torch.device) -> WorkList:
     """Put work items into device tables, copied asynchronously from pinned memory."""
     groups = [
         (start, min(GROUP_ITEMS, len(items) - start)) for start in range(0, len(items), GROUP_ITEMS)
@@ -120,10 +116,9 @@ def work_list(
         return tensor
 
     return WorkList(
-        row=row.row,
-        query_start=row.query_start,
-        num_queries=row.num_queries,
-        first=first,
+        row=row,
+        query_start=min(item[QUERY_START] for item in items),
+        num_queries=sum(item[NUM_QUERIES] for item in items),
         items=to_device(items),
         groups=to_device(groups),
         max_history=max(item[DENSE_START] for item in items),
@@ -146,7 +141,7 @@ def build_work_lists(
         segment: queries per segment.
         min_context: segments with less history are dense.
         device: where the kernels run.
-        items_per_wave: most segments that one workspace holds; more make further lists.
+        items_per_wave: most segments of a list; more make further lists.
 
     Returns:
         The lists of each request, one after the other.
@@ -160,7 +155,7 @@ def build_work_lists(
     for row in rows:
         items = segments(row, segment, min_context)[::-1]  # the longest history first
         lists += [
-            work_list(row, items[start : start + items_per_wave], start == 0, device)
+            work_list(row.row, items[start : start + items_per_wave], device)
             for start in range(0, len(items), items_per_wave)
         ]
     return lists

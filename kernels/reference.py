@@ -78,48 +78,37 @@ def mean_query_scores(
     return scores
 
 
-class LowRankReference:
-    """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`.
-
-    Keeps a request's basis between its work lists.
-    """
-
-    def __init__(self, rank: int = basis.RANK):
-        self.rank = rank
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        work: WorkList,
-        *,
-        scale: float,
-    ) -> torch.Tensor:
-        """Return the scores, as :func:`mean_query_scores` does."""
-        kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-        scores = query.new_full(
-            (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
-        )
-        if work.max_history == 0:
-            return scores
-        if work.first:
-            self.basis = basis.fit(*basis.sample(query, kv_cache, block_table, work), self.rank)
-        positions = torch.arange(work.max_history, device=query.device)
-        slots = physical_slots(positions, block_table[work.row], page)
-        keys, _ = load_tokens(kv_cache, slots, head_dim)
-        images = keys @ self.basis.b - self.basis.offset[:, None]  # [kv_heads, history, r]
-        for number, item in enumerate(work.items.tolist()):
-            n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
-            if n == 0:
-                continue
-            queries = query[start : start + count]
-            queries, shifts = basis.project_queries(queries, self.basis, scale)
-            queries = queries.unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
-            shifts = shifts.unflatten(1, (kv_heads, -1)).permute(1, 0, 2).flatten(1, 2)
-            shifted = queries @ images[:, :n].mT - shifts[..., None]
-            scores[number, :, :n] = shifted.amax(1)
+def low_rank_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+    rank: int = basis.RANK,
+) -> torch.Tensor:
+    """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`."""
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    scores = query.new_full(
+        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    if work.max_history == 0:
         return scores
+    fitted = basis.fit(*basis.sample(query, kv_cache, block_table, work), rank)
+    positions = torch.arange(work.max_history, device=query.device)
+    keys, _ = load_tokens(
+        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
+    )
+    images = keys @ fitted.b - fitted.offset[:, None]  # [kv_heads, history, r]
+    for number, item in enumerate(work.items.tolist()):
+        n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
+        if n == 0:
+            continue
+        queries, shifts = basis.project_queries(query[start : start + count], fitted, scale)
+        queries = queries.unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+        shifts = shifts.unflatten(1, (kv_heads, -1)).permute(1, 0, 2).flatten(1, 2)
+        scores[number, :, :n] = (queries @ images[:, :n].mT - shifts[..., None]).amax(1)
+    return scores
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from . import compat, metrics
+from .config import S2OConfig
 from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS
 from .metadata import StepPlan
@@ -33,7 +34,7 @@ class SparseImpl:
         self._s2o_warm = False
         self._s2o_counters: torch.Tensor | None = None
         if settings is not None and self.s2o_reason is None:
-            self._s2o_shape = shape_of(self, vllm_config, settings.segment)
+            self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_items_per_wave = self._s2o_shape.items_per_wave
 
     def reserve(self, query: torch.Tensor) -> None:
@@ -46,7 +47,6 @@ class SparseImpl:
             query.device,
             scale=self.scale,  # type: ignore[attr-defined]
             softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
-            ranking=self._s2o.ranking,
             stop_threshold=self._s2o.stop_threshold,
             permute_queries=self._s2o.permute_queries,
         )
@@ -110,7 +110,7 @@ class SparseImpl:
         return kv_cache, block_table
 
 
-def shape_of(impl: Any, vllm_config: Any, segment: int) -> Shape:
+def shape_of(impl: Any, vllm_config: Any, settings: S2OConfig) -> Shape:
     """Return what a layer's operator must be built for."""
     return Shape(
         heads=impl.num_heads,
@@ -118,7 +118,8 @@ def shape_of(impl: Any, vllm_config: Any, segment: int) -> Shape:
         head_dim=impl.head_size,
         max_history=vllm_config.model_config.max_model_len,
         max_queries=vllm_config.scheduler_config.max_num_batched_tokens,
-        segment=segment,
+        segment=settings.segment,
+        ranking=settings.ranking,
     )
 
 

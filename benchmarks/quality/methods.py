@@ -9,11 +9,12 @@ from .baselines.pbs import PBS
 from .baselines.token import S2OPaper, VecAttention
 from .baselines.xattention import XAttention
 from .ranking import LowRank, MeanQuery, Method
+from .served import Served
 
 
 @dataclass(frozen=True)
 class S2O(LowRank):
-    """Our method with the settings that `LOG.md` ends with: nothing that a server lacks.
+    """Our method with the settings that `LOG.md` ends with: where the kernels are to go.
 
     One list for 32 queries of a GQA group; a rank-32 basis of the whole history, fitted to the
     last 2,048 queries by two steps of subspace iteration; no exponential per element.
@@ -31,6 +32,7 @@ class S2O(LowRank):
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Served,
         S2O,
         S2OPaper,
         PBS,
@@ -46,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 DEFAULTS = (
+    "served",
     "s2o",
     "s2o_paper",
     "pbs",

@@ -57,7 +57,7 @@ def test_lists_agree_with_the_reference(ranking):
                 heads, 8, work.max_history, tokens, batch.query.dtype, "cuda"
             )
             low_rank.low_rank_scores(*arguments, selection.scores, space, scale=batch.scale)
-            wanted = reference.LowRankReference()(*arguments, scale=batch.scale)
+            wanted = reference.low_rank_scores(*arguments, scale=batch.scale)
         select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
         slots = reference.select(wanted, batch.block_table, work, batch.kv_cache.shape[2])
         for number, item in enumerate(work.items.tolist()):
@@ -75,10 +75,8 @@ def test_operator_runs_at_a_servers_sizes(ranking):
         torch.device("cuda"), chunks=((32768, 8192),), heads=32, kv_heads=8, head_dim=128,
         head_major=False, budget=0.05,
     )  # fmt: skip
-    shape = Shape(32, 8, 128, 131072, 8192, 64)
-    operator = SparsePrefill(
-        shape, batch.query.dtype, batch.query.device, scale=batch.scale, ranking=ranking
-    )
+    shape = Shape(32, 8, 128, 131072, 8192, 64, ranking)
+    operator = SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale)
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     from s2o_vllm.kernels.plan import build_work_lists

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
-from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
+from s2o_vllm.kernels.operator import FIT_QUERIES, RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
 
-def operator_for(batch, **options):
+def operator_for(batch, ranking="low_rank", **options):
     heads, head_dim = batch.query.shape[1:]
-    shape = Shape(heads, batch.kv_cache.shape[1], head_dim, 4096, 512, SEGMENT)
+    shape = Shape(heads, batch.kv_cache.shape[1], head_dim, 4096, 512, SEGMENT, ranking)
     return SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale, **options)
 
 
@@ -93,3 +93,13 @@ def test_warm_up_touches_nothing(device):
     operator_for(batch).warm_up(batch.query, batch.kv_cache, batch.block_table)
     after = (batch.query, batch.kv_cache, batch.block_table)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_a_basis_serves_no_more_queries_than_it_fits():
+    assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").items_per_wave == FIT_QUERIES // 64
+    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").items_per_wave == 16
+
+
+def test_scratch_is_bounded():
+    shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
+    assert shape.items_per_wave * 32 * 1_000_000 * 8 <= WORKSPACE_BYTES

@@ -47,14 +47,13 @@ def test_each_request_has_its_lists_longest_history_first():
     assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16, 32)
     assert (one.row, one.query_start, one.num_queries) == (4, 0, 1280)
     assert (other.row, other.query_start, other.num_queries) == (1, 1280, 32)
-    assert one.first
-    assert other.first
 
 
 def test_waves_hold_every_item_once_and_the_first_sees_the_most():
     waves = build_work_lists([PrefillRow(0, 0, 10 * 32, 64, 0.5)], 32, 0, CPU, 4)
     assert [wave.num_items for wave in waves] == [4, 4, 2]
-    assert [wave.first for wave in waves] == [True, False, False]
+    spans = [(wave.query_start, wave.num_queries) for wave in waves]
+    assert spans == [(192, 128), (64, 128), (0, 64)]
     assert waves[0].max_history == max(wave.max_history for wave in waves)
     starts = sorted(item[1] for wave in waves for item in wave.items.tolist())
     assert starts == list(range(0, 320, 32))

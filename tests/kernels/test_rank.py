@@ -35,11 +35,10 @@ def every_query(batch, works):
     space = low_rank.LowRankWorkspace(
         heads, kv_heads, history, tokens, batch.query.dtype, batch.query.device
     )
-    wanted_scores = reference.LowRankReference()
     for work in works:
         scores = empty_scores(batch, work)
         low_rank.low_rank_scores(*arguments(batch, work), scores, space, scale=batch.scale)
-        yield work, scores, wanted_scores(*arguments(batch, work), scale=batch.scale)
+        yield work, scores, reference.low_rank_scores(*arguments(batch, work), scale=batch.scale)
 
 
 def arguments(batch, work):
@@ -151,7 +150,7 @@ def test_a_key_that_one_query_wants_ranks_first_in_every_list():
     block = int(batch.block_table[0, key // page])
     batch.kv_cache[block, 0, key % page, :64] = 4 * batch.query[10, 1]
     (work,) = batch.work()
-    wanted = reference.LowRankReference(rank=64)(*arguments(batch, work), scale=batch.scale)
+    wanted = reference.low_rank_scores(*arguments(batch, work), scale=batch.scale, rank=64)
     assert int(wanted[0, 0].argmax()) == key
     mean = reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
     assert int((mean[0, 0] > mean[0, 0, key]).sum()) > 10

@@ -105,10 +105,7 @@ def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     selection = select.SelectWorkspace(work.num_items, 8, 131072, meta)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, selection.scores, ranking, scale=0.1)
-        low_rank.prepare(q, kv, table, work, images, scale=0.1)
-        low_rank.low_rank_scores(
-            q, kv, table, replace(work, first=False), selection.scores, images, scale=0.1
-        )
+        low_rank.low_rank_scores(q, kv, table, work, selection.scores, images, scale=0.1)
         select.select(table, work, 16, selection)
     return compiled
 
