@@ -1,8 +1,8 @@
 """Tile shapes: a small fixed table, so that nothing is tuned in front of a user.
 
 Chosen by architecture (shared memory per block) and head_dim. `tests/kernels/test_compile.py`
-compiles every row for its architecture and checks that it fits. Only Hopper's rows are free of
-spilled registers; the others are correct, not tuned.
+compiles every row for its architecture and checks that it fits. Only Hopper's rows keep
+(nearly) everything in registers; the others compile and fit, and are not tuned.
 """
 
 from typing import NamedTuple

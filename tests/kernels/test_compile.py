@@ -15,7 +15,8 @@ from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
-SPILLED_BYTES = {90: 0}  # a thread; elsewhere the largest that the table accepts:
+# Bytes of stack a thread may use. On Hopper Triton 3.7 needs none and 3.9 up to 48.
+SPILLED_BYTES = {90: 64}
 SPILLED_ELSEWHERE = 400
 
 
