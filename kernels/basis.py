@@ -48,10 +48,10 @@ def fit(queries: torch.Tensor, keys: torch.Tensor, rank: int = RANK, steps: int 
         rank: r, at most head_dim.
         steps: steps of subspace iteration.
     """
-    q, k = queries.double(), keys.double()
+    q, k = queries.float(), keys.float()
     mean = k.mean(1, keepdim=True)
     k = k - mean
-    cq, ck = q.mT @ q / q.shape[1], k.mT @ k / k.shape[1]
+    cq, ck = (q.mT @ q / q.shape[1]).double(), (k.mT @ k / k.shape[1]).double()
     generator = torch.Generator().manual_seed(0)  # the same start everywhere, every time
     start = torch.randn(q.shape[2], rank, generator=generator, dtype=torch.float64)
     y = start.to(q.device, non_blocking=True).expand(q.shape[0], -1, -1)
@@ -66,7 +66,7 @@ def fit(queries: torch.Tensor, keys: torch.Tensor, rank: int = RANK, steps: int 
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye + 1e-30 * eye)  # no synchronisation
     a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     b = cq @ a
-    parts = (a, b, (mean @ b).squeeze(1), b.mT @ ck @ b)
+    parts = (a, b, (mean.mT * b).sum(1), b.mT @ ck @ b)
     return Basis(*(part.float().contiguous() for part in parts))
 
 

@@ -12,7 +12,7 @@ from . import basis
 from .plan import COLUMNS, WorkList
 
 CHUNK = 1024  # history tokens a program
-BLOCK_M = 128  # rows (queries x group) at a time
+BLOCK_M = 256  # rows (queries x group) at a time: a segment of 64 with a group of 4
 BLOCK_N = 128
 
 
@@ -62,20 +62,23 @@ def _score_kernel(
     o_r = tl.arange(0, RANK)
     p_images += i_head.to(tl.int64) * stride_images
     p_scores += i_item * stride_scores_item + i_head * stride_scores_head
-    for o in range(start, tl.minimum(start + CHUNK, n), BLOCK_N):
-        o_n = o + tl.arange(0, BLOCK_N)
-        k = tl.load(p_images + o_n[:, None] * RANK + o_r[None, :], (o_n < n)[:, None], 0.0)
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        for first in range(0, rows, BLOCK_M):
-            o_m = first + tl.arange(0, BLOCK_M)
-            m_m = o_m < rows
-            o_query = first_query + o_m // GROUP
-            o_vector = o_query.to(tl.int64) * heads + i_head * GROUP + o_m % GROUP
-            q = tl.load(p_queries + o_vector[:, None] * RANK + o_r[None, :], m_m[:, None], 0.0)
-            shift = tl.load(p_shifts + o_vector, m_m, float("inf"))
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) - shift[:, None]
-            best = tl.maximum(best, tl.max(s, 0))
-        tl.store(p_scores + o_n, best, o_n < n)
+    end = tl.minimum(start + CHUNK, n)
+    for first in range(0, rows, BLOCK_M):
+        o_m = first + tl.arange(0, BLOCK_M)
+        m_m = o_m < rows
+        o_query = first_query + o_m // GROUP
+        o_vector = o_query.to(tl.int64) * heads + i_head * GROUP + o_m % GROUP
+        q = tl.load(p_queries + o_vector[:, None] * RANK + o_r[None, :], m_m[:, None], 0.0)
+        shift = tl.load(p_shifts + o_vector, m_m, float("inf"))
+        for o in range(start, end, BLOCK_N):
+            o_n = o + tl.arange(0, BLOCK_N)
+            k = tl.load(p_images + o_n[:, None] * RANK + o_r[None, :], (o_n < n)[:, None], 0.0)
+            # Keys in rows: the maximum over queries then stays inside a warp.
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) - shift[None, :]
+            best = tl.max(s, 1)
+            if first > 0:
+                best = tl.maximum(best, tl.load(p_scores + o_n, o_n < n, 0.0))
+            tl.store(p_scores + o_n, best, o_n < n)
 
 
 class LowRankWorkspace:

@@ -39,14 +39,27 @@ def wait_for(condition, seconds=10):
     assert condition()
 
 
+def settled(server, changed_from=None):
+    """Visited and eligible history tokens, once the last layer's have arrived.
+
+    Counters reach /metrics with a delay: those of an earlier request must not count here.
+    """
+    names = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible")
+    last = now = None
+    deadline = time.monotonic() + 30
+    while now is None or now != last or now == changed_from:
+        assert time.monotonic() < deadline, "the counters do not settle"
+        if now is not None:
+            time.sleep(1.5)
+        last, now = now, [server.total(name) for name in names]
+    return now
+
+
 def density(server, run):
     """Visited over eligible history tokens of what ``run`` does."""
-    names = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible")
-    before = [server.total(name) for name in names]
+    before = settled(server)
     run()
-    wait_for(lambda: server.total(names[1]) > before[1])
-    time.sleep(1.5)  # let the last layer's counters arrive
-    visited, eligible = (server.total(name) - b for name, b in zip(names, before, strict=True))
+    visited, eligible = (a - b for a, b in zip(settled(server, before), before, strict=True))
     return visited / eligible
 
 
