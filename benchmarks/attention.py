@@ -133,7 +133,7 @@ class Sparse:
         )  # fmt: skip
         self.waves = build_work_lists(
             [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
-            prompt.query.device, self.operator.shape.items_per_wave,
+            prompt.query.device, self.operator.shape.items_per_list,
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")

@@ -1,10 +1,10 @@
 """The few directions of a request's keys that decide its scores (ours).
 
-Scoring every query against every key in full would cost half of dense attention. A rank-r
-image of q·k keeps what matters: with Cq the second moment of the queries and Ck the
-covariance of the keys, the best one is spanned by the leading eigenvectors of Ck·Cq. It is
-fitted anew for each chunk of queries against the history they see, so nothing is stored
-beside the KV cache: prefix-cache hits, preemption and block reuse need no care.
+Scoring every query against every key in full would cost half of dense attention. A low-rank
+image of q·k keeps what matters: with Cq the second moment of the queries and Ck the covariance
+of the keys, the best one is spanned by the leading eigenvectors of Ck·Cq. It is fitted anew for
+every ``FIT_QUERIES`` queries against the history they see, so nothing is stored beside the KV
+cache: prefix-cache hits, preemption and block reuse need no care.
 
 Two things keep the fit cheap: two steps of subspace iteration from random directions are about
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
@@ -17,93 +17,168 @@ import torch
 from .plan import WorkList
 
 LOG2E = 1.4426950408889634
-RANK = 32
+WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
+# A query's image ends with its row shift, in three parts that these factors of a key's image
+# put together: then the product is the shifted score, and nothing is left to do per score.
+SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
+RANK = WIDTH - len(SHIFT_FACTORS)
+FIT_QUERIES = 2048  # fewer fit better, and cost more projections of the history
 SAMPLES = 4096  # keys, and queries x group, that the moments are taken from, at most
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
 
 class Basis(NamedTuple):
-    """A rank-r image of q·k: up to a constant of the query, (q A)·(k B − offset).
+    """A rank-r image of scaled q·k in base-2 units: up to a constant of q, (q A)·(k B − offset).
 
     Attributes:
-        a: projection of queries, float32 ``[kv_heads, head_dim, r]``.
-        b: projection of keys, float32 ``[kv_heads, head_dim, r]``.
-        offset: the mean key's image, float32 ``[kv_heads, r]``.
-        spread: covariance of the keys' images, float32 ``[kv_heads, r, r]``.
+        a: projection of queries, float32 ``[..., head_dim, r]``; images have unit moments.
+        b: projection of keys, float32 ``[..., head_dim, r]``.
+        offset: the mean key's image, float32 ``[..., r]``.
+        curvature: float32 ``[..., r, r]``; a query with image x has the row shift x'·curvature·x.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     offset: torch.Tensor
-    spread: torch.Tensor
+    curvature: torch.Tensor
 
 
-def fit(queries: torch.Tensor, keys: torch.Tensor, rank: int = RANK, steps: int = STEPS) -> Basis:
-    """Fit a basis to samples.
+def fit(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    rank: int = RANK,
+    steps: int = STEPS,
+) -> Basis:
+    """Fit bases to samples.
+
+    Scores become log2-probabilities when the row's log-sum-exp is taken from them. It is that
+    of normal scores with the row's variance, which needs no pass over the keys and no
+    exponential; what is common to all rows of a list does not matter.
 
     Args:
-        queries: ``[kv_heads, m, head_dim]``, the heads of a group one after the other.
-        keys: ``[kv_heads, n, head_dim]``.
+        queries: ``[n, samples, head_dim]``, the heads of a group one after the other.
+        keys: ``[n, samples, head_dim]``.
+        scale: softmax scale.
         rank: r, at most head_dim.
         steps: steps of subspace iteration.
     """
-    q, k = queries.float(), keys.float()
-    mean = k.mean(1, keepdim=True)
-    k = k - mean
-    cq, ck = (q.mT @ q / q.shape[1]).double(), (k.mT @ k / k.shape[1]).double()
+    mean = keys.float().mean(1, keepdim=True)
+    cq = _moment(queries).double()
+    ck = _moment((keys.float() - mean).to(keys.dtype)).double()
     generator = torch.Generator().manual_seed(0)  # the same start everywhere, every time
-    start = torch.randn(q.shape[2], rank, generator=generator, dtype=torch.float64)
-    y = start.to(q.device, non_blocking=True).expand(q.shape[0], -1, -1)
+    start = torch.randn(queries.shape[2], rank, generator=generator, dtype=torch.float64)
+    y = start.to(cq.device, non_blocking=True).expand(cq.shape[0], -1, -1)
     for _ in range(steps):
         y = ck @ (cq @ y)
         y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-30)
     # The best linear guess of q from its image is Cq y (y'Cq y)^-1 (y'q): put into q·k it gives
     # the projection of keys. With y'Cq y = LL', A = y L'^-1 and B = Cq A.
-    gram = y.mT @ cq @ y
+    gram = y.mT @ (cq @ y)
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye + 1e-30 * eye)  # no synchronisation
     a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     b = cq @ a
-    parts = (a, b, (mean.mT * b).sum(1), b.mT @ ck @ b)
-    return Basis(*(part.float().contiguous() for part in parts))
+    spread = b.mT @ (ck @ b)
+    unit = scale * LOG2E
+    parts = (a, b * unit, (mean.mT * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
+    return Basis(*(part.float() for part in parts))
 
 
-def sample(
-    query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return evenly spaced queries of a request's chunk and keys of its history for `fit`."""
-    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group = query.shape[1] // kv_heads
-    own = query[work.query_start : work.query_start + work.num_queries]
-    queries = own[:: -(-work.num_queries * group // SAMPLES)].unflatten(1, (kv_heads, group))
-    positions = torch.arange(
-        0, work.max_history, -(-work.max_history // SAMPLES), device=query.device
-    )
-    blocks = block_table[work.row][positions // page].long()
-    keys = kv_cache[blocks, :, positions % page, :head_dim]
-    return queries.permute(1, 0, 2, 3).flatten(1, 2), keys.transpose(0, 1)
+def _moment(x: torch.Tensor) -> torch.Tensor:
+    """Second moment of ``[n, samples, head_dim]`` in float32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.bmm(x.mT, x, out_dtype=torch.float32) / x.shape[1]
+    x = x.float()
+    return x.mT @ x / x.shape[1]
 
 
-def project_queries(
-    own: torch.Tensor, basis: Basis, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images of a chunk's queries, and by how much each row's scores are shifted.
-
-    Scores become log2-probabilities when the row's log-sum-exp is taken from them. It is that
-    of normal scores with the row's variance, ½ (qA)'·spread·(qA), which needs no pass over the
-    keys and no exponential; what is common to all rows of a list does not matter.
+def fit_work(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    fits: torch.Tensor,
+    scale: float,
+    rank: int = RANK,
+) -> Basis:
+    """Fit bases of a request's chunk to evenly spaced queries and keys of what each sees.
 
     Args:
-        own: ``[n, heads, head_dim]``.
-        basis: of the request's history.
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: a list of the chunk.
+        fits: rows of ``work.fits``.
         scale: softmax scale.
+        rank: directions.
 
     Returns:
-        Images in base-2 units, float32 ``[n, heads, r]``, and shifts, float32 ``[n, heads]``.
+        A basis whose leading dimensions are ``[fits, kv_heads]``.
     """
-    queries = own.unflatten(1, (basis.a.shape[0], -1)).float()
-    images = torch.einsum("nhgd,hdr->nhgr", queries, basis.a) * scale
-    variance = torch.einsum("nhgr,hrs,nhgs->nhg", images, basis.spread, images)
-    return (images * LOG2E).flatten(1, 2), (variance * (0.5 * LOG2E)).flatten(1, 2)
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group = query.shape[1] // kv_heads
+    start, count, history = fits.unbind(1)
+    samples = min(work.max_fit_queries, max(1, SAMPLES // group))
+    even = torch.arange(samples, device=query.device)
+    queries = query[start[:, None] + even * count[:, None] // samples]
+    queries = queries.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    samples = min(work.max_fit_history, SAMPLES)
+    even = torch.arange(samples, device=query.device)
+    positions = even * history[:, None] // samples
+    blocks = block_table[work.row][positions // page].long()
+    keys = kv_cache[blocks, :, positions % page, :head_dim].transpose(1, 2).flatten(0, 1)
+    fitted = fit(queries, keys, scale, rank)
+    return Basis(*(part.unflatten(0, (-1, kv_heads)) for part in fitted))
+
+
+def image_dtype(device: torch.device) -> torch.dtype:
+    """Return what images are kept in: fp8 where the matrix unit takes it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return torch.float8_e4m3fn
+    return torch.float16
+
+
+def padded(basis: Basis) -> Basis:
+    """Return the basis at ``WIDTH``: a projected key then ends with the factors of the shift."""
+    extra = (0, WIDTH - basis.a.shape[-1])
+    offset = torch.nn.functional.pad(basis.offset, extra)
+    for place, factor in enumerate(SHIFT_FACTORS):
+        offset[..., RANK + place] = -factor
+    pad = torch.nn.functional.pad
+    return Basis(pad(basis.a, extra), pad(basis.b, extra), offset, pad(basis.curvature, extra * 2))
+
+
+def query_images(queries: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
+    """Return images of queries that end with their row shift.
+
+    Args:
+        queries: ``[..., n, head_dim]``; leading dimensions are those of the basis.
+        basis: of at most ``RANK`` directions.
+        dtype: that images are rounded to.
+
+    Returns:
+        float32 ``[..., n, r + 3]``.
+    """
+    images = queries.float() @ basis.a
+    left = ((images @ basis.curvature) * images).sum(-1)
+    parts = []
+    for factor in SHIFT_FACTORS:
+        part = _rounded(left / factor, dtype)
+        left = left - part * factor
+        parts.append(-part)
+    return torch.cat([_rounded(images, dtype), torch.stack(parts, -1)], -1)
+
+
+def key_images(keys: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
+    """Return images of keys ``[..., n, head_dim]``; see :func:`query_images`."""
+    images = keys.float() @ basis.b - basis.offset[..., None, :]
+    factors = torch.tensor(SHIFT_FACTORS, device=keys.device).expand(*images.shape[:-1], -1)
+    return torch.cat([_rounded(images, dtype), factors], -1)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).float()

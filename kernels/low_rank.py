@@ -9,80 +9,134 @@ import triton
 import triton.language as tl
 
 from . import basis
-from .plan import COLUMNS, WorkList
+from .plan import CHUNK, COLUMNS, FITS, WorkList
 
-CHUNK = 1024  # history tokens a program
 BLOCK_M = 256  # rows (queries x group) at a time: a segment of 64 with a group of 4
-BLOCK_N = 128
+BLOCK_N = 64
 
 
 @triton.jit
-def _project_kernel(
-    p_kv, p_table, p_b, p_offset, p_images, n,
-    stride_block, stride_head, stride_token, stride_images,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+def _project_keys_kernel(
+    p_kv, p_table, p_b, p_offset, p_images, p_fits,
+    stride_block, stride_head, stride_token, stride_images_fit, stride_images_head,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK keys of one head: k B − offset."""
-    i_block, i_head = tl.program_id(0), tl.program_id(1)
+    """Images of BLOCK keys of one head by one basis: k B − offset."""
+    # Neighbours in the grid read the same keys.
+    i_fit, i_block, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.load(p_fits + 3 * i_fit + 2)
+    if i_block * BLOCK >= n:
+        return
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, D_PAD)
-    o_r = tl.arange(0, RANK)
+    o_r = tl.arange(0, WIDTH)
     m_n = o_n < n
     page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
-    o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head.to(tl.int64) * stride_head
+    o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
     k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
-    o_b = (i_head * D + o_d[:, None]) * RANK + o_r[None, :]
-    b = tl.load(p_b + o_b, (o_d < D)[:, None], 0.0)
-    offset = tl.load(p_offset + i_head * RANK + o_r)
+    i_basis = i_fit * tl.num_programs(2) + i_head
+    b = tl.load(p_b + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
+    offset = tl.load(p_offset + i_basis * WIDTH + o_r)
     image = tl.dot(k, b, input_precision=PRECISION) - offset[None, :]
-    o_image = i_head.to(tl.int64) * stride_images + o_n[:, None] * RANK + o_r[None, :]
-    tl.store(p_images + o_image, image.to(p_images.dtype.element_ty), m_n[:, None])
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+    p_images += i_fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head
+    tl.store(
+        p_images + o_n[:, None] * WIDTH + o_r[None, :], image.to(p_images.dtype.element_ty),
+        m_n[:, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _project_queries_kernel(
+    p_q, p_a, p_curvature, p_images, p_fits, chunk_start, stride_q_token, stride_q_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+):  # fmt: skip
+    """Images of BLOCK rows (queries x group) of one KV head, ending with the row's shift."""
+    i_block, i_head, i_fit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(p_fits + 3 * i_fit)
+    rows = tl.load(p_fits + 3 * i_fit + 1) * GROUP
+    if i_block * BLOCK >= rows:
+        return
+    heads = tl.num_programs(1) * GROUP
+    o_row = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_row = o_row < rows
+    query = (start + o_row // GROUP).to(tl.int64)
+    head = i_head * GROUP + o_row % GROUP
+    o_d = tl.arange(0, D_PAD)
+    o_r = tl.arange(0, WIDTH)
+    o_q = query * stride_q_token + head * stride_q_head
+    q = tl.load(p_q + o_q[:, None] + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0)
+    i_basis = i_fit * tl.num_programs(1) + i_head
+    a = tl.load(p_a + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
+    image = tl.dot(q, a, input_precision=PRECISION)
+    o_square = tl.arange(0, WIDTH)[:, None] * WIDTH + o_r[None, :]
+    curvature = tl.load(p_curvature + i_basis * WIDTH * WIDTH + o_square)
+    left = tl.sum(tl.dot(image, curvature, input_precision="ieee") * image, 1)
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+    kind: tl.constexpr = p_images.dtype.element_ty
+    for place in tl.static_range(3):
+        factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
+        part = tl.minimum(left / factor, LIMIT).to(kind).to(tl.float32)
+        left -= part * factor
+        image = tl.where(o_r[None, :] == RANK + place, -part[:, None], image)
+    o_image = ((query - chunk_start) * heads + head) * WIDTH
+    tl.store(p_images + o_image[:, None] + o_r[None, :], image.to(kind), m_row[:, None])
 
 
 @triton.jit
 def _score_kernel(
-    p_queries, p_shifts, p_images, p_items, p_scores, row_start,
-    stride_images, stride_scores_item, stride_scores_head,
-    GROUP: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
+    p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
+    stride_images, stride_scores_item, stride_scores_head, max_chunks,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Largest shifted score of a segment's rows for a chunk of keys."""
+    """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
-    first_query = tl.load(p_item + 1) - row_start
+    first_query = tl.load(p_item + 1) - chunk_start
     rows = tl.load(p_item + 2) * GROUP
     n = tl.load(p_item + 4)
     start = i_chunk * CHUNK
     if start >= n:
         return
     heads = tl.num_programs(1) * GROUP
-    o_r = tl.arange(0, RANK)
+    o_r = tl.arange(0, WIDTH)
     p_images += i_head.to(tl.int64) * stride_images
     p_scores += i_item * stride_scores_item + i_head * stride_scores_head
+    p_bounds += 2 * ((i_item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
     end = tl.minimum(start + CHUNK, n)
     for first in range(0, rows, BLOCK_M):
-        o_m = first + tl.arange(0, BLOCK_M)
-        m_m = o_m < rows
-        o_query = first_query + o_m // GROUP
-        o_vector = o_query.to(tl.int64) * heads + i_head * GROUP + o_m % GROUP
-        q = tl.load(p_queries + o_vector[:, None] * RANK + o_r[None, :], m_m[:, None], 0.0)
-        shift = tl.load(p_shifts + o_vector, m_m, float("inf"))
-        for o in range(start, end, BLOCK_N):
+        # What is too much of a block repeats the last row, which the maximum does not see.
+        o_m = tl.minimum(first + tl.arange(0, BLOCK_M), rows - 1)
+        o_query = (first_query + o_m // GROUP).to(tl.int64)
+        o_vector = o_query * heads + i_head * GROUP + o_m % GROUP
+        q = tl.trans(tl.load(p_queries + o_vector[:, None] * WIDTH + o_r[None, :]))
+        best = tl.full([BLOCK_N], float("-inf"), tl.float16)
+        worst = tl.full([BLOCK_N], float("inf"), tl.float16)
+        for o in tl.range(start, end, BLOCK_N, num_stages=STAGES):
             o_n = o + tl.arange(0, BLOCK_N)
-            k = tl.load(p_images + o_n[:, None] * RANK + o_r[None, :], (o_n < n)[:, None], 0.0)
-            # Keys in rows: the maximum over queries then stays inside a warp.
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) - shift[None, :]
-            best = tl.max(s, 1)
+            m_n = o_n < n
+            k = tl.load(p_images + o_n[:, None] * WIDTH + o_r[None, :], m_n[:, None], 0.0)
+            # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a
+            # register holds two, halve what it costs.
+            s = tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION)
+            score = tl.max(s, 1)
             if first > 0:
-                best = tl.maximum(best, tl.load(p_scores + o_n, o_n < n, 0.0))
-            tl.store(p_scores + o_n, best, o_n < n)
+                score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
+            tl.store(p_scores + o_n, score, m_n)
+            best = tl.maximum(best, tl.where(m_n, score, float("-inf")).to(tl.float16))
+            worst = tl.minimum(worst, tl.where(m_n, score, float("inf")).to(tl.float16))
+        tl.store(p_bounds, tl.max(best))
+        tl.store(p_bounds + 1, tl.min(worst))
 
 
 class LowRankWorkspace:
-    """Scratch of :func:`low_rank_scores`: images of a history and of a list's queries."""
+    """Scratch of :func:`low_rank_scores`: images of a history and of a chunk's queries."""
 
     def __init__(
         self,
@@ -90,42 +144,46 @@ class LowRankWorkspace:
         kv_heads: int,
         max_history: int,
         max_queries: int,
-        dtype: torch.dtype,
         device: torch.device,
-        rank: int = basis.RANK,
+        dtype: torch.dtype | None = None,
     ):
-        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype or basis.image_dtype(device), device=device)
 
-        self.images = empty(kv_heads, max_history, rank, dtype=dtype)
-        self.queries = empty(max_queries, heads, rank, dtype=dtype)
-        self.shifts = empty(max_queries, heads, dtype=torch.float32)
+        self.images = empty(FITS, kv_heads, max_history, basis.WIDTH)
+        self.queries = empty(max_queries, heads, basis.WIDTH)
 
 
-def prepare(
+def project(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
+    fitted: basis.Basis,
     space: LowRankWorkspace,
-    *,
-    scale: float,
 ) -> None:
-    """Fit the basis of a work list and project its queries and keys."""
+    """Project the queries of a work list's chunk and the keys they see by ``padded`` bases."""
     head_dim, page, kv_heads = query.shape[2], kv_cache.shape[2], kv_cache.shape[1]
-    rank = space.images.shape[2]
-    fitted = basis.fit(*basis.sample(query, kv_cache, block_table, work), rank)
-    own = query[work.query_start : work.query_start + work.num_queries]
-    images, shifts = basis.project_queries(own, fitted, scale)
-    space.queries[: work.num_queries] = images
-    space.shifts[: work.num_queries] = shifts
+    group = query.shape[1] // kv_heads
+    fits = work.fits.shape[0]
+    shape = {
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
+        "WIDTH": basis.WIDTH,
+        "LIMIT": torch.finfo(space.images.dtype).max,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
     block = 64
-    _project_kernel[(-(-work.max_history // block), kv_heads)](
+    _project_keys_kernel[(fits, -(-work.max_fit_history // block), kv_heads)](
         kv_cache, block_table[work.row], fitted.b.to(query.dtype), fitted.offset, space.images,
-        work.max_history, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        space.images.stride(0),
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, RANK=rank, BLOCK=block,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        work.fits, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        space.images.stride(0), space.images.stride(1), PAGE=page, BLOCK=block, **shape,
+    )  # fmt: skip
+    _project_queries_kernel[(-(-work.max_fit_queries * group // block), kv_heads, fits)](
+        query, fitted.a.to(query.dtype), fitted.curvature, space.queries, work.fits,
+        work.chunk_start, query.stride(0), query.stride(1), GROUP=group, RANK=basis.RANK,
+        BLOCK=block, FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
+        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
     )  # fmt: skip
 
 
@@ -135,32 +193,42 @@ def low_rank_scores(
     block_table: torch.Tensor,
     work: WorkList,
     scores: torch.Tensor,
+    bounds: torch.Tensor,
     space: LowRankWorkspace,
     *,
     scale: float,
+    chunk: int = CHUNK,
 ) -> None:
     """Score every item's history, one score per KV head and token.
+
+    The first list of a chunk prepares ``space`` for the other ones: they must follow in order.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
-        work: segments of one request; one basis serves them all.
-        scores: float32 ``[items, kv_heads, max_history]``; written up to each item's
+        work: segments of one request that share a basis.
+        scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
             ``dense_start``: the largest over the segment's queries and the group's heads of the
-            estimated log2-probability.
+            estimated log2-probability, up to a constant.
+        bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale.
+        chunk: history tokens of a program.
     """
+    if work.max_fit_history == 0:
+        return
+    if work.first_of_chunk:
+        fitted = basis.fit_work(query, kv_cache, block_table, work, work.fits, scale)
+        project(query, kv_cache, block_table, work, basis.padded(fitted), space)
     if work.max_history == 0:
         return
-    prepare(query, kv_cache, block_table, work, space, scale=scale)
     kv_heads = kv_cache.shape[1]
-    _score_kernel[(-(-work.max_history // CHUNK), kv_heads, work.num_items)](
-        space.queries, space.shifts, space.images, work.items, scores, work.query_start,
-        space.images.stride(0), scores.stride(0), scores.stride(1),
-        GROUP=query.shape[1] // kv_heads, RANK=space.images.shape[2],
-        CHUNK=CHUNK, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        ITEM_COLUMNS=COLUMNS, num_warps=8, num_stages=2,
+    images = space.images[work.fit]
+    _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](
+        space.queries, images, work.items, scores, bounds, work.chunk_start,
+        images.stride(0), scores.stride(0), scores.stride(1), bounds.shape[1],
+        GROUP=query.shape[1] // kv_heads, WIDTH=basis.WIDTH,
+        CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk), PRECISION="tf32",
+        ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import reference
+from .basis import FIT_QUERIES
 from .plan import (
+    FITS,
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
@@ -16,12 +18,9 @@ from .plan import (
 )
 from .tiles import attend_tile
 
-WORKSPACE_BYTES = 512 * 2**20  # what one wave of segments may take; more segments, more waves
-
+WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
 RANKINGS = ("low_rank", "mean_query")
-# Queries that share a basis. Fewer fit it better and project the history more often.
-FIT_QUERIES = 2048
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class Shape:
     ranking: str = "low_rank"
 
     @property
-    def items_per_wave(self) -> int:
+    def items_per_list(self) -> int:
         """Segments that are launched together: those that share a basis, and fit the scratch."""
         queries = FIT_QUERIES if self.ranking == "low_rank" else self.max_queries
         wanted = -(-min(self.max_queries, queries) // self.segment)
-        each = self.kv_heads * self.max_history * 8
+        each = self.kv_heads * self.max_history * 6  # a score and a slot
         return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
 
 
@@ -132,7 +131,7 @@ class SparsePrefill:
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the
                 segments' own keys and values.
             block_table: int32 ``[rows, max_blocks]``.
-            work: the segments, at most ``shape.items_per_wave``.
+            work: the segments, at most ``shape.items_per_list``.
             out: ``[tokens, heads, head_dim]``; the rows of the segments are written.
             counters: int64 ``[NUM_COUNTERS]``, added to.
         """
@@ -170,7 +169,8 @@ class SparsePrefill:
         from . import low_rank, rank, select
 
         space = self.space
-        arguments = (query, kv_cache, block_table, work, space.selection.scores, space.ranking)
+        results = (space.selection.scores, space.selection.bounds)
+        arguments = (query, kv_cache, block_table, work, *results, space.ranking)
         if isinstance(space.ranking, rank.RankWorkspace):
             rank.mean_query_scores(*arguments, scale=self.scale)
         else:
@@ -200,14 +200,14 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
 
     key = (shape, dtype, device)
     if key not in _workspaces:
-        items = shape.items_per_wave
+        items = shape.items_per_list
         if shape.ranking == "mean_query":
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)
         else:
-            queries = items * shape.segment
+            queries = min(shape.max_queries, FITS * items * shape.segment)
             sizes = (shape.heads, shape.kv_heads, shape.max_history, queries)
-            made = low_rank.LowRankWorkspace(*sizes, dtype, device)
+            made = low_rank.LowRankWorkspace(*sizes, device)
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device)
         _workspaces[key] = Workspace(made, selection)
     return _workspaces[key]

@@ -6,6 +6,7 @@ synchronisation is needed. Every kernel reads the same table, one row a segment.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ COLUMNS = 6
 GROUP_ITEMS = 16  # segments of one request that are ranked together and share each key load
 
 # The selection's resolution and the early stop's distance; kernels and reference share them.
+CHUNK = 4096  # history tokens that a program of the ranking or the selection handles
 BUCKETS = 512
-TIERS = 6  # the first 1/16, 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
+TIERS = 5  # the first 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
+
+FITS = 4  # lists that are prepared for together: with 2,048 queries each, a chunk of 8,192
 
 # What an attend launch adds to its counters, in this order.
 VISITED, ELIGIBLE, TILES, STOPPED = range(4)
@@ -47,10 +51,18 @@ class PrefillRow(NamedTuple):
 class WorkList:
     """Query segments of one request that are launched together.
 
+    Up to ``FITS`` lists of one request make a chunk and follow one another: a ranking may
+    prepare itself at the first for all of them.
+
     Attributes:
         row: the request's row in the block table.
-        query_start: index of the first query of these segments; they are adjacent.
-        num_queries: queries of these segments.
+        chunk_start: index of the chunk's first query.
+        first_of_chunk: whether this is the chunk's first list.
+        fits: int32 ``[lists, 3]`` on the device, one row per list of the chunk: first query,
+            queries, history tokens that its last segment ranks.
+        fit: this list's row of ``fits``.
+        max_fit_queries: most queries of a row of ``fits``.
+        max_fit_history: longest history of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit.
             The longest history comes first.
@@ -62,8 +74,12 @@ class WorkList:
     """
 
     row: int
-    query_start: int
-    num_queries: int
+    chunk_start: int
+    first_of_chunk: bool
+    fits: torch.Tensor
+    fit: int
+    max_fit_queries: int
+    max_fit_history: int
     items: torch.Tensor
     groups: torch.Tensor
     max_history: int
@@ -103,59 +119,78 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
-def work_list(row: int, items: Sequence[tuple[int, ...]], device: torch.device) -> WorkList:
-    """Put work items into device tables, copied asynchronously from pinned memory."""
-    groups = [
-        (start, min(GROUP_ITEMS, len(items) - start)) for start in range(0, len(items), GROUP_ITEMS)
-    ]
-
-    def to_device(table: Sequence[Sequence[int]]) -> torch.Tensor:
-        tensor = torch.tensor(table, dtype=torch.int32)
-        if device.type == "cuda":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor
-
-    return WorkList(
-        row=row,
-        query_start=min(item[QUERY_START] for item in items),
-        num_queries=sum(item[NUM_QUERIES] for item in items),
-        items=to_device(items),
-        groups=to_device(groups),
-        max_history=max(item[DENSE_START] for item in items),
-        max_list=max(item[LIST_LENGTH] for item in items),
-        max_queries=max(item[NUM_QUERIES] for item in items),
-    )
-
-
 def build_work_lists(
     rows: Iterable[PrefillRow],
     segment: int,
     min_context: int,
     device: torch.device,
-    items_per_wave: int,
+    items_per_list: int,
 ) -> list[WorkList]:
     """Build the work lists of a step.
+
+    Like segments, lists and chunks are cut at multiples in the sequence.
 
     Args:
         rows: the requests that take the sparse path.
         segment: queries per segment.
         min_context: segments with less history are dense.
         device: where the kernels run.
-        items_per_wave: most segments of a list; more make further lists.
+        items_per_list: most segments of a list; more make further lists.
 
     Returns:
-        The lists of each request, one after the other.
+        The lists of each request, one after the other; in a chunk the longest history first.
 
     Raises:
-        ValueError: if ``segment`` or ``items_per_wave`` is not positive.
+        ValueError: if ``segment`` or ``items_per_list`` is not positive.
     """
-    if segment <= 0 or items_per_wave <= 0:
-        raise ValueError(f"segment {segment} and items_per_wave {items_per_wave} must be positive")
-    lists = []
+    if segment <= 0 or items_per_list <= 0:
+        raise ValueError(f"segment {segment} and items_per_list {items_per_list} must be positive")
+    span = segment * items_per_list
+    lists: list[WorkList] = []
     for row in rows:
-        items = segments(row, segment, min_context)[::-1]  # the longest history first
-        lists += [
-            work_list(row.row, items[start : start + items_per_wave], device)
-            for start in range(0, len(items), items_per_wave)
-        ]
+        items = segments(row, segment, min_context)
+        for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
+            parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
+            lists += chunk_lists(row.row, parts, device)
     return lists
+
+
+def chunk_lists(
+    row: int, parts: Sequence[Sequence[tuple[int, ...]]], device: torch.device
+) -> list[WorkList]:
+    """Make the lists of a chunk, one per part of its items, the last part first."""
+    fits = [
+        (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), part[-1][DENSE_START])
+        for part in parts
+    ]
+    table = to_device(fits, device)
+    return [
+        WorkList(
+            row=row,
+            chunk_start=fits[0][0],
+            first_of_chunk=fit == len(parts) - 1,
+            fits=table,
+            fit=fit,
+            max_fit_queries=max(queries for _, queries, _ in fits),
+            max_fit_history=max(history for *_, history in fits),
+            items=to_device(parts[fit][::-1], device),
+            groups=to_device(ranked_together(len(parts[fit])), device),
+            max_history=parts[fit][-1][DENSE_START],
+            max_list=parts[fit][-1][LIST_LENGTH],
+            max_queries=max(item[NUM_QUERIES] for item in parts[fit]),
+        )
+        for fit in reversed(range(len(parts)))
+    ]
+
+
+def ranked_together(items: int) -> list[tuple[int, int]]:
+    """Return the first item and the number of items of each group."""
+    return [(start, min(GROUP_ITEMS, items - start)) for start in range(0, items, GROUP_ITEMS)]
+
+
+def to_device(table: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Copy a table of integers, asynchronously from pinned memory where there is a GPU."""
+    tensor = torch.tensor(table, dtype=torch.int32)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

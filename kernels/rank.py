@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .plan import COLUMNS, GROUP_ITEMS, WorkList
+from .plan import CHUNK, COLUMNS, GROUP_ITEMS, WorkList
 
 LOG2E = 1.4426950408889634
-CHUNK = 2048  # history tokens a program
 BLOCK = 64
 
 
@@ -42,7 +41,7 @@ def _mean_kernel(
 
 @triton.jit
 def _score_kernel(
-    p_means, p_kv, p_items, p_groups, p_table, p_lse, p_scores,
+    p_means, p_kv, p_items, p_groups, p_table, p_lse, p_scores, p_bounds,
     scale_log2, stride_block, stride_head, stride_token, stride_table,
     stride_scores_item, stride_scores_head, max_chunks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ITEMS: tl.constexpr,
@@ -91,6 +90,8 @@ def _score_kernel(
         m_score_item = tl.arange(0, ITEMS) < items
         n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + 4, m_score_item, 0)
         p_scores += i_head * stride_scores_head
+        best = tl.full([ITEMS], float("-inf"), tl.float32)
+        worst = tl.full([ITEMS], float("inf"), tl.float32)
     else:
         m = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
@@ -105,18 +106,25 @@ def _score_kernel(
         s = tl.where(m_row[:, None] & (o_n[None, :] < n[:, None]), s, float("-inf"))
         if WRITE_SCORES:
             s = tl.reshape(s - lse[:, None], [ITEMS, GROUP_PAD, BLOCK])
-            s = tl.max(s, 1)
-            tl.store(
-                p_scores + o_score_item.to(tl.int64)[:, None] * stride_scores_item + o_n[None, :],
-                s,
-                m_score_item[:, None] & (o_n[None, :] < n_score[:, None]),
-            )
+            s = tl.max(s, 1).to(tl.float16)
+            m_score = m_score_item[:, None] & (o_n[None, :] < n_score[:, None])
+            o_score = o_score_item.to(tl.int64)[:, None] * stride_scores_item + o_n[None, :]
+            tl.store(p_scores + o_score, s, m_score)
+            s = s.to(tl.float32)  # bounds are those of what is stored
+            best = tl.maximum(best, tl.max(tl.where(m_score, s, float("-inf")), 1))
+            worst = tl.minimum(worst, tl.min(tl.where(m_score, s, float("inf")), 1))
         else:
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             mass = mass * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             m = m_new
-    if not WRITE_SCORES:
+    if WRITE_SCORES:
+        o_list = o_score_item.to(tl.int64) * tl.num_programs(1) + i_head
+        o_bound = 2 * (o_list * max_chunks + i_chunk)
+        m_bound = m_score_item & (start < n_score)
+        tl.store(p_bounds + o_bound, best, m_bound)
+        tl.store(p_bounds + o_bound + 1, worst, m_bound)
+    else:
         tl.store(p_lse + o_lse + i_chunk, m + tl.log2(tl.where(mass > 0, mass, 1.0)), m_row)
 
 
@@ -145,6 +153,7 @@ def mean_query_scores(
     block_table: torch.Tensor,
     work: WorkList,
     scores: torch.Tensor,
+    bounds: torch.Tensor,
     space: RankWorkspace,
     *,
     scale: float,
@@ -156,9 +165,10 @@ def mean_query_scores(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
-        scores: float32 ``[items, kv_heads, max_history]``; written up to each item's
+        scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
             ``dense_start``: the largest over the group of the log2-probability that the
             segment's mean query gives the token.
+        bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale.
     """
@@ -176,7 +186,7 @@ def mean_query_scores(
     for write_scores in (False, True):
         _score_kernel[grid](
             space.means, kv_cache, work.items, work.groups, block_table, space.lse, scores,
-            scale * LOG2E, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+            bounds, scale * LOG2E, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
             block_table.stride(0), scores.stride(0), scores.stride(1), space.chunks,
             GROUP=group, GROUP_PAD=triton.next_power_of_2(group), ITEMS=GROUP_ITEMS,
             D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,

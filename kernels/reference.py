@@ -75,7 +75,7 @@ def mean_query_scores(
         )
         logits = torch.einsum("hgd,hnd->hgn", mean, keys) * scale
         scores[number, :, :n] = group_log_probability(logits)
-    return scores
+    return scores.half()
 
 
 def low_rank_scores(
@@ -93,22 +93,24 @@ def low_rank_scores(
         (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     if work.max_history == 0:
-        return scores
-    fitted = basis.fit(*basis.sample(query, kv_cache, block_table, work), rank)
+        return scores.half()
+    own = work.fits[work.fit : work.fit + 1]
+    fitted = basis.fit_work(query, kv_cache, block_table, work, own, scale, rank)
+    fitted = basis.Basis(*(part[0] for part in fitted))
     positions = torch.arange(work.max_history, device=query.device)
     keys, _ = load_tokens(
         kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
     )
-    images = keys @ fitted.b - fitted.offset[:, None]  # [kv_heads, history, r]
+    dtype = basis.image_dtype(query.device)
+    images = basis.key_images(keys, fitted, dtype)  # [kv_heads, history, width]
     for number, item in enumerate(work.items.tolist()):
-        n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
+        n = item[DENSE_START]
         if n == 0:
             continue
-        queries, shifts = basis.project_queries(query[start : start + count], fitted, scale)
-        queries = queries.unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
-        shifts = shifts.unflatten(1, (kv_heads, -1)).permute(1, 0, 2).flatten(1, 2)
-        scores[number, :, :n] = (queries @ images[:, :n].mT - shifts[..., None]).amax(1)
-    return scores
+        queries = segment_queries(query, item, kv_heads).flatten(1, 2)
+        rows = basis.query_images(queries, fitted, dtype)
+        scores[number, :, :n] = (rows @ images[:, :n].mT).amax(1)
+    return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:
@@ -156,6 +158,7 @@ def select_positions(scores: torch.Tensor, count: int) -> torch.Tensor:
     full. The order is by tier (the first ``count / 2^i`` tokens, rounded up to whole
     buckets), and by address inside a tier.
     """
+    scores = scores.float()
     bucket = bucket_of(scores, scores.max(), scores.min())
     cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
     tier = torch.zeros_like(bucket)

@@ -16,11 +16,11 @@ class SparseImpl:
 
     Attributes:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
-        s2o_items_per_wave: segments that one workspace holds.
+        s2o_items_per_list: segments that one workspace holds.
     """
 
     s2o_reason: str | None = None
-    s2o_items_per_wave: int = 1
+    s2o_items_per_list: int = 1
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -35,7 +35,7 @@ class SparseImpl:
         self._s2o_counters: torch.Tensor | None = None
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
-            self.s2o_items_per_wave = self._s2o_shape.items_per_wave
+            self.s2o_items_per_list = self._s2o_shape.items_per_list
 
     def reserve(self, query: torch.Tensor) -> None:
         """Make the operator and its workspace, so that vLLM's memory profile sees them."""

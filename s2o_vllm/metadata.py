@@ -95,21 +95,21 @@ class SparseBuilder:
 
     s2o: S2OConfig | None = None
     s2o_reason: str | None = None  # why no layer of this group can go sparse
-    s2o_items_per_wave: int = 1
+    s2o_items_per_list: int = 1
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
 
         Args:
             layers: attention layers; each has an ``impl`` with ``s2o_reason`` and
-                ``s2o_items_per_wave``.
+                ``s2o_items_per_list``.
         """
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
         impls = [layer.impl for layer in layers]
         capable = [impl for impl in impls if impl.s2o_reason is None]
         if capable:
-            self.s2o_items_per_wave = min(impl.s2o_items_per_wave for impl in capable)
+            self.s2o_items_per_list = min(impl.s2o_items_per_list for impl in capable)
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
@@ -151,7 +151,7 @@ class SparseBuilder:
             settings.segment,
             settings.min_context,
             common.block_table_tensor.device,
-            self.s2o_items_per_wave,
+            self.s2o_items_per_list,
         )
         return StepPlan(work, sparse, dense)
 

@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 
 from s2o_vllm.kernels import basis
-from s2o_vllm.kernels.operator import FIT_QUERIES
 
 from .attention import Segment
 from .ranking import Method
@@ -16,9 +15,9 @@ from .units import FINE, Unit
 
 @dataclass(frozen=True)
 class Served(Method):
-    """The default ranking of `s2o_vllm.kernels`: `basis.fit`, `basis.project_queries`, maximum.
+    """The default ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
-    One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
+    One list for 64 queries of a GQA group; the basis is fitted to the last ``basis.FIT_QUERIES``
     queries, as in a full work list, and to the whole history.
     """
 
@@ -29,16 +28,20 @@ class Served(Method):
     def ranking(self, segment: Segment) -> Ranking:
         """Score tokens; see `Method.ranking`."""
         unit = Unit.parse(self.unit)
-        recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -FIT_QUERIES:]
+        recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -basis.FIT_QUERIES :]
         recent = recent.unflatten(0, (segment.kv_heads, segment.group)).flatten(1, 2)
         queries = recent[:, :: -(-recent.shape[1] // basis.SAMPLES)]
         keys = segment.k[:, :: -(-segment.history // basis.SAMPLES)]
-        fitted = basis.fit(queries, keys)
-        images, shifts = basis.project_queries(segment.q.transpose(0, 1), fitted, segment.scale)
-        seen = segment.k @ fitted.b - fitted.offset[:, None]
+        fitted = basis.fit(queries, keys, segment.scale)
+        seen = basis.key_images(segment.k, fitted, torch.float8_e4m3fn)
+        own = segment.q.unflatten(0, (segment.kv_heads, segment.group)).float()
         fine = []
         for head in range(segment.heads):
-            scores = images[:, head] @ seen[head // segment.group].T - shifts[:, head, None]
+            of_head = basis.Basis(*(part[head // segment.group] for part in fitted))
+            rows = basis.query_images(
+                own[head // segment.group, head % segment.group], of_head, torch.float8_e4m3fn
+            )
+            scores = rows @ seen[head // segment.group].T
             fine.append(scores.unflatten(0, (-1, FINE)).amax(1))
         scores = unit.pool(torch.stack(fine), segment.group, "max")
         return Ranking(unit.rows(segment), scores)

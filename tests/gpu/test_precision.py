@@ -81,7 +81,7 @@ def test_operator_runs_at_a_servers_sizes(ranking):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     from s2o_vllm.kernels.plan import build_work_lists
 
-    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.items_per_wave):
+    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.items_per_list):
         operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
     assert torch.isfinite(out).all()
     assert counters[0] <= 0.05 * counters[1]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
-from s2o_vllm.kernels.operator import FIT_QUERIES, RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
+from s2o_vllm.kernels.basis import FIT_QUERIES
+from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
 
@@ -96,10 +97,10 @@ def test_warm_up_touches_nothing(device):
 
 
 def test_a_basis_serves_no_more_queries_than_it_fits():
-    assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").items_per_wave == FIT_QUERIES // 64
-    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").items_per_wave == 16
+    assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").items_per_list == FIT_QUERIES // 64
+    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").items_per_list == 16
 
 
 def test_scratch_is_bounded():
     shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
-    assert shape.items_per_wave * 32 * 1_000_000 * 8 <= WORKSPACE_BYTES
+    assert shape.items_per_list * 32 * 1_000_000 * 6 <= WORKSPACE_BYTES

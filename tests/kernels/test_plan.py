@@ -45,18 +45,32 @@ def test_each_request_has_its_lists_longest_history_first():
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
     assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16, 32)
-    assert (one.row, one.query_start, one.num_queries) == (4, 0, 1280)
-    assert (other.row, other.query_start, other.num_queries) == (1, 1280, 32)
+    assert (one.row, one.chunk_start, one.fits.tolist()) == (4, 0, [[0, 1280, 39 * 32]])
+    assert (other.row, other.chunk_start, other.fits.tolist()) == (1, 1280, [[1280, 32, 320]])
 
 
-def test_waves_hold_every_item_once_and_the_first_sees_the_most():
-    waves = build_work_lists([PrefillRow(0, 0, 10 * 32, 64, 0.5)], 32, 0, CPU, 4)
-    assert [wave.num_items for wave in waves] == [4, 4, 2]
-    spans = [(wave.query_start, wave.num_queries) for wave in waves]
-    assert spans == [(192, 128), (64, 128), (0, 64)]
-    assert waves[0].max_history == max(wave.max_history for wave in waves)
-    starts = sorted(item[1] for wave in waves for item in wave.items.tolist())
-    assert starts == list(range(0, 320, 32))
+def test_lists_hold_every_item_once_and_the_first_sees_the_most():
+    lists = build_work_lists([PrefillRow(0, 5, 10 * 32, 64, 0.5)], 32, 0, CPU, 4)
+    assert [one.num_items for one in lists] == [4, 4, 2], "cut at multiples in the sequence"
+    assert [one.first_of_chunk for one in lists] == [True, False, False]
+    for one in lists:
+        assert one.chunk_start == 5
+        assert one.fits.tolist() == [[5, 64, 96], [69, 128, 224], [197, 128, 352]]
+        first, queries, history = one.fits[one.fit].tolist()
+        assert queries == sum(item[plan.NUM_QUERIES] for item in one.items.tolist())
+        assert first == min(item[plan.QUERY_START] for item in one.items.tolist())
+        assert history == one.max_history
+        assert (one.max_fit_queries, one.max_fit_history) == (128, 352)
+    starts = sorted(item[plan.QUERY_START] for one in lists for item in one.items.tolist())
+    assert starts == list(range(5, 325, 32))
+
+
+def test_a_chunk_has_no_more_lists_than_are_prepared_for_together():
+    lists = build_work_lists([PrefillRow(0, 0, 10 * 32, 0, 0.5)], 32, 0, CPU, 1)
+    chunks = [one.chunk_start for one in lists if one.first_of_chunk]
+    assert chunks == [0, 32 * plan.FITS, 64 * plan.FITS]
+    assert all(one.fits.shape[0] <= plan.FITS for one in lists)
+    assert [one.chunk_start for one in lists] == sorted(one.chunk_start for one in lists)
 
 
 @pytest.mark.parametrize(("segment", "wave"), [(0, 1), (-1, 1), (32, 0)])

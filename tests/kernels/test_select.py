@@ -11,21 +11,33 @@ def select_with_kernel(batch, work, scores, chunk=64, block=32):
         work.num_items, scores.shape[1], work.max_history, scores.device, chunk, block
     )
     space.scores[:, :, : scores.shape[2]] = scores
+    set_bounds(space, work, scores)
     space.slots.fill_(-7)
     select.select(batch.block_table, work, batch.kv_cache.shape[2], space)
     return space.slots
 
 
+def set_bounds(space, work, scores):
+    """What a ranking writes beside the scores."""
+    space.bounds.fill_(float("nan"))
+    for number, item in enumerate(work.items.tolist()):
+        for head in range(scores.shape[1] if item[DENSE_START] else 0):
+            parts = scores[number, head, : item[DENSE_START]].float().split(space.chunk)
+            for place, part in enumerate(parts):
+                bound = space.bounds[number * scores.shape[1] + head, place]
+                bound[0], bound[1] = part.max(), part.min()
+
+
 def random_scores(work, kv_heads, device, kind):
     shape = (work.num_items, kv_heads, work.max_history)
     if kind == "equal":
-        return torch.full(shape, -3.0, device=device)
+        return torch.full(shape, -3.0, device=device).half()
     scores = torch.randn(shape, device=device)
     if kind == "peaked":
         scores[..., ::17] += 30
     if kind == "few values":
         scores = scores.round()
-    return scores
+    return scores.half()
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])

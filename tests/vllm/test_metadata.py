@@ -77,7 +77,7 @@ class ParentBuilder:
 
 class Builder(SparseBuilder, ParentBuilder):
     s2o = S2OConfig(sparsity_budget=0.1, min_context=100, segment_size=64)
-    s2o_items_per_wave = 2
+    s2o_items_per_list = 2
 
 
 def common_metadata(counts, totals, prefilling, **changes):
@@ -107,7 +107,7 @@ def test_a_mixed_step():
     metadata = Builder().build(0, common)
     plan = metadata.s2o
     assert [row.row for row in plan.sparse_rows] == [1]
-    assert [work.num_items for work in plan.work] == [2, 1]  # cut at 1024 and 1088
+    assert [work.num_items for work in plan.work] == [1, 2], "cut at 1024 and 1088"
     assert [(part.rows, part.tokens) for part in plan.dense] == [
         ((0, 1), (0, 1)),
         ((2, 3), (131, 181)),
