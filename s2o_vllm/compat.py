@@ -321,6 +321,20 @@ _PER_TOKEN = ("slot_mapping", "positions")
 _DERIVED = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
 
 
+def dense_step_reason(common: Any) -> str | None:
+    """Return why a whole step must stay dense, as a short label, or None.
+
+    Image tokens of some models attend to one another in both directions, and some models add a
+    window to the tokens they generate; causal attention over a selection would leave that out.
+    """
+    ranges = getattr(common, "mm_req_doc_ranges", None)
+    if ranges and any(ranges.values()):
+        return "bidirectional_ranges"
+    if getattr(common, "rswa_prefix_lens", None) is not None:
+        return "reference_window"
+    return None
+
+
 def slice_rows(common: Any, first: int, last: int) -> Any:
     """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone."""
     starts = common.query_start_loc_cpu

@@ -69,15 +69,18 @@ class SparseImpl:
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; the arguments are vLLM's own (tokens first, ``[tokens, heads, head_dim]``)."""
+        """Attend; the arguments are vLLM's own (tokens first, ``[tokens, heads, head_dim]``).
+
+        ``key`` and ``value`` are None where a fused operation has already written the cache.
+        """
         scales = (output_scale, output_block_scale)
         if self.s2o_reason is None and attn_metadata is None:
             self.reserve(query)
@@ -90,10 +93,10 @@ class SparseImpl:
             )
         for part in plan.dense:
             rows = slice(*part.tokens)
+            own = [None if one is None else one[rows] for one in (key, value)]
             super().forward(  # type: ignore[misc]
-                layer, query[rows], key[rows], value[rows], kv_cache, part.metadata,
-                output[rows], *scales,
-            )  # fmt: skip
+                layer, query[rows], *own, kv_cache, part.metadata, output[rows], *scales
+            )
         self.reserve(query)
         cache, table = self.sparse_cache(kv_cache, attn_metadata.block_table, plan)
         tokens = attn_metadata.num_actual_tokens

@@ -129,8 +129,9 @@ class SparseBuilder:
         sparse, runs, reasons = split_rows(
             starts, seq_lens[:count].tolist(), prefill, budgets, settings.min_context
         )
-        if self.s2o_reason is not None:
-            reasons += [self.s2o_reason] * len(sparse)
+        dense_reason = self.s2o_reason or compat.dense_step_reason(common)
+        if dense_reason is not None:
+            reasons += [dense_reason] * len(sparse)
             sparse = []
         for reason in reasons:
             metrics.worker.add("s2o:dense_rows", 1, reason)

@@ -139,6 +139,26 @@ def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
     assert counters.totals()["s2o:dense_rows", "alibi"] == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mm_req_doc_ranges": {0: [(3, 9)]}}, "bidirectional_ranges"),
+        ({"rswa_prefix_lens": torch.tensor([5])}, "reference_window"),
+    ],
+)
+def test_steps_that_are_not_plainly_causal_count_why(monkeypatch, changes, reason):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    common = common_metadata([130], [1130], [True], **changes)
+    assert Builder().build(0, common).s2o is None
+    assert counters.totals()["s2o:dense_rows", reason] == 1
+
+
+def test_images_without_ranges_go_sparse():
+    common = common_metadata([130], [1130], [True], mm_req_doc_ranges={0: []})
+    assert Builder().build(0, common).s2o is not None
+
+
 @pytest.mark.parametrize("causal", [False, torch.ones(1, dtype=torch.int32)])
 def test_attention_that_is_not_causal_is_left_alone(causal):
     assert Builder().build(0, common_metadata([130], [1130], [True], causal=causal)).s2o is None
