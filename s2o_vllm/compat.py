@@ -73,6 +73,7 @@ def install() -> None:
     _wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
     _wrap(EngineArgs, "from_cli_args", _from_cli_args, static=True)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    _wrap_commands()
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
         _wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
@@ -95,6 +96,26 @@ def _wrap(owner: type, name: str, wrapper: Callable, *, static: bool = False) ->
 
     wrapped.s2o_wrapped = True  # type: ignore[attr-defined]
     setattr(owner, name, type(original)(wrapped) if static else wrapped)
+
+
+def _wrap_commands() -> None:
+    """Let a refusal end ``vllm serve`` and its siblings as a bad flag does: without a traceback.
+
+    Where vLLM is not started by its own command, these modules are not loaded.
+    """
+    types = sys.modules.get("vllm.entrypoints.cli.types")
+    for command in types.CLISubcommand.__subclasses__() if types else ():
+        if "cmd" in vars(command):
+            _wrap(command, "cmd", _command, static=True)
+
+
+def _command(original: Callable, *args: Any) -> Any:
+    try:
+        return original(*args)
+    except config.ConfigError as error:
+        name = getattr(args[-1], "subparser", None) or "serve"
+        print(f"vllm {name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # -- flags and settings ---------------------------------------------------------------------

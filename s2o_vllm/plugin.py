@@ -1,6 +1,9 @@
 """The entry point that vLLM calls in every process (``vllm.general_plugins``)."""
 
 import logging
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
 
 logger = logging.getLogger("vllm.s2o")
 
@@ -9,12 +12,36 @@ def register() -> None:
     """Make ``--attention-backend s2o`` and the ``--s2o-*`` flags known to vLLM.
 
     Quick and idempotent; changes nothing in how vLLM attends unless s2o is asked for. With a
-    vLLM outside the supported range it says so and registers nothing.
+    vLLM outside the supported range it says so and registers nothing; a ``vllm`` command that
+    asks for s2o then ends with that sentence.
+
+    Raises:
+        SystemExit: code 2, see above.
     """
     from . import compat
 
     reason = compat.unsupported_version()
     if reason is not None:
+        if asked_on_command_line(sys.argv):
+            print(f"vllm: error: {reason}", file=sys.stderr)
+            raise SystemExit(2)
         logger.warning("%s", reason)
         return
     compat.install()
+
+
+def asked_on_command_line(words: Sequence[str]) -> bool:
+    """Tell whether these words are a command of vLLM's that asks for s2o.
+
+    ``CUSTOM`` alone may mean another plug-in.
+    """
+    program = words[0].replace("\\", "/") if words else ""
+    if not (program.endswith("/vllm") or program == "vllm" or "/vllm/entrypoints/" in program):
+        return False
+    if any(word.replace("_", "-").startswith("--s2o-") for word in words):
+        return True
+    pairs = [*pairwise(words), *(word.split("=", 1) for word in words if "=" in word)]
+    return any(
+        name.startswith("-") and name.endswith("backend") and value.lower() == "s2o"
+        for name, value in pairs
+    )

@@ -53,6 +53,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.plugins": ("load_general_plugins()", "'vllm.general_plugins'"),
     "vllm.envs": ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND"),
     "vllm.entrypoints.cli.main": ("main()",),
+    "vllm.entrypoints.cli.types": ("CLISubcommand.cmd(args)",),
+    "vllm.entrypoints.cli.serve": ("ServeSubcommand.cmd(args)", "ServeSubcommand.name"),
     "vllm.platforms": ("current_platform",),
     "vllm.engine.arg_utils": (
         *of("EngineArgs", "add_cli_args(parser)", "from_cli_args(cls, args)",

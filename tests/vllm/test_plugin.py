@@ -2,10 +2,12 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 from s2o_vllm import compat, plugin
+from s2o_vllm.config import ConfigError
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
@@ -164,6 +166,75 @@ def test_other_releases_are_named_in_one_sentence(found):
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc1"])
 def test_supported_releases(found):
     assert compat.unsupported_version(found) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "/bin/vllm serve m --attention-backend s2o",
+        "/bin/vllm serve m --attention_backend=S2O",
+        "/site-packages/vllm/entrypoints/cli/main.py serve m -ac.backend s2o",
+        "vllm serve m --s2o_sparsity_budget 0.1",
+    ],
+)
+def test_asking_an_unsupported_vllm_for_s2o_ends_the_command(words, monkeypatch, capsys):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "9.9")
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit) as end:
+        plugin.register()
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "supports vLLM 0.32 to 0.33 and found 9.9" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "/bin/vllm serve m",
+        "/bin/vllm serve m --attention-backend CUSTOM",
+        "/bin/vllm serve s2o --served-model-name s2o",
+        "/bin/mine.py --attention-backend s2o",
+        "",
+    ],
+)
+def test_other_commands_are_no_question_for_s2o(words):
+    assert not plugin.asked_on_command_line(words.split())
+
+
+@pytest.fixture
+def commands():
+    """Commands of vLLM's, wrapped as they are when the plug-in is loaded by one of them."""
+    from vllm.entrypoints.cli import serve
+    from vllm.entrypoints.cli.types import CLISubcommand
+
+    class Refused(CLISubcommand):
+        name = "refused"
+
+        @staticmethod
+        def cmd(args):
+            raise args.error
+
+    plugin.register()
+    compat._wrap_commands()
+    return serve.ServeSubcommand, Refused
+
+
+def test_a_refusal_ends_a_command_with_one_sentence(commands, capsys):
+    _, refused = commands
+    with pytest.raises(SystemExit) as end:
+        refused.cmd(SimpleNamespace(subparser="refused", error=ConfigError("s2o: no")))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "vllm refused: error: s2o: no\n"
+
+
+def test_other_errors_of_a_command_are_not_touched(commands):
+    with pytest.raises(KeyError):
+        commands[1].cmd(SimpleNamespace(error=KeyError("x")))
+
+
+def test_vllm_serve_is_such_a_command(commands):
+    assert commands[0].cmd.s2o_wrapped
 
 
 def test_an_unsupported_vllm_is_left_alone(monkeypatch, caplog):
