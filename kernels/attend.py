@@ -17,12 +17,13 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _online_softmax(s, v, m, mass, acc, PRECISION: tl.constexpr):
-    """Fold a tile of base-2 scores [M, N] and values [N, D] into (m, mass, acc)."""
-    m_new = tl.maximum(m, tl.max(s, 1))
+def _online_softmax(s, v, m, mass, acc, scale, PRECISION: tl.constexpr):
+    """Fold a tile of scores [M, N], base-2 once scaled, and values [N, D] into (m, mass, acc)."""
+    # Scaling after the maximum leaves one multiply-add per score. scale is positive.
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
     # A row that has seen nothing yet keeps m = -inf; shift by 0 there, not by inf - inf.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - shift[:, None])
+    p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
     mass = mass * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
@@ -49,7 +50,7 @@ def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PA
 
 @triton.jit
 def _visit(
-    q, p_k, p_v, p_list, tile, m_n, m, mass, acc, o_d, scale_log2, softcap,
+    q, p_k, p_v, p_list, tile, m_n, m, mass, acc, o_d, scale, softcap,
     stride_block, stride_token,
     MASKED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,32 +61,37 @@ def _visit(
         slot = tl.load(p_list + o_list, m_n, 0).to(tl.int64)
     else:
         slot = tl.load(p_list + o_list).to(tl.int64)
-    o_kv = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token
+    if PAGE == 0:  # blocks follow one another without a gap
+        o_kv = slot * stride_token
+    else:
+        o_kv = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token
     k = _load_rows(p_k, o_kv, m_n, o_d, MASKED, D, D_PAD)
     v = _load_rows(p_v, o_kv, m_n, o_d, MASKED, D, D_PAD)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
-        s = _softcap(s, softcap)
+        s = _softcap(s * scale, softcap)
+        scale = 1.0
     if MASKED:
         s = tl.where(m_n[None, :], s, float("-inf"))
-    return _online_softmax(s, v, m, mass, acc, PRECISION)
+    return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
 
 
 @triton.jit
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_table, p_order, p_counters,
-    scale_log2, softcap, stop_threshold,
+    scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
     stride_slots_item, stride_slots_head, stride_table, stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
+    LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
-    i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
+    # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
+    i_tile, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_head = tl.program_id(2)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     p_item = p_items + i_item * ITEM_COLUMNS
     row = tl.load(p_item + 0).to(tl.int64)
@@ -125,11 +131,13 @@ def _attend_kernel(
         o_kv = page * stride_block + (position % PAGE) * stride_token
         k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD)
         v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scale_own = scale
         if SOFTCAP:
-            s = _softcap(s, softcap)
+            s = _softcap(s * scale, softcap)
+            scale_own = 1.0
         s = tl.where(position[None, :] <= history + o_query[:, None], s, float("-inf"))
-        m, mass, acc = _online_softmax(s, v, m, mass, acc, PRECISION)
+        m, mass, acc = _online_softmax(s, v, m, mass, acc, scale_own, PRECISION)
 
     # Pass 2: the listed slots, each visible to every query of the segment.
     p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
@@ -144,8 +152,8 @@ def _attend_kernel(
             stop = tl.minimum(seen + STOP_STEP, full)
             for tile in range(seen, stop):
                 m, mass, acc = _visit(
-                    q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale_log2, softcap,
-                    stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+                    q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale, softcap,
+                    stride_block, stride_token, False, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
                 )  # fmt: skip
             seen = stop
             # The largest relative gain of any row decides: no row loses mass unseen.
@@ -154,15 +162,15 @@ def _attend_kernel(
     else:
         for tile in range(0, full):
             m, mass, acc = _visit(
-                q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale_log2, softcap,
-                stride_block, stride_token, False, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+                q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale, softcap,
+                stride_block, stride_token, False, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
             )  # fmt: skip
         seen = full
     visited = seen * BLOCK_N
     if running & (tail > 0):
         m, mass, acc = _visit(
-            q, p_k, p_v, p_list, full, m_tail, m, mass, acc, o_d, scale_log2, softcap,
-            stride_block, stride_token, True, PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+            q, p_k, p_v, p_list, full, m_tail, m, mass, acc, o_d, scale, softcap,
+            stride_block, stride_token, True, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
         )  # fmt: skip
         visited += tail
 
@@ -225,8 +233,9 @@ def attend(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     queries_per_tile = tile.block_m // group
+    even = kv_cache.stride(0) == page * kv_cache.stride(2)
     segment_tiles = -(-work.max_queries // queries_per_tile)
-    _attend_kernel[(segment_tiles, kv_heads, work.num_items)](
+    _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
         query, kv_cache, out, work.items, slots, block_table,
         order if order is not None else work.items, counters,
         scale * LOG2E, softcap * LOG2E, stop_threshold,
@@ -235,7 +244,7 @@ def attend(
         slots.stride(0), slots.stride(1), block_table.stride(0),
         order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
         GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
