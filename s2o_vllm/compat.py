@@ -120,18 +120,6 @@ def _command(original: Callable, *args: Any) -> Any:
 
 # -- flags and settings ---------------------------------------------------------------------
 
-FLAGS = {
-    "sparsity_budget": "Largest share of its history that a prefill query may visit "
-    "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
-    "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
-    "share. 0 switches it off. Default: 0.",
-    "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "ranking": "How the history is ranked: low_rank (every query against a low-rank image of the "
-    "keys) or mean_query (the paper's). Default: low_rank.",
-    "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
-    "permute_queries": "Group like queries into tiles (true or false). Default: false.",
-}
-
 
 def _flag_type(key: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
@@ -146,7 +134,7 @@ def _flag_type(key: str) -> Callable[[str], Any]:
 def _add_cli_args(original: Callable, parser: Any) -> Any:
     parser = original(parser)
     group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
-    for key, text in FLAGS.items():
+    for key, text in config.HELP.items():
         flag = "--s2o-" + key.replace("_", "-")
         group.add_argument(flag, dest=f"s2o_{key}", type=_flag_type(key), default=None, help=text)
     return parser
@@ -154,7 +142,7 @@ def _add_cli_args(original: Callable, parser: Any) -> Any:
 
 def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
     engine_args = original(cls, args)
-    flags = {key: getattr(args, f"s2o_{key}", None) for key in FLAGS}
+    flags = {key: getattr(args, f"s2o_{key}", None) for key in config.FIELDS}
     engine_args.s2o_flags = {key: value for key, value in flags.items() if value is not None}
     return engine_args
 
@@ -259,7 +247,9 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
     if settings is None:
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
-        budget = config.request_budget(getattr(params, "extra_args", None))
+        budget = config.request_budget(
+            getattr(params, "extra_args", None), settings.max_request_budget
+        )
     except config.ConfigError as error:
         from vllm.exceptions import VLLMValidationError
 

@@ -39,6 +39,8 @@ class S2OConfig:
         segment_size: queries that are ranked together (S2O's segment); 0 takes what suits the
             ranking.
         permute_queries: group like queries into tiles (S2O's Q permutation).
+        max_request_budget: the largest budget that a request may ask for; 0 forbids requests to
+            ask for any.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -50,6 +52,7 @@ class S2OConfig:
     ranking: str = "low_rank"
     segment_size: int = 0
     permute_queries: bool = False
+    max_request_budget: float = 1.0
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
@@ -67,6 +70,10 @@ class S2OConfig:
             raise _refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
         if not isinstance(self.permute_queries, bool):
             raise _refusal("permute_queries", self.permute_queries, "true or false")
+        value = self.max_request_budget
+        if not _number(value) or not 0 <= value <= 1:
+            raise _refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
+                           "budget of their own) to 1")  # fmt: skip
 
     @property
     def segment(self) -> int:
@@ -77,6 +84,20 @@ class S2OConfig:
         """Return the settings as JSON types."""
         return asdict(self)
 
+
+HELP = {
+    "sparsity_budget": "Largest share of its history that a prefill query may visit "
+    "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
+    "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
+    "share. 0 switches it off. Default: 0.",
+    "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
+    "ranking": "How the history is ranked: low_rank (every query against a low-rank image of the "
+    "keys) or mean_query (the paper's). Default: low_rank.",
+    "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
+    "permute_queries": "Group like queries into tiles (true or false). Default: false.",
+    "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
+    "to 1); 0 forbids requests to ask for any. Default: 1.",
+}
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
 
@@ -148,19 +169,32 @@ def resolve(
     }
     settings |= from_mapping({} if additional is None else additional)
     settings |= {key: value for key, value in flags.items() if value is not None}
-    return S2OConfig(**settings)
+    result = S2OConfig(**settings)
+    if 0 < result.max_request_budget < result.sparsity_budget:
+        allowed = f"0 or at least sparsity_budget, which is {result.sparsity_budget}"
+        raise _refusal("max_request_budget", result.max_request_budget, allowed)
+    return result
 
 
-def request_budget(extra_args: Mapping[str, Any] | None) -> float | None:
+def request_budget(extra_args: Mapping[str, Any] | None, largest: float = 1.0) -> float | None:
     """Return the budget that a request asks for in its ``vllm_xargs``, or None.
 
+    Args:
+        extra_args: all that the request asks for beside vLLM's own settings.
+        largest: the server's ``max_request_budget``.
+
     Raises:
-        ConfigError: if it is not a number in range, or another ``s2o_`` key is given.
+        ConfigError: if it is not a number in range, is more than the server allows, or another
+            ``s2o_`` key is given.
     """
     budget = None
     for key, value in (extra_args or {}).items():
         if key == REQUEST_PREFIX + "sparsity_budget":
             budget = check_budget(key, value)
+            if largest == 0:
+                raise _refusal(key, value, "left out: this server allows no budget of a request's")
+            if budget > largest:
+                raise _refusal(key, value, f"at most {largest} on this server")
         elif key.startswith(REQUEST_PREFIX):
             raise ConfigError(
                 f"s2o: unknown request setting {key!r}, must be {REQUEST_PREFIX}sparsity_budget"
@@ -176,6 +210,7 @@ def cache_salt(salt: str | None, config: S2OConfig, budget: float | None) -> str
     in their salt. The user's own salt is kept.
     """
     settings = config.as_dict() | {"sparsity_budget": budget or config.sparsity_budget}
+    del settings["max_request_budget"]  # decides what is served, not how
     if settings["sparsity_budget"] == 1:
         mark = "dense"
     else:

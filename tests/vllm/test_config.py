@@ -33,6 +33,9 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("ranking", "best", "one of low_rank, mean_query"),
         ("ranking", 3, "one of low_rank, mean_query"),
         ("permute_queries", "yes", "true or false"),
+        ("max_request_budget", 1.5, "from 0"),
+        ("max_request_budget", -0.1, "from 0"),
+        ("max_request_budget", True, "from 0"),
     ],
 )
 def test_other_settings_are_refused_by_name(key, value, allowed):
@@ -104,6 +107,33 @@ def test_malformed_request_budget_is_refused(value):
         config.request_budget({"s2o_sparsity_budget": value})
 
 
+def test_a_request_may_ask_for_as_much_as_the_server_allows():
+    for value in (0.05, 0.25):
+        assert config.request_budget({"s2o_sparsity_budget": value}, 0.25) == value
+    with pytest.raises(ConfigError, match=r"s2o_sparsity_budget is 0.3, must be at most 0.25 on"):
+        config.request_budget({"s2o_sparsity_budget": 0.3}, 0.25)
+
+
+@pytest.mark.parametrize("value", [0.05, 1])
+def test_a_server_that_allows_no_budgets_of_requests(value):
+    assert config.request_budget({"other": value}, 0) is None
+    with pytest.raises(ConfigError, match="must be left out: this server allows no budget"):
+        config.request_budget({"s2o_sparsity_budget": value}, 0)
+
+
+def test_a_cap_below_the_servers_own_budget_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"max_request_budget is 0.2, must be 0 or at least .*, which is 0.3"
+    ):
+        resolve({"max_request_budget": 0.2}, {"sparsity_budget": 0.3}, {})
+    for cap in (0, 0.3, 1):
+        assert resolve({"max_request_budget": cap}, {"sparsity_budget": 0.3}, {})
+
+
+def test_every_setting_has_a_help_text():
+    assert list(config.HELP) == list(config.FIELDS)
+
+
 def test_unknown_request_setting_is_refused():
     with pytest.raises(ConfigError, match="unknown request setting 's2o_budget'"):
         config.request_budget({"s2o_budget": 0.1})
@@ -117,5 +147,7 @@ def test_cache_salts_differ_exactly_where_the_kv_cache_does():
     assert config.cache_salt("tenant", server, None) != default
     other = S2OConfig(sparsity_budget=0.1, min_context=1)
     assert config.cache_salt(None, other, None) != default
+    capped = S2OConfig(sparsity_budget=0.1, max_request_budget=0.5)
+    assert config.cache_salt(None, capped, None) == default
     # Dense is dense, whatever the other settings.
     assert config.cache_salt(None, server, 1.0) == config.cache_salt(None, other, 1.0)

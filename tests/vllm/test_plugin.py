@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from s2o_vllm import compat, plugin
-from s2o_vllm.config import ConfigError
+from s2o_vllm.config import ConfigError, S2OConfig
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
@@ -153,6 +153,32 @@ def test_stock_configuration_is_untouched(tiny_model):
 
     plugin.register()
     assert EngineArgs(model=tiny_model).create_engine_config().additional_config == {}
+
+
+@pytest.fixture
+def processed():
+    """Send a request's parameters through the hook of a server with a cap of 0.25."""
+    settings = S2OConfig(max_request_budget=0.25).as_dict()
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"s2o": settings}))
+
+    def process(extra_args):
+        request = SimpleNamespace(cache_salt=None)
+        params = SimpleNamespace(extra_args=extra_args)
+        return compat._process_inputs(lambda *_: request, processor, "id", "prompt", params)
+
+    return process
+
+
+def test_a_request_above_the_cap_is_the_clients_error(processed):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=r"must be at most 0\.25 on this server"):
+        processed({"s2o_sparsity_budget": 0.5})
+
+
+def test_a_request_within_the_cap_is_salted_with_its_budget(processed):
+    assert "sparsity_budget=0.2," in processed({"s2o_sparsity_budget": 0.2}).cache_salt
+    assert "sparsity_budget=0.1," in processed(None).cache_salt
 
 
 @pytest.mark.parametrize("found", ["0.25.1", "0.31.0", "0.34.0", "1.0", "dev"])
