@@ -163,6 +163,8 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
     reason = unsupported_model(vllm_config)
     if reason is not None:
         raise config.ConfigError(f"s2o: {reason}")
+    settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
+    vllm_config.additional_config[config.KEY] = settings.as_dict()
     _install_request_hooks()
     from . import metrics
 
@@ -188,6 +190,14 @@ def settings_of(vllm_config: Any) -> config.S2OConfig | None:
     if not isinstance(additional, Mapping) or config.KEY not in additional:
         return None
     return config.S2OConfig(**config.from_mapping(additional[config.KEY]))
+
+
+def layer_number(layer_name: str) -> int | None:
+    """Return a layer's number in the whole model, from ``model.layers.3.self_attn.attn``.
+
+    Pipeline ranks keep these names, so the number does not depend on the rank.
+    """
+    return next((int(part) for part in layer_name.split(".") if part.isdecimal()), None)
 
 
 def unsupported_model(vllm_config: Any) -> str | None:

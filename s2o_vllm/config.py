@@ -6,7 +6,7 @@ Imports nothing but the standard library: the argument parser needs it in every 
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 KEY = "s2o"  # the settings' place in vLLM's additional_config
@@ -26,6 +26,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class S2OConfig:
     """All settings of one server.
@@ -41,6 +45,7 @@ class S2OConfig:
         permute_queries: group like queries into tiles (S2O's Q permutation).
         max_request_budget: the largest budget that a request may ask for; 0 forbids requests to
             ask for any.
+        dense_layers: numbers of the layers that stay dense; negative ones count from the last.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -53,6 +58,7 @@ class S2OConfig:
     segment_size: int = 0
     permute_queries: bool = False
     max_request_budget: float = 1.0
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
@@ -60,11 +66,10 @@ class S2OConfig:
         if not _number(value) or not 0 <= value < 1:
             raise _refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
         value = self.min_context
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not _whole(value) or value < 0:
             raise _refusal("min_context", value, "a whole number of tokens, 0 or more")
         value = self.segment_size
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not (value == 0 or 16 <= value <= 4096):
+        if not _whole(value) or not (value == 0 or 16 <= value <= 4096):
             raise _refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if self.ranking not in RANKINGS:
             raise _refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
@@ -74,6 +79,10 @@ class S2OConfig:
         if not _number(value) or not 0 <= value <= 1:
             raise _refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
                            "budget of their own) to 1")  # fmt: skip
+        layers = self.dense_layers
+        if not isinstance(layers, list | tuple) or not all(map(_whole, layers)):
+            raise _refusal("dense_layers", layers, "a list of layer numbers, such as 0,1,-1")
+        object.__setattr__(self, "dense_layers", tuple(layers))  # JSON gives a list
 
     @property
     def segment(self) -> int:
@@ -82,7 +91,21 @@ class S2OConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
-        return asdict(self)
+        return asdict(self) | {"dense_layers": list(self.dense_layers)}
+
+    def for_layers(self, count: int) -> "S2OConfig":
+        """Return the settings for a model of so many layers: ``dense_layers`` from 0, in order.
+
+        Raises:
+            ConfigError: if the model has no such layer.
+        """
+        for layer in self.dense_layers:
+            if not -count <= layer < count:
+                raise ConfigError(
+                    f"s2o: dense_layers has {layer}, must be from {-count} to {count - 1} "
+                    f"(the model has {count} layers)"
+                )
+        return replace(self, dense_layers=tuple(sorted({i % count for i in self.dense_layers})))
 
 
 HELP = {
@@ -97,6 +120,8 @@ HELP = {
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
     "to 1); 0 forbids requests to ask for any. Default: 1.",
+    "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
+    "last (write --s2o-dense-layers=-1,0 where the first is negative). Default: none.",
 }
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
@@ -124,10 +149,14 @@ def parse_text(key: str, text: str) -> Any:
         ConfigError: if the text is not of the setting's type.
     """
     kind = FIELDS[key]
+    value: Any
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
-        value = kind(text)
+        if key == "dense_layers":
+            value = tuple(int(word) for word in text.split(",")) if text.strip() else ()
+        else:
+            value = kind(text)
     except (ValueError, KeyError):
         value = text
     S2OConfig(**{key: value})

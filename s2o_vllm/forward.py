@@ -17,10 +17,12 @@ class SparseImpl:
     Attributes:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
         s2o_items_per_list: segments that one workspace holds.
+        s2o_placed: whether the layer's name is known.
     """
 
     s2o_reason: str | None = None
     s2o_items_per_list: int = 1
+    s2o_placed: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -36,6 +38,12 @@ class SparseImpl:
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_items_per_list = self._s2o_shape.items_per_list
+
+    def place(self, layer_name: str) -> None:
+        """Learn which layer this is; vLLM does not say so when it makes the implementation."""
+        self.s2o_placed = True
+        if self.s2o_reason is None and compat.layer_number(layer_name) in self._s2o.dense_layers:
+            self.s2o_reason = "dense_layer"
 
     def reserve(self, query: torch.Tensor) -> None:
         """Make the operator and its workspace, so that vLLM's memory profile sees them."""
@@ -67,7 +75,7 @@ class SparseImpl:
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
@@ -81,6 +89,8 @@ class SparseImpl:
 
         ``key`` and ``value`` are None where a fused operation has already written the cache.
         """
+        if not self.s2o_placed:
+            self.place(layer.layer_name)
         scales = (output_scale, output_block_scale)
         if self.s2o_reason is None and attn_metadata is None:
             self.reserve(query)

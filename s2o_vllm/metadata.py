@@ -95,21 +95,26 @@ class SparseBuilder:
 
     s2o: S2OConfig | None = None
     s2o_reason: str | None = None  # why no layer of this group can go sparse
+    s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_items_per_list: int = 1
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
 
         Args:
-            layers: attention layers; each has an ``impl`` with ``s2o_reason`` and
-                ``s2o_items_per_list``.
+            layers: attention layers; each has a ``layer_name``, and an ``impl`` that is a
+                :class:`~s2o_vllm.forward.SparseImpl`.
         """
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
+        for layer in layers:
+            layer.impl.place(layer.layer_name)
         impls = [layer.impl for layer in layers]
         capable = [impl for impl in impls if impl.s2o_reason is None]
         if capable:
             self.s2o_items_per_list = min(impl.s2o_items_per_list for impl in capable)
+            others = {impl.s2o_reason for impl in impls if impl.s2o_reason is not None}
+            self.s2o_layer_reasons = tuple(sorted(others))
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
@@ -138,6 +143,8 @@ class SparseBuilder:
         if not sparse:
             return None
         metrics.worker.add("s2o:sparse_requests", len(sparse))
+        for reason in self.s2o_layer_reasons:
+            metrics.worker.add("s2o:dense_rows", len(sparse), reason)
         build = super().build  # type: ignore[misc]
         dense = [
             DensePart(

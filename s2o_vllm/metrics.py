@@ -20,7 +20,7 @@ METRICS = {
     "s2o:tiles": "Query tiles that ran on the sparse path.",
     "s2o:tiles_stopped_early": "Query tiles that stopped before the end of their list.",
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
-    "s2o:dense_rows": "Prefill chunks that took the stock path, by reason.",
+    "s2o:dense_rows": "Prefill chunks that took the stock path in all layers or some, by reason.",
 }
 DEVICE_METRICS = tuple(METRICS)[:4]  # in the order of kernels.plan's counters
 DIRECTORY = "S2O_METRICS_DIR"

@@ -25,7 +25,10 @@ TINY_LLAMA = {
 
 
 def write_model(folder: Path, **changes) -> str:
-    """Write config and tokenizer; the weights are made by vLLM's dummy loader."""
+    """Write config and tokenizer; the weights are made by vLLM's dummy loader.
+
+    Those are so small that attention hardly changes an answer: see :func:`write_weights`.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA | changes))
@@ -37,4 +40,40 @@ def write_model(folder: Path, **changes) -> str:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     )
+    return str(folder)
+
+
+def write_weights(folder: Path, seed: int = 0) -> str:
+    """Write random weights to a folder of :func:`write_model`; what is attended to matters."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = (
+        config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    projections = {
+        "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv_heads, hidden),
+        "self_attn.v_proj": (kv_heads, hidden), "self_attn.o_proj": (hidden, heads),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    weights = {
+        "model.embed_tokens.weight": draw(config["vocab_size"], hidden),
+        "model.norm.weight": torch.ones(hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name, shape in projections.items():
+            gain = 3 if name.endswith(("q_proj", "k_proj")) else 1  # peaks in the attention
+            weights[f"{prefix}{name}.weight"] = gain * draw(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}{name}.weight"] = torch.ones(hidden)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)

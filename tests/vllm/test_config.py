@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import pytest
@@ -36,6 +37,10 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),
         ("max_request_budget", True, "from 0"),
+        ("dense_layers", "0,1", "a list of layer numbers"),
+        ("dense_layers", 3, "a list of layer numbers"),
+        ("dense_layers", [0, 1.5], "a list of layer numbers"),
+        ("dense_layers", [True], "a list of layer numbers"),
     ],
 )
 def test_other_settings_are_refused_by_name(key, value, allowed):
@@ -91,8 +96,32 @@ def test_each_ranking_has_its_segment_size_and_a_kernel():
 
 
 def test_dictionary_round_trip():
-    settings = S2OConfig(sparsity_budget=0.2, min_context=10)
-    assert S2OConfig(**settings.as_dict()) == settings
+    settings = S2OConfig(sparsity_budget=0.2, min_context=10, dense_layers=(0, -1))
+    assert S2OConfig(**json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0,1,-1", (0, 1, -1)), (" 3 ", (3,)), ("-1, 0", (-1, 0)), ("", ())]
+)
+def test_layers_are_read_from_text(text, layers):
+    assert resolve({}, None, {"S2O_DENSE_LAYERS": text}).dense_layers == layers
+
+
+@pytest.mark.parametrize("text", ["first", "0,,1", "0 1", "1.5"])
+def test_layers_that_are_no_numbers_are_refused(text):
+    with pytest.raises(ConfigError, match=f"dense_layers is '{text}', must be a list of layer"):
+        config.parse_text("dense_layers", text)
+
+
+def test_layers_are_counted_from_the_first_of_the_model():
+    settings = S2OConfig(min_context=7, dense_layers=(-1, 0, 3, 1, -4))
+    assert settings.for_layers(4) == S2OConfig(min_context=7, dense_layers=(0, 1, 3))
+
+
+@pytest.mark.parametrize("layer", [4, -5])
+def test_a_layer_that_the_model_lacks_is_refused_with_the_range(layer):
+    with pytest.raises(ConfigError, match=f"dense_layers has {layer}, must be from -4 to 3 "):
+        S2OConfig(dense_layers=(0, layer)).for_layers(4)
 
 
 def test_request_budget():
@@ -149,5 +178,7 @@ def test_cache_salts_differ_exactly_where_the_kv_cache_does():
     assert config.cache_salt(None, other, None) != default
     capped = S2OConfig(sparsity_budget=0.1, max_request_budget=0.5)
     assert config.cache_salt(None, capped, None) == default
+    some_dense = S2OConfig(sparsity_budget=0.1, dense_layers=(0,))
+    assert config.cache_salt(None, some_dense, None) != default
     # Dense is dense, whatever the other settings.
     assert config.cache_salt(None, server, 1.0) == config.cache_salt(None, other, 1.0)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from s2o_vllm.config import S2OConfig
@@ -62,3 +63,27 @@ def test_a_layer_that_cannot_go_sparse_is_the_parents():
     forward(impl, step, torch.zeros(6))
     assert [part for *_, part in impl.calls] == [step]
     assert impl.operated == []
+
+
+@pytest.mark.parametrize(
+    ("number", "dense"), [(0, True), (1, False), (2, True), (12, False), (20, False)]
+)
+def test_dense_layers_are_the_parents(number, dense):
+    impl, step = Impl(S2OConfig(dense_layers=(0, 2))), mixed_step()
+    forward(impl, step, torch.zeros(6), layer=f"language_model.model.layers.{number}.attn")
+    assert (impl.s2o_reason == "dense_layer") is dense
+    assert impl.operated == ([] if dense else ["work"])
+    assert len(impl.calls) == (1 if dense else 2)
+
+
+def test_a_layer_without_a_number_is_not_one_of_them():
+    impl = Impl(S2OConfig(dense_layers=(0,)))
+    impl.place("model.shared.attn")
+    assert impl.s2o_reason is None
+
+
+def test_another_reason_is_kept():
+    impl = Impl(S2OConfig(dense_layers=(0,)))
+    impl.s2o_reason = "alibi"
+    impl.place("model.layers.0.attn")
+    assert impl.s2o_reason == "alibi"

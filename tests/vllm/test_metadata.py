@@ -6,6 +6,7 @@ import torch
 
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
+from s2o_vllm.forward import SparseImpl
 from s2o_vllm.metadata import SparseBuilder, split_rows
 
 
@@ -137,6 +138,45 @@ def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
     builder.s2o_reason = "alibi"
     assert builder.build(0, common_metadata([130], [1130], [True])).s2o is None
     assert counters.totals()["s2o:dense_rows", "alibi"] == 1
+
+
+def group(*dense_layers):
+    """A builder whose group has the layers 0, 1 and 2."""
+    builder = Builder()
+    settings = S2OConfig(min_context=100, dense_layers=dense_layers)
+    builder.vllm_config = SimpleNamespace(additional_config={"s2o": settings.as_dict()})
+
+    def layer(number):
+        impl = SparseImpl.__new__(SparseImpl)
+        impl._s2o, impl.s2o_items_per_list = settings, 5
+        return SimpleNamespace(layer_name=f"model.layers.{number}.self_attn.attn", impl=impl)
+
+    builder.prepare_s2o([layer(number) for number in range(3)])
+    return builder
+
+
+def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monkeypatch):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    builder = group(0, 2)
+    assert builder.s2o_items_per_list == 5
+    assert builder.build(0, common_metadata([130], [1130], [True])).s2o is not None
+    assert counters.totals()["s2o:dense_rows", "dense_layer"] == 1
+    assert counters.totals()["s2o:sparse_requests", ""] == 1
+
+
+def test_a_group_of_dense_layers_alone_is_dense(monkeypatch):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    assert group(0, 1, 2).build(0, common_metadata([130], [1130], [True])).s2o is None
+    assert counters.totals() == {("s2o:dense_rows", "dense_layer"): 1}
+
+
+def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    assert group().build(0, common_metadata([130], [1130], [True])).s2o is not None
+    assert counters.totals() == {("s2o:sparse_requests", ""): 1}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,17 @@ def test_a_hybrid_model_is_accepted(make_model):
     assert "s2o" in configure(model).additional_config
 
 
+def test_dense_layers_are_counted_from_the_first(tiny_model):
+    settings = {"s2o": {"dense_layers": [-1]}}
+    configured = configure(tiny_model, additional_config=settings).additional_config
+    assert configured["s2o"]["dense_layers"] == [1]
+
+
+def test_a_dense_layer_that_the_model_lacks_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="s2o: dense_layers has 2, must be from -2 to 1"):
+        configure(tiny_model, additional_config={"s2o": {"dense_layers": [2]}})
+
+
 @pytest.mark.parametrize("size", [8, 24])
 def test_block_sizes_that_the_kernels_refuse(tiny_model, size):
     with pytest.raises(ValueError, match=f"s2o: block size is {size}, must be a multiple of 16"):

@@ -119,6 +119,8 @@ def test_flags_survive_additional_config_on_either_side(order, tiny_model):
         ("--s2o-sparsity-budget", "nan"),
         ("--s2o-stop-threshold", "-1"),
         ("--s2o-min-context", "many"),
+        ("--s2o-dense-layers", "first"),
+        ("--s2o-max-request-budget", "2"),
     ],
 )
 def test_bad_flags_are_refused_by_the_parser(flag, value, capsys):
@@ -127,6 +129,15 @@ def test_bad_flags_are_refused_by_the_parser(flag, value, capsys):
     error = capsys.readouterr().err
     assert flag in error
     assert "must be" in error
+
+
+@pytest.mark.parametrize("flag", [["--s2o-dense-layers", "0,-1"], ["--s2o-dense-layers=-1,0"]])
+def test_dense_layers_as_a_flag(flag, tiny_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = parse(["--model", tiny_model, "--attention-backend", "s2o", *flag])
+    vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert compat.settings_of(vllm_config).dense_layers == (0, 1)
 
 
 def test_flags_without_the_backend_are_refused(tiny_model):
