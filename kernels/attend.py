@@ -50,17 +50,12 @@ def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PA
 
 @triton.jit
 def _visit(
-    q, p_k, p_v, p_list, tile, m_n, m, mass, acc, o_d, scale, softcap,
-    stride_block, stride_token,
-    MASKED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    q, p_k, p_v, slot, m_n, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
+    MASKED: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to tile number ``tile`` of a slot list."""
-    o_list = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    if MASKED:
-        slot = tl.load(p_list + o_list, m_n, 0).to(tl.int64)
-    else:
-        slot = tl.load(p_list + o_list).to(tl.int64)
+    """Attend to a tile of slots."""
+    slot = slot.to(tl.int64)
     if PAGE == 0:  # blocks follow one another without a gap
         o_kv = slot * stride_token
     else:
@@ -146,31 +141,39 @@ def _attend_kernel(
     m_tail = o_n < tail
     seen = 0
     running = count > 0
+    # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
+    slot = tl.load(p_list + o_n, o_n < count, 0)
     if EARLY_STOP:
         while (seen < full) & running:
             m_before, mass_before = m, mass
             stop = tl.minimum(seen + STOP_STEP, full)
             for tile in range(seen, stop):
+                o_ahead = (tile + 1) * BLOCK_N + o_n
+                ahead = tl.load(p_list + o_ahead, o_ahead < count, 0)
                 m, mass, acc = _visit(
-                    q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale, softcap,
-                    stride_block, stride_token, False, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+                    q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
+                    stride_block, stride_token, False, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
                 )  # fmt: skip
+                slot = ahead
             seen = stop
             # The largest relative gain of any row decides: no row loses mass unseen.
             gain = 1.0 - mass_before * tl.exp2(m_before - m) / mass
             running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
     else:
         for tile in range(0, full):
+            o_ahead = (tile + 1) * BLOCK_N + o_n
+            ahead = tl.load(p_list + o_ahead, o_ahead < count, 0)
             m, mass, acc = _visit(
-                q, p_k, p_v, p_list, tile, m_tail, m, mass, acc, o_d, scale, softcap,
-                stride_block, stride_token, False, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+                q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
+                stride_block, stride_token, False, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
             )  # fmt: skip
+            slot = ahead
         seen = full
     visited = seen * BLOCK_N
     if running & (tail > 0):
         m, mass, acc = _visit(
-            q, p_k, p_v, p_list, full, m_tail, m, mass, acc, o_d, scale, softcap,
-            stride_block, stride_token, True, LIST_PAGE, BLOCK_N, D, D_PAD, SOFTCAP, PRECISION,
+            q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
+            stride_block, stride_token, True, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
         )  # fmt: skip
         visited += tail
 

@@ -23,7 +23,7 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
 FIT_QUERIES = 2048  # fewer fit better, and cost more projections of the history
-SAMPLES = 4096  # keys, and queries x group, that the moments are taken from, at most
+SAMPLES = 2048  # keys, and queries x group, that the moments are taken from, at most
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -64,9 +64,10 @@ def fit(
         rank: r, at most head_dim.
         steps: steps of subspace iteration.
     """
-    mean = keys.float().mean(1, keepdim=True)
+    mean = keys.mean(1, keepdim=True, dtype=torch.float32)
     cq = _moment(queries).double()
-    ck = _moment((keys.float() - mean).to(keys.dtype)).double()
+    # About a rounded mean: what is left of it is far below the keys' own rounding.
+    ck = _moment(keys - mean.to(keys.dtype)).double()
     generator = torch.Generator().manual_seed(0)  # the same start everywhere, every time
     start = torch.randn(queries.shape[2], rank, generator=generator, dtype=torch.float64)
     y = start.to(cq.device, non_blocking=True).expand(cq.shape[0], -1, -1)
@@ -83,7 +84,7 @@ def fit(
     b = cq @ a
     spread = b.mT @ (ck @ b)
     unit = scale * LOG2E
-    parts = (a, b * unit, (mean.mT * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
+    parts = (a, b * unit, (mean.mT.double() * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
     return Basis(*(part.float() for part in parts))
 
 
@@ -121,15 +122,16 @@ def fit_work(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     start, count, history = fits.unbind(1)
+    head = torch.arange(kv_heads, device=query.device)[:, None]
     samples = min(work.max_fit_queries, max(1, SAMPLES // group))
     even = torch.arange(samples, device=query.device)
-    queries = query[start[:, None] + even * count[:, None] // samples]
-    queries = queries.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    places = (start[:, None] + even * count[:, None] // samples)[:, None]
+    queries = query.unflatten(1, (kv_heads, group))[places, head].flatten(0, 1).flatten(1, 2)
     samples = min(work.max_fit_history, SAMPLES)
     even = torch.arange(samples, device=query.device)
-    positions = even * history[:, None] // samples
-    blocks = block_table[work.row][positions // page].long()
-    keys = kv_cache[blocks, :, positions % page, :head_dim].transpose(1, 2).flatten(0, 1)
+    places = even * history[:, None] // samples
+    blocks = block_table[work.row][places // page].long()[:, None]
+    keys = kv_cache[..., :head_dim][blocks, head, (places % page)[:, None]].flatten(0, 1)
     fitted = fit(queries, keys, scale, rank)
     return Basis(*(part.unflatten(0, (-1, kv_heads)) for part in fitted))
 

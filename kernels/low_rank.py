@@ -87,6 +87,31 @@ def _project_queries_kernel(
 
 
 @triton.jit
+def _score_block(
+    q, p_images, p_scores, o_n, n, o_r, again, best, worst,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Score a block of keys; return the best and the worst so far."""
+    m_n = o_n < n
+    o_k = o_n[:, None] * WIDTH + o_r[None, :]
+    k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
+    # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
+    # holds two, halve what it costs.
+    score = tl.max(tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION), 1)
+    if again:
+        score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
+    if MASKED:
+        tl.store(p_scores + o_n, score, m_n)
+        best = tl.maximum(best, tl.where(m_n, score, float("-inf")).to(tl.float16))
+        worst = tl.minimum(worst, tl.where(m_n, score, float("inf")).to(tl.float16))
+    else:
+        tl.store(p_scores + o_n, score)
+        best = tl.maximum(best, score)
+        worst = tl.minimum(worst, score)
+    return best, worst
+
+
+@triton.jit
 def _score_kernel(
     p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
     stride_images, stride_scores_item, stride_scores_head, max_chunks,
@@ -106,10 +131,12 @@ def _score_kernel(
         return
     heads = tl.num_programs(1) * GROUP
     o_r = tl.arange(0, WIDTH)
+    o_block = tl.arange(0, BLOCK_N)
     p_images += i_head.to(tl.int64) * stride_images
     p_scores += i_item * stride_scores_item + i_head * stride_scores_head
     p_bounds += 2 * ((i_item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
     end = tl.minimum(start + CHUNK, n)
+    full = start + (end - start) // BLOCK_N * BLOCK_N
     for first in range(0, rows, BLOCK_M):
         # What is too much of a block repeats the last row, which the maximum does not see.
         o_m = tl.minimum(first + tl.arange(0, BLOCK_M), rows - 1)
@@ -118,19 +145,16 @@ def _score_kernel(
         q = tl.trans(tl.load(p_queries + o_vector[:, None] * WIDTH + o_r[None, :]))
         best = tl.full([BLOCK_N], float("-inf"), tl.float16)
         worst = tl.full([BLOCK_N], float("inf"), tl.float16)
-        for o in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-            o_n = o + tl.arange(0, BLOCK_N)
-            m_n = o_n < n
-            k = tl.load(p_images + o_n[:, None] * WIDTH + o_r[None, :], m_n[:, None], 0.0)
-            # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a
-            # register holds two, halve what it costs.
-            s = tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION)
-            score = tl.max(s, 1)
-            if first > 0:
-                score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
-            tl.store(p_scores + o_n, score, m_n)
-            best = tl.maximum(best, tl.where(m_n, score, float("-inf")).to(tl.float16))
-            worst = tl.minimum(worst, tl.where(m_n, score, float("inf")).to(tl.float16))
+        for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
+            best, worst = _score_block(
+                q, p_images, p_scores, o + o_block, n, o_r, first > 0, best, worst,
+                WIDTH, False, PRECISION,
+            )  # fmt: skip
+        if full < end:
+            best, worst = _score_block(
+                q, p_images, p_scores, full + o_block, n, o_r, first > 0, best, worst,
+                WIDTH, True, PRECISION,
+            )  # fmt: skip
         tl.store(p_bounds, tl.max(best))
         tl.store(p_bounds + 1, tl.min(worst))
 

@@ -12,6 +12,8 @@ from .plan import (
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
+    TIERS,
+    TIERS_UNORDERED,
     PrefillRow,
     WorkList,
     build_work_lists,
@@ -90,6 +92,7 @@ class SparsePrefill:
             raise ValueError(f"ranking is {shape.ranking!r}, must be one of {', '.join(RANKINGS)}")
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
+        self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
         self.tile = attend_tile(shape.head_dim, device)
         if device.type == "cuda" and shape.heads // shape.kv_heads > self.tile.block_m:
             raise ValueError(
@@ -145,7 +148,7 @@ class SparsePrefill:
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
             scores = self.reference(*arguments, scale=self.scale)
-            slots = reference.select(scores, block_table, work, kv_cache.shape[2])
+            slots = reference.select(scores, block_table, work, kv_cache.shape[2], self.tiers)
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
             reference.attend(
                 *arguments, slots, out, counters, queries_per_tile=queries_per_tile, **options
@@ -175,7 +178,7 @@ class SparsePrefill:
             rank.mean_query_scores(*arguments, scale=self.scale)
         else:
             low_rank.low_rank_scores(*arguments, scale=self.scale)
-        select.select(block_table, work, kv_cache.shape[2], space.selection)
+        select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers)
 
 
 class Workspace(NamedTuple):

@@ -133,7 +133,11 @@ def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Ten
 
 
 def select(
-    scores: torch.Tensor, block_table: torch.Tensor, work: WorkList, page: int
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    page: int,
+    tiers: int = TIERS,
 ) -> torch.Tensor:
     """Turn scores into slot lists; see :func:`select.select`."""
     slots = torch.zeros(
@@ -145,12 +149,12 @@ def select(
             continue
         table_row = block_table[item[ROW]]
         for head in range(scores.shape[1]):
-            positions = select_positions(scores[number, head, :n], count)
+            positions = select_positions(scores[number, head, :n], count, tiers)
             slots[number, head, :count] = physical_slots(positions, table_row, page)
     return slots
 
 
-def select_positions(scores: torch.Tensor, count: int) -> torch.Tensor:
+def select_positions(scores: torch.Tensor, count: int, tiers: int = TIERS) -> torch.Tensor:
     """Return the positions of the ``count`` best of ``n`` scores, in the order of visiting.
 
     Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
@@ -162,7 +166,7 @@ def select_positions(scores: torch.Tensor, count: int) -> torch.Tensor:
     bucket = bucket_of(scores, scores.max(), scores.min())
     cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
     tier = torch.zeros_like(bucket)
-    for bound in tier_bounds(cumulative, count):
+    for bound in tier_bounds(cumulative, count, tiers):
         tier += bucket > bound
     return torch.argsort(tier, stable=True)[:count]
 
@@ -173,14 +177,14 @@ def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> 
     return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
 
 
-def tier_bounds(cumulative: torch.Tensor, count: int) -> list[int]:
+def tier_bounds(cumulative: torch.Tensor, count: int, tiers: int) -> list[int]:
     """Return the last bucket of each tier but the last, which holds the rest.
 
     ``cumulative`` is the number of tokens in buckets 0..b. The last bound is the bucket
     before the one that fills the list, so that the only bucket which may be cut short is
     visited last.
     """
-    goals = [max(1, count >> (TIERS - 2 - tier)) for tier in range(TIERS - 2)]
+    goals = [max(1, count >> (tiers - 2 - tier)) for tier in range(tiers - 2)]
     bounds = [int((cumulative < goal).sum()) for goal in goals]
     last = int((cumulative < count).sum())
     return [min(bound, last - 1) for bound in bounds] + [last - 1, last]

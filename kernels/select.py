@@ -13,6 +13,7 @@ import triton.language as tl
 from .plan import BUCKETS, CHUNK, COLUMNS, TIERS, WorkList
 
 BLOCK = 2048  # scores that the emission places at a time: a tier's count has 12 bits
+TIERS_PAD = triton.next_power_of_2(TIERS)
 
 
 @triton.jit
@@ -132,7 +133,9 @@ def _emit_kernel(
     o_t = tl.minimum(tl.arange(0, TIERS_PAD), TIERS - 1)
     places = tl.load(p_places + o_t)
     last = tl.load(p_tier_bounds + TIERS - 1)
-    BITS: tl.constexpr = 12  # a tier's share of the number that counts all tiers at once
+    # One number counts all tiers at once, with BITS bits each.
+    BITS: tl.constexpr = 12
+    COUNTER: tl.constexpr = tl.int64 if TIERS * BITS > 32 else tl.int32
     for o in range(start, tl.minimum(start + CHUNK, n), BLOCK):
         o_n = o + tl.arange(0, BLOCK)
         s = tl.load(p_scores + o_n, o_n < n, 0.0)
@@ -145,10 +148,10 @@ def _emit_kernel(
         for t in tl.static_range(TIERS):
             at = tl.arange(0, TIERS_PAD) == t
             place = tl.where(tier == t, tl.sum(tl.where(at, places, 0)), place)
-        shift = (tier * BITS).to(tl.int64)
-        one = tl.where(taken, tl.full([BLOCK], 1, tl.int64) << shift, 0)
+        shift = (tier * BITS).to(COUNTER)
+        one = tl.where(taken, tl.full([BLOCK], 1, COUNTER) << shift, 0).to(COUNTER)
         place += ((tl.cumsum(one) >> shift) & (2**BITS - 1)).to(tl.int32) - 1
-        places += ((tl.sum(one) >> (o_t * BITS).to(tl.int64)) & (2**BITS - 1)).to(tl.int32)
+        places += ((tl.sum(one) >> (o_t * BITS).to(COUNTER)) & (2**BITS - 1)).to(tl.int32)
         taken &= place < count
         page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
         tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
@@ -181,11 +184,17 @@ class SelectWorkspace:
         self.slots = empty(items, heads, max(max_history, 1), dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.histograms = empty(lists, self.chunks, BUCKETS, dtype=torch.int16)
-        self.tier_bounds = empty(lists, triton.next_power_of_2(TIERS), dtype=torch.int32)
-        self.places = empty(lists, self.chunks, triton.next_power_of_2(TIERS), dtype=torch.int32)
+        self.tier_bounds = empty(lists, TIERS_PAD, dtype=torch.int32)
+        self.places = empty(lists, self.chunks, TIERS_PAD, dtype=torch.int32)
 
 
-def select(block_table: torch.Tensor, work: WorkList, page: int, space: SelectWorkspace) -> None:
+def select(
+    block_table: torch.Tensor,
+    work: WorkList,
+    page: int,
+    space: SelectWorkspace,
+    tiers: int = TIERS,
+) -> None:
     """Select the ``list_length`` best history tokens of every list.
 
     Args:
@@ -194,6 +203,7 @@ def select(block_table: torch.Tensor, work: WorkList, page: int, space: SelectWo
             ``space.bounds`` their bounds.
         page: tokens per block of the cache.
         space: scratch; ``space.slots`` int32 ``[items, heads, *]`` receives the lists.
+        tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
 
     See :func:`reference.select_positions` for exactly what is chosen and in which order.
     """
@@ -204,7 +214,7 @@ def select(block_table: torch.Tensor, work: WorkList, page: int, space: SelectWo
     chunks = -(-work.max_history // space.chunk)
     grid = (chunks, heads, work.num_items)
     shape = {"CHUNK": space.chunk, "ITEM_COLUMNS": COLUMNS}
-    tiers = {"TIERS": TIERS, "TIERS_PAD": triton.next_power_of_2(TIERS)}
+    options = {"TIERS": tiers, "TIERS_PAD": TIERS_PAD, "BUCKETS": BUCKETS, **shape}
     chunks_pad = triton.next_power_of_2(space.chunks)
     _histogram_kernel[grid](
         space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
@@ -212,11 +222,11 @@ def select(block_table: torch.Tensor, work: WorkList, page: int, space: SelectWo
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
         work.items, space.histograms, space.tier_bounds, space.places, space.chunks,
-        BUCKETS=BUCKETS, ROWS=8, **shape, **tiers,
+        ROWS=8, **options,
     )  # fmt: skip
     _emit_kernel[grid](
         space.scores, work.items, space.bounds, space.tier_bounds, space.places,
         block_table, space.slots, *strides, block_table.stride(0),
         space.slots.stride(0), space.slots.stride(1), space.chunks,
-        PAGE=page, BLOCK=space.block, BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, **tiers, **shape,
+        PAGE=page, BLOCK=space.block, CHUNKS_PAD=chunks_pad, **options,
     )  # fmt: skip

@@ -46,17 +46,17 @@ def test_lists_agree_with_the_reference(ranking):
             continue
         selection = select.SelectWorkspace(work.num_items, 8, work.max_history, "cuda")
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
+        results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
             space = rank.RankWorkspace(
                 work.num_items, heads, head_dim, work.max_history, batch.query.dtype, "cuda"
             )
-            rank.mean_query_scores(*arguments, selection.scores, space, scale=batch.scale)
+            rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
         else:
-            space = low_rank.LowRankWorkspace(
-                heads, 8, work.max_history, tokens, batch.query.dtype, "cuda"
-            )
-            low_rank.low_rank_scores(*arguments, selection.scores, space, scale=batch.scale)
+            device = batch.query.device
+            space = low_rank.LowRankWorkspace(heads, 8, work.max_fit_history, tokens, device)
+            low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.low_rank_scores(*arguments, scale=batch.scale)
         select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
         slots = reference.select(wanted, batch.block_table, work, batch.kv_cache.shape[2])

@@ -3,6 +3,7 @@ import torch
 
 from cases import (
     DTYPES,
+    ON_GPU,
     SEGMENT,
     TOLERANCE,
     dense_attention,
@@ -23,6 +24,14 @@ GQA_AND_SIZES = [
     (12, 2, 128, 48, False),
     (2, 1, 256, 64, True),
 ]
+
+
+def stop_step(batch):
+    """The kernel tests its early stop after whole tiles."""
+    return attend_tile(batch.query.shape[2], batch.query.device).block_n
+
+
+LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
 def run(batch, lists, function=attend.attend, orders=None, **options):
@@ -83,9 +92,13 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_matches_the_reference(device, stop_threshold, permuted, softcap):
-    batch = make_batch(device, spread=3.0, chunks=((400, 40), (0, 10), (129, 3)))
+    batch = make_batch(device, spread=3.0, chunks=((400 * LONG, 40), (0, 10), (129 * LONG, 3)))
     lists = full_lists(batch)
-    options = {"stop_threshold": stop_threshold, "stop_step": 16, "softcap": softcap}
+    options = {
+        "stop_threshold": stop_threshold,
+        "stop_step": stop_step(batch),
+        "softcap": softcap,
+    }
     options["orders"] = query_orders(batch, lists) if permuted else None
     out, counters = run(batch, lists, **options)
     wanted, wanted_counters = run(batch, lists, reference.attend, **options)
@@ -128,8 +141,11 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
 
     Recomputed from the scores alone, for every tile and row.
     """
-    threshold, step = 0.2, 16
-    batch = make_batch(device, spread=3.0, chunks=((500, 16),), heads=2, kv_heads=1, budget=1.0)
+    threshold = 0.2
+    batch = make_batch(
+        device, spread=3.0, chunks=((500 * LONG, 16),), heads=2, kv_heads=1, budget=1.0
+    )
+    step = stop_step(batch)
     ((work, slots),) = lists = full_lists(batch)
     out, counters = run(batch, lists, stop_threshold=threshold, stop_step=step)
     assert counters[STOPPED] > 0

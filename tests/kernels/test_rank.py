@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cases import DTYPES, make_batch
+from cases import DTYPES, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, rank, reference
 from s2o_vllm.kernels.plan import DENSE_START
 
@@ -12,8 +12,8 @@ SHAPES = [
     (3, 3, 128, 128, True),
     (12, 2, 64, 48, False),
 ]
-# In bits; scores are fp16, and images fp8 on the card.
-ATOL = {torch.float32: 3e-2, torch.float16: 5e-2, torch.bfloat16: 0.5}
+# In bits. Scores are fp16; images are fp8 on the card, where a rounding may fall either way.
+ATOL = {torch.float32: 3e-2, torch.float16: 0.5 if ON_GPU else 5e-2, torch.bfloat16: 0.5}
 
 
 def mean_query(batch, works, chunk=64):

@@ -3,17 +3,17 @@ import torch
 
 from cases import make_batch
 from s2o_vllm.kernels import reference, select
-from s2o_vllm.kernels.plan import BUCKETS, DENSE_START, LIST_LENGTH
+from s2o_vllm.kernels.plan import BUCKETS, DENSE_START, LIST_LENGTH, TIERS, TIERS_UNORDERED
 
 
-def select_with_kernel(batch, work, scores, chunk=64, block=32):
+def select_with_kernel(batch, work, scores, chunk=64, block=32, tiers=TIERS):
     space = select.SelectWorkspace(
         work.num_items, scores.shape[1], work.max_history, scores.device, chunk, block
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
     space.slots.fill_(-7)
-    select.select(batch.block_table, work, batch.kv_cache.shape[2], space)
+    select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers)
     return space.slots
 
 
@@ -42,12 +42,13 @@ def random_scores(work, kv_heads, device, kind):
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
-def test_lists_match_the_reference(device, kind, budget, page):
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
+def test_lists_match_the_reference(device, kind, budget, page, tiers):
     batch = make_batch(device, budget=budget, page=page, chunks=((400, 40), (0, 10), (129, 3)))
     for work in batch.work():
         scores = random_scores(work, 2, device, kind)
-        slots = select_with_kernel(batch, work, scores)
-        wanted = reference.select(scores, batch.block_table, work, page)
+        slots = select_with_kernel(batch, work, scores, tiers=tiers)
+        wanted = reference.select(scores, batch.block_table, work, page, tiers)
         for number, item in enumerate(work.items.tolist()):
             count = item[LIST_LENGTH]
             torch.testing.assert_close(slots[number, :, :count], wanted[number, :, :count])
