@@ -7,51 +7,22 @@ the same tokens as stock vLLM in the same run.
 """
 
 import argparse
-import json
-import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s2o_vllm.cli.demo import ServerError, measured_density, read, stop, wait_until_healthy
+from s2o_vllm.cli.demo import ServerError, measured_density, read
 
 from .report import header, save
+from .serving import llama_shape, prompt, vllm_server, vocabulary_of
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
 OUTPUT_TOKENS = 32
 GATE_CONTEXT = 3000
-LOWEST_ID, HIGHEST_ID = 1000, 30000  # ordinary tokens of any vocabulary; cut to the model's
 
 
 class Timing(NamedTuple):
@@ -60,13 +31,6 @@ class Timing(NamedTuple):
     ttft_s: float
     tpot_ms: float
     tokens: list[int]
-
-
-def prompt(context: int, seed: int, vocabulary: int) -> list[int]:
-    """Return random token ids, the same for a seed on every arm."""
-    generator = random.Random(seed)
-    top = min(HIGHEST_ID, vocabulary)
-    return [generator.randrange(min(LOWEST_ID, top - 1), top) for _ in range(context)]
 
 
 def ask(url: str, tokens: Sequence[int], budget: float | None) -> Timing:
@@ -93,30 +57,19 @@ def ask(url: str, tokens: Sequence[int], budget: float | None) -> Timing:
     return Timing(times[0], 1000 * (times[-1] - times[0]) / (len(ids) - 1), ids)
 
 
-@contextmanager
-def server(args: argparse.Namespace, backend: str, model: Path, folder: Path) -> Iterator[str]:
-    """Start `vllm serve` with one backend; yield its URL; stop it and its workers."""
-    url = f"http://127.0.0.1:{args.port}"
-    if read(f"{url}/health") is not None:
-        raise ServerError(f"port {args.port} is taken: choose another with --port")
-    command = [
-        sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--port", str(args.port), "--host", "127.0.0.1", "--no-enable-prefix-caching",
-        "--max-model-len", str(max(args.contexts) + OUTPUT_TOKENS),
+def server(
+    args: argparse.Namespace, backend: str, model: Path, folder: Path
+) -> AbstractContextManager[str]:
+    """Return the `vllm serve` of one backend, see :func:`serving.vllm_server`."""
+    flags = [
+        "--no-enable-prefix-caching", "--max-model-len", str(max(args.contexts) + OUTPUT_TOKENS),
         "--max-num-batched-tokens", str(args.chunk), "--dtype", args.dtype,
         "--load-format", args.load_format, *args.server_args,
     ]  # fmt: skip
     if backend == "s2o":
-        command += ["--attention-backend", "s2o", "--s2o-min-context", str(args.min_context)]
-        command += ["--s2o-sparsity-budget", str(max(args.budgets))]
-    log = folder / f"{backend}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            wait_until_healthy(process, url, log)
-            yield url
-        finally:
-            stop(process)
+        flags += ["--attention-backend", "s2o", "--s2o-min-context", str(args.min_context)]
+        flags += ["--s2o-sparsity-budget", str(max(args.budgets))]
+    return vllm_server(model, args.port, flags, folder / f"{backend}.log")
 
 
 def measure(
@@ -149,11 +102,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Serve both arms, check that they agree, measure, save after every row."""
     model = args.model
     if model is None:
-        model = folder / "llama-8b-shape"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA_8B))
-        args.server_args = ["--skip-tokenizer-init", *args.server_args]
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        model, flags = llama_shape(folder)
+        args.server_args = [*flags, *args.server_args]
+    vocabulary = vocabulary_of(model)
     gate = prompt(GATE_CONTEXT, 0, vocabulary)
     rows: list[dict[str, Any]] = []
 

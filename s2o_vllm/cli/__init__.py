@@ -24,11 +24,23 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("doctor",): Command("s2o_vllm.cli.doctor", "say whether S2O would run here, and why not"),
     ("serve",): Command("s2o_vllm.cli.serve", "start vLLM's server with S2O on"),
     ("bench", "attention"): Command("s2o_vllm.benchmarks.attention", "time attention alone"),
+    ("bench", "serve"): Command(
+        "s2o_vllm.benchmarks.serve", "load a server with a mix of requests"
+    ),
     ("bench", "ttft"): Command("s2o_vllm.benchmarks.ttft", "time the first token of a server"),
     ("eval", "attention"): Command(
         "s2o_vllm.benchmarks.quality.evaluate", "measure the error of sparse attention"
     ),
     ("eval", "ruler"): Command("s2o_vllm.benchmarks.quality.ruler", "score a model's answers"),
+    ("eval", "ruler-tasks"): Command(
+        "s2o_vllm.benchmarks.quality.ruler_make", "make RULER's tasks for a tokenizer and a length"
+    ),
+    ("eval", "perplexity"): Command(
+        "s2o_vllm.benchmarks.quality.perplexity", "measure how well a model predicts a text"
+    ),
+    ("eval", "report"): Command(
+        "s2o_vllm.benchmarks.quality.report", "write the quality report from the result files"
+    ),
     ("loadtest",): Command("s2o_vllm.loadtest", "drive a running server at rising rates"),
 }
 GROUPS = {"bench": "measure speed", "eval": "measure quality"}

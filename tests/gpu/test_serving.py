@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from s2o_vllm.benchmarks.ttft import LLAMA_8B, ask, prompt
+from s2o_vllm.benchmarks.serving import LLAMA_8B, prompt
+from s2o_vllm.benchmarks.ttft import ask
 from s2o_vllm.cli.demo import (
     WHAT,
     WHERE,

@@ -1,0 +1,103 @@
+"""What benchmarks of a whole server share: a model without weights, prompts, the server itself."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from s2o_vllm.cli.demo import ServerError, read, stop, wait_until_healthy
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+LOWEST_ID, HIGHEST_ID = 1000, 30000  # ordinary tokens of any vocabulary; cut to the model's
+
+
+def llama_shape(folder: Path) -> tuple[Path, list[str]]:
+    """Write Llama-3.1-8B's configuration, for `--load-format dummy`.
+
+    Returns:
+        The model's folder, and the flags of `vllm serve` that a model without a tokenizer needs.
+    """
+    model = folder / "llama-8b-shape"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    return model, ["--skip-tokenizer-init"]
+
+
+def vocabulary_of(model: Path) -> int:
+    """Return the number of token ids that a model has."""
+    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+
+
+def prompt(context: int, seed: int, vocabulary: int) -> list[int]:
+    """Return random token ids, the same for a seed on every arm."""
+    generator = random.Random(seed)
+    top = min(HIGHEST_ID, vocabulary)
+    return [generator.randrange(min(LOWEST_ID, top // 2), top) for _ in range(context)]
+
+
+@contextmanager
+def vllm_server(
+    model: Path,
+    port: int,
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Start `vllm serve` on this machine; yield its URL; stop it and its workers.
+
+    Args:
+        model: the model's folder.
+        port: where it listens, on the loopback interface alone.
+        flags: of `vllm serve`.
+        log: file for what the server prints.
+        environment: variables beside those of this process.
+
+    Raises:
+        ServerError: if the port is taken, or the server ends or is not healthy in time.
+    """
+    url = f"http://127.0.0.1:{port}"
+    if read(f"{url}/health") is not None:
+        raise ServerError(f"port {port} is taken: choose another with --port")
+    command = [
+        sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(model),
+        "--port", str(port), "--host", "127.0.0.1", *flags,
+    ]  # fmt: skip
+    variables = os.environ | dict(environment or {})
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, env=variables
+        )
+        try:
+            wait_until_healthy(process, url, log)
+            yield url
+        finally:
+            stop(process)
