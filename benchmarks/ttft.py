@@ -118,14 +118,14 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 flush=True,
             )
 
-    with server(args, "stock", model, folder) as url:
-        wanted = ask(url, gate, None).tokens
-        keep(measure(args, url, "stock", None, vocabulary))
     with server(args, "s2o", model, folder) as url:
-        if ask(url, gate, 1.0).tokens != wanted:
-            raise ServerError("at budget 1.0 S2O's tokens are not those of stock vLLM")
+        dense = ask(url, gate, 1.0).tokens
         for budget in args.budgets:
             keep(measure(args, url, "s2o", budget, vocabulary))
+    with server(args, "stock", model, folder) as url:
+        if ask(url, gate, None).tokens != dense:
+            raise ServerError("at budget 1.0 S2O's tokens are not those of stock vLLM")
+        keep(measure(args, url, "stock", None, vocabulary))
     save(args.out, header(), rows)
     return rows
 

@@ -10,6 +10,7 @@ Two things keep the fit cheap: two steps of subspace iteration from random direc
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,9 +69,7 @@ def fit(
     cq = _moment(queries).double()
     # About a rounded mean: what is left of it is far below the keys' own rounding.
     ck = _moment(keys - mean.to(keys.dtype)).double()
-    generator = torch.Generator().manual_seed(0)  # the same start everywhere, every time
-    start = torch.randn(queries.shape[2], rank, generator=generator, dtype=torch.float64)
-    y = start.to(cq.device, non_blocking=True).expand(cq.shape[0], -1, -1)
+    y = _start(queries.shape[2], rank, cq.device).expand(cq.shape[0], -1, -1)
     for _ in range(steps):
         y = ck @ (cq @ y)
         y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -86,6 +85,13 @@ def fit(
     unit = scale * LOG2E
     parts = (a, b * unit, (mean.mT.double() * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
     return Basis(*(part.float() for part in parts))
+
+
+@cache
+def _start(head_dim: int, rank: int, device: torch.device) -> torch.Tensor:
+    """Random directions, the same everywhere and every time: float64 ``[head_dim, rank]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(head_dim, rank, generator=generator, dtype=torch.float64).to(device)
 
 
 def _moment(x: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def _score_block(
     k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
     # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
     # holds two, halve what it costs.
-    score = tl.max(tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION), 1)
+    score = tl.max(tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION), 1).to(tl.float16)
     if again:
         score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
     if MASKED:

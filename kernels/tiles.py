@@ -32,7 +32,7 @@ SHARED_MEMORY = {
 HOPPER = {
     64: AttendTile(128, 128, 8, 3),
     96: AttendTile(128, 128, 8, 2),
-    128: AttendTile(128, 128, 8, 3),
+    128: AttendTile(128, 64, 8, 4),
     256: AttendTile(128, 64, 8, 2),
 }
 BLACKWELL = {
