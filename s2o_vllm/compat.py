@@ -356,6 +356,12 @@ def dense_step_reason(common: Any) -> str | None:
     return None
 
 
+def counts_chunks(vllm_config: Any) -> bool:
+    """Tell whether this worker counts chunks: one of those that share a layer's heads does."""
+    parallel = vllm_config.parallel_config
+    return parallel.rank % parallel.tensor_parallel_size == 0
+
+
 def slice_rows(common: Any, first: int, last: int) -> Any:
     """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone."""
     starts = common.query_start_loc_cpu

@@ -97,6 +97,7 @@ class SparseBuilder:
     s2o_reason: str | None = None  # why no layer of this group can go sparse
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_items_per_list: int = 1
+    s2o_counts: bool = True  # whether chunks are counted here
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
@@ -106,6 +107,7 @@ class SparseBuilder:
                 :class:`~s2o_vllm.forward.SparseImpl`.
         """
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
+        self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
         for layer in layers:
             layer.impl.place(layer.layer_name)
@@ -138,13 +140,9 @@ class SparseBuilder:
         if dense_reason is not None:
             reasons += [dense_reason] * len(sparse)
             sparse = []
-        for reason in reasons:
-            metrics.worker.add("s2o:dense_rows", 1, reason)
+        self.count(len(sparse), reasons)
         if not sparse:
             return None
-        metrics.worker.add("s2o:sparse_requests", len(sparse))
-        for reason in self.s2o_layer_reasons:
-            metrics.worker.add("s2o:dense_rows", len(sparse), reason)
         build = super().build  # type: ignore[misc]
         dense = [
             DensePart(
@@ -162,6 +160,18 @@ class SparseBuilder:
             self.s2o_items_per_list,
         )
         return StepPlan(work, sparse, dense)
+
+    def count(self, sparse: int, reasons: list[str]) -> None:
+        """Count a step's chunks: how many went sparse, and why each of the others did not."""
+        if not self.s2o_counts:
+            if sparse:
+                metrics.worker.start()  # what this rank's heads visit is counted all the same
+            return
+        if sparse:
+            metrics.worker.add("s2o:sparse_requests", sparse)
+            reasons = reasons + sparse * list(self.s2o_layer_reasons)
+        for reason in reasons:
+            metrics.worker.add("s2o:dense_rows", 1, reason)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):
         """Build the parent's metadata and attach the plan as ``s2o``."""

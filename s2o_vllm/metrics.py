@@ -68,9 +68,10 @@ class WorkerCounters:
         """Count on the host."""
         with self._lock:
             self._host[metric, reason] += amount
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin to publish. Not before the first request: reading disturbs graph capture."""
         if self._thread is not None:
             return
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 START_SECONDS = 600
-PORTS = iter(range(18311, 18400))
+FIRST_PORT = int(os.environ.get("S2O_TEST_PORT", "18311"))
+PORTS = iter(range(FIRST_PORT, FIRST_PORT + 90))
 
 
 @dataclass
@@ -91,3 +92,19 @@ def stock_server(e2e_folder, tiny_model):
     one = start_server(e2e_folder, "stock", tiny_model)
     yield one
     stop(one)
+
+
+@pytest.fixture(scope="module")
+def launch(e2e_folder):
+    """Start a server by ``launch(name, model, *flags)``; it runs until the next, or the end."""
+    started = []
+
+    def start(name, model, *flags):
+        while started:
+            stop(started.pop())
+        started.append(start_server(e2e_folder, name, model, *flags))
+        return started[-1]
+
+    yield start
+    while started:
+        stop(started.pop())

@@ -140,11 +140,14 @@ def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
     assert counters.totals()["s2o:dense_rows", "alibi"] == 1
 
 
-def group(*dense_layers):
-    """A builder whose group has the layers 0, 1 and 2."""
+def group(*dense_layers, rank=0):
+    """A builder whose group has the layers 0, 1 and 2, on one of two tensor ranks."""
     builder = Builder()
     settings = S2OConfig(min_context=100, dense_layers=dense_layers)
-    builder.vllm_config = SimpleNamespace(additional_config={"s2o": settings.as_dict()})
+    builder.vllm_config = SimpleNamespace(
+        additional_config={"s2o": settings.as_dict()},
+        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2),
+    )
 
     def layer(number):
         impl = SparseImpl.__new__(SparseImpl)
@@ -170,6 +173,16 @@ def test_a_group_of_dense_layers_alone_is_dense(monkeypatch):
     monkeypatch.setattr(metrics, "worker", counters)
     assert group(0, 1, 2).build(0, common_metadata([130], [1130], [True])).s2o is None
     assert counters.totals() == {("s2o:dense_rows", "dense_layer"): 1}
+
+
+@pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False), (2, True), (3, False)])
+def test_ranks_that_share_a_layers_heads_count_a_chunk_once(monkeypatch, rank, counts):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    plan = group(0, rank=rank).build(0, common_metadata([130], [1130], [True])).s2o
+    assert plan is not None
+    assert bool(counters.totals()) is counts
+    assert counters._thread is not None, "what its heads visit is published from every rank"
 
 
 def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):

@@ -56,6 +56,13 @@ def test_dense_layers_are_counted_from_the_first(tiny_model):
     assert configured["s2o"]["dense_layers"] == [1]
 
 
+def test_dense_layers_of_a_pipeline_are_numbered_over_all_its_stages(tiny_model):
+    settings = {"s2o": {"dense_layers": [-1]}}
+    configured = configure(tiny_model, additional_config=settings, pipeline_parallel_size=2)
+    assert configured.parallel_config.pipeline_parallel_size == 2
+    assert configured.additional_config["s2o"]["dense_layers"] == [1]
+
+
 def test_a_dense_layer_that_the_model_lacks_is_refused(tiny_model):
     with pytest.raises(ValueError, match="s2o: dense_layers has 2, must be from -2 to 1"):
         configure(tiny_model, additional_config={"s2o": {"dense_layers": [2]}})
