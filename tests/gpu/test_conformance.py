@@ -1,0 +1,70 @@
+"""The CUDA backend through vLLM's own layer and builder, over shuffled and poisoned pages."""
+
+import pytest
+import torch
+
+from backends import Backend
+from conformance import (
+    BATCHES,
+    HEADS,
+    SETTINGS,
+    check_alone,
+    check_full,
+    check_nearly_full,
+)
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_model):
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    from s2o_vllm.backend_cuda import S2OBackend
+
+    made = {}
+
+    def make(*, stock=False, heads=32, kv_heads=8, head_dim=128, page=16, dtype=torch.bfloat16,
+             **settings):  # fmt: skip
+        key = (stock, heads, kv_heads, head_dim, page, dtype, *sorted(settings.items()))
+        if key not in made:
+            made[key] = Backend(
+                FlashAttentionBackend if stock else S2OBackend, tiny_model, heads=heads,
+                kv_heads=kv_heads, head_dim=head_dim, page=page, dtype=dtype, device="cuda",
+                settings=None if stock else SETTINGS | settings,
+            )  # fmt: skip
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_batch(backend, batch, dtype):
+    check_full(backend(dtype=dtype), backend(dtype=dtype, stock=True), BATCHES[batch])
+
+
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (32, 8)])
+def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_major):
+    shape = {"page": page, "heads": heads, "kv_heads": kv_heads}
+    check_full(
+        backend(**shape), backend(**shape, stock=True), BATCHES["mixed"], head_major=head_major
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_every_head_dim(backend, head_dim):
+    shape = {"head_dim": head_dim}
+    check_full(backend(**shape), backend(**shape, stock=True), BATCHES["mixed"])
+
+
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("batch", ["one chunk", "mixed", "drafts"])
+def test_a_budget_just_under_one(backend, batch, ranking):
+    check_nearly_full(backend(ranking=ranking), BATCHES[batch])
+
+
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("batch", ["chunks", "mixed", "decode last"])
+def test_a_row_does_not_depend_on_its_neighbours(backend, batch, ranking):
+    check_alone(backend(ranking=ranking, sparsity_budget=0.1), BATCHES[batch])

@@ -1,0 +1,69 @@
+"""What every backend must do, whatever it runs on: the batches, and how they are judged."""
+
+import torch
+
+from backends import Backend, Row, decode, row_errors
+from cases import dense_attention
+
+BATCHES = {
+    "one decode": [decode(77)],
+    "decodes": [decode(1), decode(31), decode(32), decode(900)],
+    "one prompt": [Row(200, 200)],
+    "prompts": [Row(33, 33), Row(128, 128), Row(70, 70)],
+    "one chunk": [Row(150, 700)],
+    "chunks": [Row(64, 320), Row(1, 65), Row(100, 1101), Row(64, 64)],
+    "mixed": [decode(600), decode(40), Row(90, 90), Row(17, 530), Row(1, 300), Row(130, 1000)],
+    "drafts": [Row(4, 700, False), Row(3, 50, False), Row(100, 400)],
+    "decode last": [Row(130, 640), Row(40, 40), decode(300)],
+}
+HEADS = [(4, 4), (8, 2), (6, 1)]
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # rounding of the output
+SETTINGS = {"sparsity_budget": 0.9999, "min_context": 0, "segment_size": 64}
+
+
+def check_full(ours: Backend, stock: Backend, rows: list[Row], **options) -> None:
+    """With the whole history in the lists, S2O is dense attention.
+
+    Sparse rows: error against fp64 at most twice that of PyTorch attention in the same dtype
+    (or the rounding of the output). The parent's rows are as good as the parent is alone.
+    """
+    step = ours.step(rows, **options)
+    output, plan = ours.attend(step, full=any(_sparse(row) for row in rows))
+    truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.query.dtype)
+    parents, _ = stock.attend(step)
+    floor = FLOOR[step.query.dtype]
+    errors = zip(*(row_errors(step, x, truth) for x in (output, torchs, parents)), strict=True)
+    sparse = {row.row for row in plan.sparse_rows} if plan else set()
+    assert sparse == {number for number, row in enumerate(rows) if _sparse(row)}
+    for number, (error, own_dtype, parent) in enumerate(errors):
+        limit = 2 * own_dtype if number in sparse else 1.5 * parent
+        assert error <= max(limit, floor), f"row {number}, {rows[number]}"
+
+
+def check_nearly_full(ours: Backend, rows: list[Row], **options) -> None:
+    """A budget just under 1 leaves out one token of each history, and little of the output.
+
+    Of n tokens alike, one is worth 1/√n of the output: 0.13 of the shortest history here.
+    """
+    step = ours.step(rows, **options)
+    output, plan = ours.attend(step)
+    for work in plan.work:
+        for _, _, _, history, dense_start, listed in work.items.tolist():
+            assert listed == max(dense_start - 1, 0)
+            assert dense_start == history
+    errors = row_errors(step, output, dense_attention(step.batch))
+    assert max(errors) < 0.15, errors
+
+
+def check_alone(ours: Backend, rows: list[Row]) -> None:
+    """A sparse row's output does not depend on what is computed beside it, to the bit."""
+    step = ours.step(rows)
+    output, plan = ours.attend(step)
+    assert plan.sparse_rows
+    for row in plan.sparse_rows:
+        own, _ = ours.attend(ours.alone(step, row.row))
+        assert torch.equal(own, output[step.tokens(row.row)]), f"row {row.row}, {rows[row.row]}"
+
+
+def _sparse(row: Row) -> bool:
+    return row.prefill and row.queries > 1 and row.length > 1
