@@ -21,6 +21,8 @@ class SparseImpl:
     """
 
     s2o_reason: str | None = None
+    _s2o_counters: Any = None  # a tensor, once reserved
+    _s2o_published: Any = None  # where it is read
     s2o_items_per_list: int = 1
     s2o_placed: bool = False
 
@@ -34,7 +36,6 @@ class SparseImpl:
         self._s2o: Any = settings
         self._s2o_operator: Any = None  # a SparsePrefill, once reserved
         self._s2o_warm = False
-        self._s2o_counters: torch.Tensor | None = None
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_items_per_list = self._s2o_shape.items_per_list
@@ -59,7 +60,7 @@ class SparseImpl:
             permute_queries=self._s2o.permute_queries,
         )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
-        metrics.worker.watch(self._s2o_counters)
+        self._s2o_published = metrics.worker.watch(self._s2o_counters)
 
     def warm_up(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> None:
         """Compile every kernel before the server is ready.
@@ -114,6 +115,8 @@ class SparseImpl:
             self._s2o_operator(
                 query[:tokens], cache, table, work, output[:tokens], self._s2o_counters
             )
+        if self._s2o_published is not self._s2o_counters:
+            self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
         return output
 
     def sparse_cache(

@@ -47,22 +47,32 @@ def install_collector() -> None:
 
 
 class WorkerCounters:
-    """This worker's counters: device tensors of the layers, and counts made on the host.
+    """This worker's counters: those of the layers, and counts made on the host.
 
-    A thread of its own reads the device now and then, so nothing in a forward pass waits.
+    A forward pass copies a layer's counters to pinned memory without waiting; a thread of its
+    own publishes what is there. It never calls CUDA: that would break a graph capture.
     """
 
     def __init__(self, folder: str | None = None):
         self._folder = folder
         self._file: Any = None
-        self._device: list[torch.Tensor] = []
+        self._layers: list[torch.Tensor] = []
         self._host: Counter[tuple[str, str]] = Counter()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def watch(self, counters: torch.Tensor) -> None:
-        """Add a layer's counters (int64, kernels.plan.NUM_COUNTERS of them)."""
-        self._device.append(counters)
+    def watch(self, counters: torch.Tensor) -> torch.Tensor:
+        """Add a layer's counters (int64, kernels.plan.NUM_COUNTERS of them).
+
+        Returns:
+            What is published: the counters themselves on the CPU, else pinned memory that the
+            layer copies them to.
+        """
+        published = counters
+        if counters.device.type == "cuda":
+            published = torch.zeros_like(counters, device="cpu", pin_memory=True)
+        self._layers.append(published)
+        return published
 
     def add(self, metric: str, amount: int, reason: str = "") -> None:
         """Count on the host."""
@@ -71,7 +81,7 @@ class WorkerCounters:
         self.start()
 
     def start(self) -> None:
-        """Begin to publish. Not before the first request: reading disturbs graph capture."""
+        """Begin to publish."""
         if self._thread is not None:
             return
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
@@ -95,8 +105,8 @@ class WorkerCounters:
         """Return all counts by metric and reason ("" where there is none)."""
         with self._lock:
             totals = Counter(self._host)
-        for counters in list(self._device):
-            for metric, value in zip(DEVICE_METRICS, _read(counters), strict=True):
+        for counters in list(self._layers):
+            for metric, value in zip(DEVICE_METRICS, counters.tolist(), strict=True):
                 totals[metric, ""] += value
         return totals
 
@@ -110,23 +120,6 @@ class WorkerCounters:
             names, values = (["reason"], [reason]) if reason else ([], [])
             key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
             self._file.write_value(key, float(value), 0.0)
-
-
-def _read(counters: torch.Tensor) -> list[int]:
-    """Read a layer's counters without touching the stream that kernels run on."""
-    if counters.device.type != "cuda":
-        return counters.tolist()
-    with torch.cuda.stream(_side_stream(counters.device)):
-        return counters.cpu().tolist()
-
-
-_streams: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def _side_stream(device: torch.device) -> "torch.cuda.Stream":
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
 
 
 worker = WorkerCounters()
