@@ -53,6 +53,9 @@ def test_what_follows_the_command_is_passed_on_untouched(monkeypatch):
         (["bench", "ttft"], "s2o_vllm.benchmarks.ttft"),
         (["eval", "attention"], "s2o_vllm.benchmarks.quality.evaluate"),
         (["eval", "ruler"], "s2o_vllm.benchmarks.quality.ruler"),
+        (["eval", "ruler-tasks"], "s2o_vllm.benchmarks.quality.ruler_make"),
+        (["eval", "perplexity"], "s2o_vllm.benchmarks.quality.perplexity"),
+        (["eval", "report"], "s2o_vllm.benchmarks.quality.report"),
         (["loadtest"], "s2o_vllm.loadtest"),
     ],
 )

@@ -1,0 +1,205 @@
+"""``s2o eval report``: benchmarks/QUALITY.md and its pictures, from the result files alone.
+
+Reads quality.json, attention.json, ruler.json and perplexity.json in a folder; what is not there
+is "not measured". Every number of the report stands in one of these files.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .samples import EvalError, Row
+from .tables import Result, number, perplexity_table, read_result, ruler_tables, table
+
+NAMES = ("quality", "attention", "ruler", "perplexity")
+# What attention.json's rankings compute, as a method of quality.json.
+RANKINGS = {"low_rank": "served", "mean_query": "mean_query:unit=512xkv"}
+NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
+COMMANDS = {
+    "quality": "s2o eval attention --model DIR --text FILE",
+    "attention": "s2o bench attention",
+    "ruler": "s2o eval ruler --url URL --tasks DIR",
+    "perplexity": "s2o eval perplexity --url URL --text FILE",
+}
+ATTENTION = """\
+Relative MSE of the attention output against dense attention, fp32, mean over layers and segment
+positions; the segment's own tokens are always dense. A column is the share of the history that is
+visited. `served` goes through the kernels' own functions; oracles rank by the true attention."""
+RULER = """\
+RULER's scores: the share of the wanted strings that the answer holds, in percent, greedy decoding,
+with 95 % intervals (Wilson's); "less dense" is the paired difference on the same prompts and the
+same server. Sparse attention begins above the server's `min_context`."""
+PERPLEXITY = """\
+Of a text's tokens given all before them, mean over windows; nll is in nats a token, differences are
+paired by window, with Student's 95 % bounds over windows. The tail is a window's last tokens."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="s2o eval report", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("benchmarks/results"), metavar="DIR",
+        help="folder of result files (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, default=Path("benchmarks/QUALITY.md"), metavar="FILE",
+        help="default: %(default)s")  # fmt: skip
+    add("--plots", type=Path, metavar="DIR", help="default: the folder 'plots' beside the report")
+    return parser
+
+
+def chosen_rows(quality: Result | None) -> tuple[list[str], list[Row]]:
+    """Return the methods to report, in order, and their rows, named by the method's spec.
+
+    Every method of `methods.DEFAULTS` and of `RANKINGS` at its default setting; other settings
+    and early-stop rows are left to the log.
+    """
+    from .methods import DEFAULTS, parse, settings
+
+    specs = list(dict.fromkeys([*DEFAULTS, *RANKINGS.values()]))
+    chosen = []
+    for spec in specs:
+        method = parse(spec)
+        wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
+        chosen += [
+            row | {"method": spec}
+            for row in (quality["rows"] if quality else [])
+            if "tau" not in row and wanted == {key: row[key] for key in wanted}
+        ]
+    return specs, chosen
+
+
+def attention_tables(order: Sequence[str], rows: Sequence[Row]) -> str:
+    """Return errors: for each model, text and context, methods by densities."""
+    from .plots import error_by_density
+
+    parts = []
+    for (model, text, context), points in error_by_density(rows).items():
+        budgets = sorted({point.budget for point in points})
+        lines = []
+        for method in order:
+            own = {point.budget: point.error for point in points if point.method == method}
+            if own:
+                lines.append([f"`{method}`", *(number(own.get(one), 4) for one in budgets)])
+        head = ["method", *(f"{100 * one:g} %" for one in budgets)]
+        parts.append(f"{model}, {text}, {context:,} tokens:\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def source(name: str, result: Result | None) -> str:
+    """Return one line on where numbers come from."""
+    if result is None:
+        return ""
+    versions = ", ".join(
+        f"{key} {result[key]}" for key in ("vllm", "torch", "triton") if result.get(key)
+    )
+    return (
+        f"`{name}.json`: {result.get('device')}; {versions}; commit {result.get('commit')}; "
+        f"{result.get('date')}."
+    )
+
+
+def pictures(
+    results: dict[str, Result | None], order: Sequence[str], rows: Sequence[Row], folder: Path
+) -> dict[str, Path | str]:
+    """Draw what can be drawn; return for each picture its file, or why there is none."""
+    from .plots import dense_times, draw, error_by_density, error_by_time, partial
+
+    attention = results["attention"]
+    by_time = partial(error_by_time(rows, attention, RANKINGS))
+    wanted = {
+        "density": (
+            partial(error_by_density(rows)),
+            "share of the history that is visited",
+            ("quality",),
+        ),
+        "time": (by_time, "attention of one layer (ms)", ("quality", "attention")),
+    }
+    made: dict[str, Path | str] = {}
+    for name, (panels, xlabel, files) in wanted.items():
+        path = folder / f"error_by_{name}.png"
+        if not panels:
+            path.unlink(missing_ok=True)  # of results that are no longer there
+            what = "an error" if name == "density" else "an error and a time at one setting"
+            made[name] = f"not measured, for no result file holds {what}."
+        elif importlib.util.find_spec("matplotlib") is None:
+            made[name] = "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)."
+        else:
+            devices = {file: result["device"] for file in files if (result := results[file])}
+            title = "; ".join(f"{file}.json: {device}" for file, device in devices.items())
+            dense = dense_times(attention, list(panels)) if name == "time" else None
+            draw(panels, order, xlabel, title, path, dense)
+            made[name] = path
+    return made
+
+
+def write(results: dict[str, Result | None], out: Path, plots: Path) -> str:
+    """Draw the pictures, write the report and return its text.
+
+    Args:
+        results: content of each of `NAMES`, None where there is no file.
+        out: the report's file.
+        plots: folder of the pictures.
+    """
+    order, rows = chosen_rows(results["quality"])
+    images = pictures(results, order, rows, plots)
+
+    def section(title: str, text: str, name: str, body: str) -> str:
+        missing = NOT_MEASURED.format(file=f"{name}.json", command=COMMANDS[name])
+        parts = [text, body, source(name, results[name])] if body else [missing]
+        return "\n\n".join([f"## {title}", *parts])
+
+    def image(name: str, title: str) -> str:
+        made = images[name]
+        if isinstance(made, str):
+            return f"{title}: {made}"
+        return f"![{title}]({os.path.relpath(made, out.parent)})"
+
+    def body(name: str, make: Callable[[Result | None], str]) -> str:
+        result = results[name]
+        return make(result) if result and result["rows"] else ""
+
+    parts = [
+        "# Quality",
+        "Written by `s2o eval report` from the files in `benchmarks/results`; do not edit. What "
+        "was tried on the way stands in `quality/LOG.md`.",
+        section("RULER", RULER, "ruler", body("ruler", ruler_tables)),
+        section("Perplexity", PERPLEXITY, "perplexity", body("perplexity", perplexity_table)),
+        section("Attention", ATTENTION, "quality", attention_tables(order, rows)),
+        image("density", "Error against density"),
+        image("time", "Error against time"),
+    ]  # fmt: skip
+    if results["attention"] is not None:
+        parts.append(source("attention", results["attention"]))
+    text = "\n\n".join(parts) + "\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0, also where nothing was measured; 2 when a file is no result file.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        if not args.results.is_dir():
+            raise EvalError(f"--results is {args.results}, must be a folder")
+        results = {name: read_result(args.results / f"{name}.json") for name in NAMES}
+        write(results, args.out, args.plots or args.out.parent / "plots")
+    except EvalError as error:
+        print(f"s2o eval report: {error}", file=sys.stderr)
+        return 2
+    missing = [f"{name}.json" for name, result in results.items() if result is None]
+    print(f"report: {args.out}" + (f" (not measured: {', '.join(missing)})" if missing else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

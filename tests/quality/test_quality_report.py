@@ -1,0 +1,147 @@
+"""The report, from result files small enough to be checked by eye."""
+
+import importlib.util
+import json
+
+import pytest
+
+from s2o_vllm.benchmarks.quality import report
+from s2o_vllm.benchmarks.quality.methods import parse, settings
+from s2o_vllm.benchmarks.quality.plots import dense_times, error_by_time
+
+PNG = b"\x89PNG\r\n"
+HEAD = {
+    "device": "a card", "torch": "2", "triton": "3", "vllm": "0.32", "commit": "c0ffee", "date": "d"
+}  # fmt: skip
+
+
+def quality_row(spec, budget, error, layer=0, **changes):
+    method = parse(spec)
+    return {
+        "model": "qwen2.5-coder-1.5b", "text": "essays", "context": 16384, "layer": layer,
+        "method": method.name, "unit": method.unit, "settings": settings(method),
+        "budget": budget, "density": budget, "relative_mse": error, "attention_ms": None,
+    } | changes  # fmt: skip
+
+
+QUALITY = [
+    quality_row("served", 0.05, 0.03, layer=0),
+    quality_row("served", 0.05, 0.05, layer=1),
+    quality_row("served", 0.1, 0.015),
+    quality_row("served:unit=32xkv", 0.05, 0.7777),
+    quality_row("served", 0.05, 0.8888, tau=0.01),
+    quality_row("pbs", 0.05, 0.0834),
+    quality_row("mean_query:unit=512xkv", 1.0, 3e-14),
+]
+ATTENTION = [
+    {"shape": "qwen2.5-1.5b", "context": 16384, "ranking": "low_rank", "budget": 0.05,
+     "total_ms": 3.5, "fa3_paged_ms": 9.5},
+    {"shape": "llama-3.1-8b", "context": 16384, "ranking": "low_rank", "budget": 0.1,
+     "total_ms": 7.0, "fa3_paged_ms": 20.0},
+]  # fmt: skip
+RULER = [
+    {"model": "m", "context": 16384, "task": task, "backend": "s2o", "budget": budget,
+     "score": score, "low": score - 10, "high": score + 5, "samples": 20, "failed": 1,
+     "difference": None if budget == 1 else -2.5,
+     "difference_low": None if budget == 1 else -4.0,
+     "difference_high": None if budget == 1 else 1.0,
+     "paired": 0 if budget == 1 else 20, "density": None if budget == 1 else 0.123, "tasks": 1}
+    for budget, score in ((1.0, 81.5), (0.1, 79.0))
+    for task in ("vt", "mean")
+]  # fmt: skip
+PERPLEXITY = [
+    {"model": "m", "text": "essays", "context": 4096, "tail": 512, "backend": "s2o", "budget": 0.1,
+     "nll": 2.5, "perplexity": 12.182, "difference": 0.0123, "difference_low": None,
+     "difference_high": None, "tail_nll": 2.6, "tail_perplexity": 13.464, "tail_difference": 0.02,
+     "tail_difference_low": -0.01, "tail_difference_high": 0.05, "samples": 4, "failed": 0,
+     "paired": 4, "density": 0.111},
+]  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write result files, run the command, return its exit code and the report."""
+
+    def write(**files):
+        results = tmp_path / "results"
+        results.mkdir(exist_ok=True)
+        for name, rows in files.items():
+            text = rows if isinstance(rows, str) else json.dumps(HEAD | {"rows": rows})
+            (results / f"{name}.json").write_text(text)
+        out = tmp_path / "QUALITY.md"
+        code = report.main(["--results", str(results), "--out", str(out)])
+        return code, out.read_text() if out.exists() else None
+
+    return write
+
+
+def test_every_number_comes_from_a_file(write, tmp_path):
+    code, text = write(quality=QUALITY, attention=ATTENTION, ruler=RULER, perplexity=PERPLEXITY)
+    assert code == 0
+    assert "not measured" not in text.lower()
+    assert "| `served` | 0.0400 | 0.0150 | - |" in text  # the mean of two layers
+    assert "| `pbs` | 0.0834 | - | - |" in text
+    assert "0.7777" not in text  # another setting
+    assert "0.8888" not in text  # early stop
+    assert "| vt | 81.5 [71.5, 86.5] | 79.0 [69.0, 84.0] | -2.5 [-4.0, +1.0] |" in text
+    assert "m, 16,384 tokens. dense: 20 answers over 1 tasks, 1 refused; s2o, budget 0.1:" in text
+    assert "density 0.123" in text
+    assert "| 12.182 | +0.0123 | 13.464 | +0.0200 [-0.0100, +0.0500] | 4 | 0 | 0.111 |" in text
+    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 4
+    for name in ("density", "time"):
+        assert f"](plots/error_by_{name}.png)" in text
+        assert (tmp_path / "plots" / f"error_by_{name}.png").read_bytes().startswith(PNG)
+    changed = [row | {"relative_mse": 0.5} if row["method"] == "pbs" else row for row in QUALITY]
+    assert "| `pbs` | 0.5000 | - | - |" in write(quality=changed)[1]
+
+
+def test_without_any_file_everything_is_not_measured(write, tmp_path):
+    code, text = write()
+    assert code == 0
+    assert text.lower().count("not measured") == 5
+    for command in report.COMMANDS.values():
+        assert (command in text) == (command != report.COMMANDS["attention"])
+    assert not list(tmp_path.glob("plots/*.png"))
+
+
+def test_a_picture_of_results_that_are_gone_goes_too(write, tmp_path):
+    write(quality=QUALITY)
+    picture = tmp_path / "plots" / "error_by_density.png"
+    assert picture.exists()
+    assert "error_by_density.png" not in write(quality=[])[1]
+    assert not picture.exists()
+
+
+def test_without_matplotlib_the_report_says_so(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, text = write(quality=QUALITY)
+    assert code == 0
+    assert "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)" in text
+    assert "0.0400" in text
+    assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"rows": [1]}', '{"rows": 3}', "{}"])
+def test_a_file_that_is_no_result_file_is_named(write, capsys, content):
+    assert write(ruler=content) == (2, None)
+    assert capsys.readouterr().err.strip().endswith("ruler.json is not a result file")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
+    assert "must be a folder" in capsys.readouterr().err
+
+
+def test_times_are_joined_by_shape_context_ranking_and_budget():
+    place = ("qwen2.5-coder-1.5b", "essays", 16384)
+    rows = [row for row in QUALITY if row["unit"] == parse("served").unit and "tau" not in row]
+    panels = error_by_time(rows, {"rows": ATTENTION}, report.RANKINGS)
+    assert [(point.method, point.budget, point.x) for point in panels[place]] == [
+        ("served", 0.05, 3.5)
+    ]
+    assert panels[place][0].error == pytest.approx(0.04)
+    assert dense_times({"rows": ATTENTION}, [place, ("other", "essays", 16384)]) == {place: 9.5}
+    assert error_by_time(rows, None, report.RANKINGS) == {}
+    timed = [row | {"attention_ms": 2.0 + row["layer"]} for row in rows]
+    panels = error_by_time(timed, {"rows": ATTENTION}, report.RANKINGS)
+    assert {(point.budget, point.x) for point in panels[place]} == {(0.05, 2.5), (0.1, 2.0)}
