@@ -7,7 +7,7 @@ import pytest
 
 from s2o_vllm.benchmarks.quality import report
 from s2o_vllm.benchmarks.quality.methods import parse, settings
-from s2o_vllm.benchmarks.quality.plots import dense_times, error_by_time
+from s2o_vllm.benchmarks.quality.plots import dense_times, error_by_density, error_by_time, partial
 
 PNG = b"\x89PNG\r\n"
 HEAD = {
@@ -145,3 +145,10 @@ def test_times_are_joined_by_shape_context_ranking_and_budget():
     timed = [row | {"attention_ms": 2.0 + row["layer"]} for row in rows]
     panels = error_by_time(timed, {"rows": ATTENTION}, report.RANKINGS)
     assert {(point.budget, point.x) for point in panels[place]} == {(0.05, 2.5), (0.1, 2.0)}
+
+
+def test_pictures_leave_out_what_visits_everything():
+    panels = error_by_density([quality_row("pbs", 1.0, 3e-14), quality_row("pbs", 0.1, 0.05)])
+    (points,) = partial(panels).values()
+    assert [point.budget for point in points] == [0.1]
+    assert partial(error_by_density([quality_row("pbs", 1.0, 3e-14)])) == {}
