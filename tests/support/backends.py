@@ -1,13 +1,15 @@
 """One attention layer of vLLM's, built for real, and batches over a shuffled, poisoned cache."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
 from cases import Batch, dense_attention
-from s2o_vllm import plugin
-from s2o_vllm.kernels.plan import PrefillRow, build_work_lists
+from s2o_vllm import metadata, plugin
+from s2o_vllm.kernels.plan import PrefillRow
 
 LAYER = "model.layers.0.self_attn.attn"
 NULL_BLOCK = 0  # vLLM's: never a request's own, named where a table has no block
@@ -104,17 +106,11 @@ class Backend:
             impl.do_kv_cache_update(
                 self.layer, step.key, step.value, step.cache, step.common.slot_mapping
             )
-            metadata = self.builder.build(0, step.common)
-            plan = getattr(metadata, "s2o", None)
-            if full:
-                settings = self.builder.s2o
-                rows = [row._replace(budget=1.0) for row in plan.sparse_rows]
-                plan.work = build_work_lists(
-                    rows, settings.segment, settings.min_context, step.query.device,
-                    self.builder.s2o_items_per_list,
-                )  # fmt: skip
+            with full_lists() if full else nullcontext():
+                built = self.builder.build(0, step.common)
+            plan = getattr(built, "s2o", None)
             output = torch.full_like(step.query, float("nan"))
-            impl.forward(self.layer, step.query, step.key, step.value, step.cache, metadata, output)
+            impl.forward(self.layer, step.query, step.key, step.value, step.cache, built, output)
         return output, plan
 
     def step(self, rows: list[Row], *, head_major: bool = True) -> Step:
@@ -175,6 +171,29 @@ class Backend:
             step, rows=[one], query=step.query[tokens], key=step.key[tokens],
             value=step.value[tokens], common=common,
         )  # fmt: skip
+
+    def part(self, step: Step, start: int, count: int) -> Step:
+        """Return a step of one row as the chunk of its queries from ``start`` on."""
+        (row,) = step.rows
+        tokens = slice(start, start + count)
+        length = row.length - row.queries + start + count
+        table = step.batch.block_table
+        one = Row(count, length, row.prefill)
+        common = common_metadata([one], table, step.common.slot_mapping[tokens], table.device)
+        return replace(
+            step, rows=[one], query=step.query[tokens], key=step.key[tokens],
+            value=step.value[tokens], common=common,
+        )  # fmt: skip
+
+
+def full_lists() -> Any:
+    """Let lists be as long as at a budget of 1 in what is built meanwhile."""
+    build = metadata.build_work_lists
+
+    def longer(rows: list[PrefillRow], *arguments: Any) -> Any:
+        return build([row._replace(budget=1.0) for row in rows], *arguments)
+
+    return patch.object(metadata, "build_work_lists", longer)
 
 
 def common_metadata(rows: list[Row], table: torch.Tensor, slots: torch.Tensor, device: Any) -> Any:

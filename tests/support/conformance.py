@@ -4,6 +4,7 @@ import torch
 
 from backends import Backend, Row, decode, row_errors
 from cases import dense_attention
+from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
 
 BATCHES = {
     "one decode": [decode(77)],
@@ -48,9 +49,9 @@ def check_nearly_full(ours: Backend, rows: list[Row], **options) -> None:
     step = ours.step(rows, **options)
     output, plan = ours.attend(step)
     for work in plan.work:
-        for _, _, _, history, dense_start, listed in work.items.tolist():
-            assert listed == max(dense_start - 1, 0)
-            assert dense_start == history
+        for item in work.items.tolist():
+            assert item[DENSE_START] == item[HISTORY]
+            assert item[LIST_LENGTH] == max(item[HISTORY] - 1, 0)
     errors = row_errors(step, output, dense_attention(step.batch))
     assert max(errors) < 0.15, errors
 
