@@ -43,8 +43,13 @@ def write_model(folder: Path, **changes) -> str:
     return str(folder)
 
 
-def write_weights(folder: Path, seed: int = 0) -> str:
-    """Write random weights to a folder of :func:`write_model`; what is attended to matters."""
+def write_weights(folder: Path, seed: int = 0, gain: float = 3, rank: int | None = None) -> str:
+    """Write random weights to a folder of :func:`write_model`; what is attended to matters.
+
+    ``gain`` scales queries and keys. At 3 an attention is a few peaks, which any ranking finds;
+    at 1.5 it is spread over so many tokens that leaving some out is seen. ``rank`` is that of each
+    head's queries and keys: those of trained models have few directions that matter.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -71,8 +76,13 @@ def write_weights(folder: Path, seed: int = 0) -> str:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name, shape in projections.items():
-            gain = 3 if name.endswith(("q_proj", "k_proj")) else 1  # peaks in the attention
-            weights[f"{prefix}{name}.weight"] = gain * draw(*shape)
+            factor = gain if name.endswith(("q_proj", "k_proj")) else 1
+            weight = draw(*shape)
+            if factor != 1 and rank is not None:
+                count = shape[0] // config["head_dim"]
+                each = [draw(config["head_dim"], rank) @ draw(rank, hidden) for _ in range(count)]
+                weight = torch.cat(each)
+            weights[f"{prefix}{name}.weight"] = factor * weight
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{prefix}{name}.weight"] = torch.ones(hidden)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

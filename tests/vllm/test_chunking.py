@@ -1,0 +1,150 @@
+"""How a prompt is cut into chunks may change what is served only within a stated tolerance.
+
+Segments are cut at multiples of the sequence. Chunks that are multiples of a segment therefore
+rank by the mean query exactly alike. A low-rank basis is fitted to at most 2,048 queries of one
+chunk, so with it lists differ between chunkings; and so does either ranking where a chunk ends
+inside a segment. The tolerance: the first token's distribution moves by less (total variation)
+than sparsity itself moves it from dense attention's. It is this wide because random weights give
+keys without structure, to which no two bases are alike.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from backends import Backend, Row
+from models import write_model, write_weights
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
+
+TOLERANCE = 1.0
+WHOLE, CHUNKS = 4096, (2048, 512, 256, 300)
+
+GENERATE = """
+    import json, os, random, sys
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler, in this process
+    from vllm import LLM, SamplingParams
+
+    if __name__ == "__main__":
+        model, dtype, chunks, prompt = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+        llm = LLM(
+            model, enforce_eager=True, max_model_len=4096, max_num_batched_tokens=4096,
+            attention_backend="s2o", dtype=dtype, enable_prefix_caching=False,
+            max_logprobs=-1, gpu_memory_utilization=0.2,
+            additional_config={"s2o": {"min_context": 256}},
+        )
+        from s2o_vllm import metrics
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        short = {"prompt_token_ids": prompt[:40]}
+        prompt = {"prompt_token_ids": prompt}
+
+        greedy = {"temperature": 0, "detokenize": False}  # text of every token would take minutes
+
+        def ask(budget, chunk, *others):
+            scheduler.max_num_scheduled_tokens = chunk
+            before = metrics.worker.totals()["s2o:sparse_requests", ""]
+            extra = {"s2o_sparsity_budget": budget}
+            params = [SamplingParams(max_tokens=4, logprobs=-1, extra_args=extra, **greedy)]
+            params += [SamplingParams(max_tokens=60, ignore_eos=True, **greedy)] * len(others)
+            # Those before the long prompt are answering while it is prefilled.
+            answers = llm.generate([*others, prompt], params[::-1], use_tqdm=False)
+            answer = answers[-1].outputs[0]
+            first = answer.logprobs[0]
+            return {
+                "budget": budget, "chunk": chunk, "beside": len(others),
+                "logprobs": [first[token].logprob for token in range(vocabulary)],
+                "tokens": list(answer.token_ids),
+                "chunks": metrics.worker.totals()["s2o:sparse_requests", ""] - before,
+            }
+
+        found = [ask(budget, chunk) for budget in (1.0, 0.1) for chunk in chunks]
+        found += [ask(budget, chunks[-1], short, short) for budget in (1.0, 0.1)]
+        print("FOUND", json.dumps(found))
+"""
+
+
+def serve(folder, model, dtype, prompt, chunks):
+    """First tokens of one prompt by (budget, chunk, requests beside it)."""
+    script = folder / "generate.py"
+    script.write_text(textwrap.dedent(GENERATE))
+    words = [str(model), dtype, json.dumps([WHOLE, *chunks]), json.dumps(prompt)]
+    done = subprocess.run(
+        [sys.executable, str(script), *words],
+        capture_output=True, text=True, check=False, timeout=800, cwd=folder,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    found = json.loads(lines[0].removeprefix("FOUND "))
+    return {(one["budget"], one["chunk"], one["beside"]): one for one in found}
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chunking")
+    write_model(folder)
+    write_weights(folder, gain=1.5, rank=4)
+    choose = random.Random(5).randrange
+    return serve(folder, folder, "float32", [choose(3, 512) for _ in range(2600)], CHUNKS)
+
+
+def distance(one, other):
+    """Total variation between two first tokens' distributions."""
+    p, q = (torch.tensor(answer["logprobs"]).exp() for answer in (one, other))
+    return float((p - q).abs().sum() / 2)
+
+
+CUTS = pytest.mark.parametrize(
+    ("chunk", "beside"), [*((chunk, 0) for chunk in CHUNKS), (CHUNKS[-1], 2)]
+)  # fmt: skip
+
+
+@CUTS
+def test_at_budget_one_every_chunking_gives_the_same_tokens(random_model, chunk, beside):
+    whole, cut = random_model[1.0, WHOLE, 0], random_model[1.0, chunk, beside]
+    assert cut["tokens"] == whole["tokens"]
+    assert cut["chunks"] == 0
+
+
+@CUTS
+def test_first_tokens_are_within_the_tolerance(random_model, chunk, beside):
+    dense, whole = random_model[1.0, WHOLE, 0], random_model[0.1, WHOLE, 0]
+    cut = random_model[0.1, chunk, beside]
+    assert whole["chunks"] == 1
+    assert cut["chunks"] >= 2600 // chunk - 1, "the prompt was cut"
+    sparsity = distance(whole, dense)
+    assert sparsity > 0.05, "leaving tokens out is seen"
+    assert distance(cut, whole) < TOLERANCE * sparsity
+
+
+def in_chunks(backend, step, size):
+    """A layer's outputs for a prompt of which so many tokens are computed at a time."""
+    (whole,) = step.rows
+    parts = []
+    for start in range(0, whole.queries, size):
+        count = min(size, whole.queries - start)
+        part = backend.part(step, start, count)
+        parts.append(backend.attend(part)[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_mean_queries_do_not_depend_on_the_chunk(tiny_model, size):
+    from s2o_vllm.backend_cpu import S2OCPUBackend
+
+    backend = Backend(
+        S2OCPUBackend, tiny_model, heads=4, kv_heads=2, head_dim=64, page=32,
+        dtype=torch.float32, device="cpu",
+        settings={"ranking": "mean_query", "segment_size": 64, "min_context": 128},
+    )  # fmt: skip
+    step = backend.step([Row(1500, 1500)])
+    wanted, plan = backend.attend(step)
+    assert max(work.max_list for work in plan.work) > 100, "sparse"
+    found = in_chunks(backend, step, size)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
