@@ -142,7 +142,7 @@ class Sparse:
         )  # fmt: skip
         self.waves = build_work_lists(
             [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
-            prompt.query.device, self.operator.shape.items_per_list,
+            prompt.query.device, self.operator.shape.limits,
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
@@ -167,7 +167,8 @@ class Sparse:
         assert self.operator.space is not None
         for work in self.waves:
             attend.attend(
-                *self.arguments(work), self.operator.space.selection.slots, self.out, self.counters,
+                *self.arguments(work), self.operator.space.selection.lists(work), self.out,
+                self.counters,
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 

@@ -10,7 +10,6 @@ Two things keep the fit cheap: two steps of subspace iteration from random direc
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 # put together: then the product is the shifted score, and nothing is left to do per score.
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
-FIT_QUERIES = 2048  # fewer fit better, and cost more projections of the history
 SAMPLES = 2048  # keys, and queries x group, that the moments are taken from, at most
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
@@ -65,11 +63,9 @@ def fit(
         rank: r, at most head_dim.
         steps: steps of subspace iteration.
     """
-    mean = keys.mean(1, keepdim=True, dtype=torch.float32)
-    cq = _moment(queries).double()
-    # About a rounded mean: what is left of it is far below the keys' own rounding.
-    ck = _moment(keys - mean.to(keys.dtype)).double()
-    y = _start(queries.shape[2], rank, cq.device).expand(cq.shape[0], -1, -1)
+    mean = keys.double().mean(1, keepdim=True)
+    cq, ck = _moment(queries), _moment(keys.double() - mean)
+    y = start(queries.shape[2], rank).to(cq.device).expand(cq.shape[0], -1, -1)
     for _ in range(steps):
         y = ck @ (cq @ y)
         y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -78,28 +74,30 @@ def fit(
     gram = y.mT @ (cq @ y)
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye + 1e-30 * eye)  # no synchronisation
+    factor = torch.linalg.cholesky(gram + ridge * eye + 1e-30 * eye)
     a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     b = cq @ a
     spread = b.mT @ (ck @ b)
     unit = scale * LOG2E
-    parts = (a, b * unit, (mean.mT.double() * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
+    parts = (a, b * unit, (mean.mT * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
     return Basis(*(part.float() for part in parts))
 
 
-@cache
-def _start(head_dim: int, rank: int, device: torch.device) -> torch.Tensor:
+def start(head_dim: int, rank: int) -> torch.Tensor:
     """Random directions, the same everywhere and every time: float64 ``[head_dim, rank]``."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(head_dim, rank, generator=generator, dtype=torch.float64).to(device)
+    return torch.randn(head_dim, rank, generator=generator, dtype=torch.float64)
 
 
 def _moment(x: torch.Tensor) -> torch.Tensor:
-    """Second moment of ``[n, samples, head_dim]`` in float32."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.bmm(x.mT, x, out_dtype=torch.float32) / x.shape[1]
-    x = x.float()
+    """Second moment of ``[n, samples, head_dim]`` in float64."""
+    x = x.double()
     return x.mT @ x / x.shape[1]
+
+
+def samples(work: WorkList, group: int) -> tuple[int, int]:
+    """Return how many queries (each with its group's heads) and how many keys a fit looks at."""
+    return min(work.max_fit_queries, max(1, SAMPLES // group)), min(work.max_fit_history, SAMPLES)
 
 
 def fit_work(
@@ -107,18 +105,16 @@ def fit_work(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    fits: torch.Tensor,
     scale: float,
     rank: int = RANK,
 ) -> Basis:
-    """Fit bases of a request's chunk to evenly spaced queries and keys of what each sees.
+    """Fit the bases of a request's chunk to evenly spaced queries and keys of what each sees.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         work: a list of the chunk.
-        fits: rows of ``work.fits``.
         scale: softmax scale.
         rank: directions.
 
@@ -127,15 +123,14 @@ def fit_work(
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
-    start, count, history = fits.unbind(1)
+    first, count, history = work.fits.long().unbind(1)
+    of_queries, of_keys = samples(work, group)
     head = torch.arange(kv_heads, device=query.device)[:, None]
-    samples = min(work.max_fit_queries, max(1, SAMPLES // group))
-    even = torch.arange(samples, device=query.device)
-    places = (start[:, None] + even * count[:, None] // samples)[:, None]
+    even = torch.arange(of_queries, device=query.device)
+    places = (first[:, None] + even * count[:, None] // of_queries)[:, None]
     queries = query.unflatten(1, (kv_heads, group))[places, head].flatten(0, 1).flatten(1, 2)
-    samples = min(work.max_fit_history, SAMPLES)
-    even = torch.arange(samples, device=query.device)
-    places = even * history[:, None] // samples
+    even = torch.arange(of_keys, device=query.device)
+    places = even * history[:, None] // of_keys
     blocks = block_table[work.row][places // page].long()[:, None]
     keys = kv_cache[..., :head_dim][blocks, head, (places % page)[:, None]].flatten(0, 1)
     fitted = fit(queries, keys, scale, rank)
@@ -147,16 +142,6 @@ def image_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return torch.float8_e4m3fn
     return torch.float16
-
-
-def padded(basis: Basis) -> Basis:
-    """Return the basis at ``WIDTH``: a projected key then ends with the factors of the shift."""
-    extra = (0, WIDTH - basis.a.shape[-1])
-    offset = torch.nn.functional.pad(basis.offset, extra)
-    for place, factor in enumerate(SHIFT_FACTORS):
-        offset[..., RANK + place] = -factor
-    pad = torch.nn.functional.pad
-    return Basis(pad(basis.a, extra), pad(basis.b, extra), offset, pad(basis.curvature, extra * 2))
 
 
 def query_images(queries: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from . import basis
+from .fit import FitWorkspace, fit
 from .plan import CHUNK, COLUMNS, FITS, WorkList
 
 BLOCK_M = 256  # rows (queries x group) at a time: a segment of 64 with a group of 4
@@ -114,7 +115,7 @@ def _score_block(
 @triton.jit
 def _score_kernel(
     p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
-    stride_images, stride_scores_item, stride_scores_head, max_chunks,
+    stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head, max_chunks,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -132,7 +133,8 @@ def _score_kernel(
     heads = tl.num_programs(1) * GROUP
     o_r = tl.arange(0, WIDTH)
     o_block = tl.arange(0, BLOCK_N)
-    p_images += i_head.to(tl.int64) * stride_images
+    i_fit = tl.load(p_item + 6).to(tl.int64)
+    p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
     p_scores += i_item * stride_scores_item + i_head * stride_scores_head
     p_bounds += 2 * ((i_item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
     end = tl.minimum(start + CHUNK, n)
@@ -160,22 +162,24 @@ def _score_kernel(
 
 
 class LowRankWorkspace:
-    """Scratch of :func:`low_rank_scores`: images of a history and of a chunk's queries."""
+    """Scratch of :func:`low_rank_scores`: bases, images of a history and of a chunk's queries."""
 
     def __init__(
         self,
         heads: int,
         kv_heads: int,
+        head_dim: int,
         max_history: int,
         max_queries: int,
+        dtype: torch.dtype,
         device: torch.device,
-        dtype: torch.dtype | None = None,
+        image_dtype: torch.dtype | None = None,
     ):
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype or basis.image_dtype(device), device=device)
-
-        self.images = empty(FITS, kv_heads, max_history, basis.WIDTH)
-        self.queries = empty(max_queries, heads, basis.WIDTH)
+        kind = image_dtype or basis.image_dtype(device)
+        self.fit = FitWorkspace(kv_heads, head_dim, dtype, device)
+        shape = (FITS, kv_heads, max_history, basis.WIDTH)
+        self.images = torch.empty(shape, dtype=kind, device=device)
+        self.queries = torch.empty(max_queries, heads, basis.WIDTH, dtype=kind, device=device)
 
 
 def project(
@@ -183,10 +187,10 @@ def project(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    fitted: basis.Basis,
     space: LowRankWorkspace,
 ) -> None:
-    """Project the queries of a work list's chunk and the keys they see by ``padded`` bases."""
+    """Project the queries of a work list's chunk and the keys they see by the fitted bases."""
+    fitted = space.fit
     head_dim, page, kv_heads = query.shape[2], kv_cache.shape[2], kv_cache.shape[1]
     group = query.shape[1] // kv_heads
     fits = work.fits.shape[0]
@@ -199,12 +203,12 @@ def project(
     }
     block = 64
     _project_keys_kernel[(fits, -(-work.max_fit_history // block), kv_heads)](
-        kv_cache, block_table[work.row], fitted.b.to(query.dtype), fitted.offset, space.images,
+        kv_cache, block_table[work.row], fitted.b, fitted.offset, space.images,
         work.fits, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         space.images.stride(0), space.images.stride(1), PAGE=page, BLOCK=block, **shape,
     )  # fmt: skip
     _project_queries_kernel[(-(-work.max_fit_queries * group // block), kv_heads, fits)](
-        query, fitted.a.to(query.dtype), fitted.curvature, space.queries, work.fits,
+        query, fitted.a, fitted.curvature, space.queries, work.fits,
         work.chunk_start, query.stride(0), query.stride(1), GROUP=group, RANK=basis.RANK,
         BLOCK=block, FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
         FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
@@ -231,7 +235,7 @@ def low_rank_scores(
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
-        work: segments of one request that share a basis.
+        work: segments of one request.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
             ``dense_start``: the largest over the segment's queries and the group's heads of the
             estimated log2-probability, up to a constant.
@@ -243,15 +247,15 @@ def low_rank_scores(
     if work.max_fit_history == 0:
         return
     if work.first_of_chunk:
-        fitted = basis.fit_work(query, kv_cache, block_table, work, work.fits, scale)
-        project(query, kv_cache, block_table, work, basis.padded(fitted), space)
+        fit(query, kv_cache, block_table, work, space.fit, scale=scale)
+        project(query, kv_cache, block_table, work, space)
     if work.max_history == 0:
         return
     kv_heads = kv_cache.shape[1]
-    images = space.images[work.fit]
+    images = space.images
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](
         space.queries, images, work.items, scores, bounds, work.chunk_start,
-        images.stride(0), scores.stride(0), scores.stride(1), bounds.shape[1],
+        images.stride(0), images.stride(1), scores.stride(0), scores.stride(1), bounds.shape[1],
         GROUP=query.shape[1] // kv_heads, WIDTH=basis.WIDTH,
         CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk), PRECISION="tf32",
         ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,

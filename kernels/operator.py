@@ -6,17 +6,20 @@ from typing import Any, NamedTuple
 import torch
 
 from . import reference
-from .basis import FIT_QUERIES
 from .plan import (
+    FIT_QUERIES,
     FITS,
+    LIST_STEP,
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
     TIERS,
     TIERS_UNORDERED,
+    Limits,
     PrefillRow,
     WorkList,
     build_work_lists,
+    list_places,
 )
 from .tiles import attend_tile
 
@@ -48,12 +51,14 @@ class Shape:
     ranking: str = "low_rank"
 
     @property
-    def items_per_list(self) -> int:
-        """Segments that are launched together: those that share a basis, and fit the scratch."""
-        queries = FIT_QUERIES if self.ranking == "low_rank" else self.max_queries
-        wanted = -(-min(self.max_queries, queries) // self.segment)
-        each = self.kv_heads * self.max_history * 6  # a score and a slot
-        return max(1, min(wanted, WORKSPACE_BYTES // max(each, 1)))
+    def limits(self) -> Limits:
+        """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
+        span = self.segment * max(1, FIT_QUERIES // self.segment)
+        chunk = min(-(-self.max_queries // self.segment), FITS * span // self.segment)
+        each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
+        items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
+        longest = list_places(self.max_history)
+        return Limits(items, max(longest, items * longest // 4))
 
 
 class SparsePrefill:
@@ -134,7 +139,7 @@ class SparsePrefill:
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the
                 segments' own keys and values.
             block_table: int32 ``[rows, max_blocks]``.
-            work: the segments, at most ``shape.items_per_list``.
+            work: segments within ``shape.limits``.
             out: ``[tokens, heads, head_dim]``; the rows of the segments are written.
             counters: int64 ``[NUM_COUNTERS]``, added to.
         """
@@ -158,7 +163,7 @@ class SparsePrefill:
         from . import attend
 
         attend.attend(
-            *arguments, self.space.selection.slots, out, counters, tile=self.tile, **options
+            *arguments, self.space.selection.lists(work), out, counters, tile=self.tile, **options
         )
 
     def rank(
@@ -193,7 +198,7 @@ _workspaces: dict[tuple, Workspace] = {}
 
 def small_work_list(device: torch.device) -> WorkList:
     """Return a work list of one segment with a short history, all in the row's first block."""
-    (work,) = build_work_lists([PrefillRow(0, 0, 1, 8, 0.5)], 16, 0, device, 1)
+    (work,) = build_work_lists([PrefillRow(0, 0, 1, 8, 0.5)], 16, 0, device, Limits(1, LIST_STEP))
     return work
 
 
@@ -203,15 +208,18 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
 
     key = (shape, dtype, device)
     if key not in _workspaces:
-        items = shape.items_per_list
+        items, places = shape.limits
         if shape.ranking == "mean_query":
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)
         else:
-            queries = min(shape.max_queries, FITS * items * shape.segment)
-            sizes = (shape.heads, shape.kv_heads, shape.max_history, queries)
-            made = low_rank.LowRankWorkspace(*sizes, device)
-        selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, device)
+            span = shape.segment * max(1, FIT_QUERIES // shape.segment)
+            queries = min(shape.max_queries, FITS * span)
+            made = low_rank.LowRankWorkspace(
+                shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, queries, dtype,
+                device,
+            )  # fmt: skip
+        selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
         _workspaces[key] = Workspace(made, selection)
     return _workspaces[key]
 

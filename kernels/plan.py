@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 # Columns of the work table; the kernels index it by these positions.
-ROW, QUERY_START, NUM_QUERIES, HISTORY, DENSE_START, LIST_LENGTH = range(6)
-COLUMNS = 6
+ROW, QUERY_START, NUM_QUERIES, HISTORY, DENSE_START, LIST_LENGTH, FIT = range(7)
+COLUMNS = 7
 GROUP_ITEMS = 16  # segments of one request that are ranked together and share each key load
 
 # The selection's resolution and the early stop's distance; kernels and reference share them.
@@ -23,7 +23,11 @@ TIERS = 5  # the first 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills 
 TIERS_UNORDERED = 2  # what is visited whole needs no order: only the last two
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
-FITS = 4  # lists that are prepared for together: with 2,048 queries each, a chunk of 8,192
+FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
+FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
+LIST_STEP = (
+    16  # lists are kept in steps of so many slots, for the same kernels whatever their length
+)
 
 # What an attend launch adds to its counters, in this order.
 VISITED, ELIGIBLE, TILES, STOPPED = range(4)
@@ -48,25 +52,37 @@ class PrefillRow(NamedTuple):
     budget: float
 
 
+class Limits(NamedTuple):
+    """How much one launch may handle, of one KV head.
+
+    Attributes:
+        items: segments.
+        slots: places in all their lists together.
+    """
+
+    items: int
+    slots: int
+
+
 @dataclass(frozen=True)
 class WorkList:
     """Query segments of one request that are launched together.
 
-    Up to ``FITS`` lists of one request make a chunk and follow one another: a ranking may
-    prepare itself at the first for all of them.
+    Most often they are a chunk: up to ``FITS * FIT_QUERIES`` queries. Where a chunk exceeds the
+    limits it has several lists, which follow one another: a ranking prepares itself at the
+    first for all of them.
 
     Attributes:
         row: the request's row in the block table.
         chunk_start: index of the chunk's first query.
         first_of_chunk: whether this is the chunk's first list.
-        fits: int32 ``[lists, 3]`` on the device, one row per list of the chunk: first query,
-            queries, history tokens that its last segment ranks.
-        fit: this list's row of ``fits``.
+        fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
+            chunk: first query, queries, history tokens that their last segment ranks.
         max_fit_queries: most queries of a row of ``fits``.
         max_fit_history: longest history of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
-            queries, history tokens, first position of the dense pass, slots to visit.
-            The longest history comes first.
+            queries, history tokens, first position of the dense pass, slots to visit, row of
+            ``fits``. The longest history comes first.
         groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
             up to ``GROUP_ITEMS`` segments.
         max_history: most tokens that any item ranks.
@@ -78,7 +94,6 @@ class WorkList:
     chunk_start: int
     first_of_chunk: bool
     fits: torch.Tensor
-    fit: int
     max_fit_queries: int
     max_fit_history: int
     items: torch.Tensor
@@ -120,68 +135,78 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
+def list_places(length: int) -> int:
+    """Return the places that a list of this length takes."""
+    return max(1, -(-length // LIST_STEP)) * LIST_STEP
+
+
 def build_work_lists(
     rows: Iterable[PrefillRow],
     segment: int,
     min_context: int,
     device: torch.device,
-    items_per_list: int,
+    limits: Limits,
 ) -> list[WorkList]:
     """Build the work lists of a step.
 
-    Like segments, lists and chunks are cut at multiples in the sequence.
+    Like segments, fits and chunks are cut at multiples in the sequence.
 
     Args:
         rows: the requests that take the sparse path.
         segment: queries per segment.
         min_context: segments with less history are dense.
         device: where the kernels run.
-        items_per_list: most segments of a list; more make further lists.
+        limits: of one list; more segments make further lists.
 
     Returns:
         The lists of each request, one after the other; in a chunk the longest history first.
 
     Raises:
-        ValueError: if ``segment`` or ``items_per_list`` is not positive.
+        ValueError: if ``segment`` or the limit of items is not positive.
     """
-    if segment <= 0 or items_per_list <= 0:
-        raise ValueError(f"segment {segment} and items_per_list {items_per_list} must be positive")
-    span = segment * items_per_list
+    if segment <= 0 or limits.items <= 0:
+        raise ValueError(f"segment {segment} and limit {limits.items} must be positive")
+    span = segment * max(1, FIT_QUERIES // segment)
     lists: list[WorkList] = []
     for row in rows:
         items = segments(row, segment, min_context)
         for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
-            lists += chunk_lists(row.row, parts, device)
+            lists += chunk_lists(row.row, parts, device, limits)
     return lists
 
 
 def chunk_lists(
-    row: int, parts: Sequence[Sequence[tuple[int, ...]]], device: torch.device
+    row: int, parts: Sequence[Sequence[tuple[int, ...]]], device: torch.device, limits: Limits
 ) -> list[WorkList]:
-    """Make the lists of a chunk, one per part of its items, the last part first."""
+    """Make the lists of a chunk from the items of each of its fits."""
     fits = [
         (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), part[-1][DENSE_START])
         for part in parts
     ]
     table = to_device(fits, device)
-    return [
-        WorkList(
-            row=row,
-            chunk_start=fits[0][0],
-            first_of_chunk=fit == len(parts) - 1,
-            fits=table,
-            fit=fit,
-            max_fit_queries=max(queries for _, queries, _ in fits),
-            max_fit_history=max(history for *_, history in fits),
-            items=to_device(parts[fit][::-1], device),
-            groups=to_device(ranked_together(len(parts[fit])), device),
-            max_history=parts[fit][-1][DENSE_START],
-            max_list=parts[fit][-1][LIST_LENGTH],
-            max_queries=max(item[NUM_QUERIES] for item in parts[fit]),
+    ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
+    lists: list[WorkList] = []
+    while ordered:
+        room = max(1, limits.slots // list_places(ordered[0][LIST_LENGTH]))
+        items = ordered[: min(limits.items, room)]
+        ordered = ordered[len(items) :]
+        lists.append(
+            WorkList(
+                row=row,
+                chunk_start=fits[0][0],
+                first_of_chunk=not lists,
+                fits=table,
+                max_fit_queries=max(queries for _, queries, _ in fits),
+                max_fit_history=max(history for *_, history in fits),
+                items=to_device(items, device),
+                groups=to_device(ranked_together(len(items)), device),
+                max_history=items[0][DENSE_START],
+                max_list=items[0][LIST_LENGTH],
+                max_queries=max(item[NUM_QUERIES] for item in items),
+            )
         )
-        for fit in reversed(range(len(parts)))
-    ]
+    return lists
 
 
 def ranked_together(items: int) -> list[tuple[int, int]]:

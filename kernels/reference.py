@@ -10,6 +10,7 @@ from . import basis
 from .plan import (
     BUCKETS,
     DENSE_START,
+    FIT,
     HISTORY,
     LIST_LENGTH,
     NUM_QUERIES,
@@ -94,22 +95,23 @@ def low_rank_scores(
     )
     if work.max_history == 0:
         return scores.half()
-    own = work.fits[work.fit : work.fit + 1]
-    fitted = basis.fit_work(query, kv_cache, block_table, work, own, scale, rank)
-    fitted = basis.Basis(*(part[0] for part in fitted))
+    fitted = basis.fit_work(query, kv_cache, block_table, work, scale, rank)
     positions = torch.arange(work.max_history, device=query.device)
     keys, _ = load_tokens(
         kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
     )
     dtype = basis.image_dtype(query.device)
-    images = basis.key_images(keys, fitted, dtype)  # [kv_heads, history, width]
-    for number, item in enumerate(work.items.tolist()):
-        n = item[DENSE_START]
-        if n == 0:
-            continue
-        queries = segment_queries(query, item, kv_heads).flatten(1, 2)
-        rows = basis.query_images(queries, fitted, dtype)
-        scores[number, :, :n] = (rows @ images[:, :n].mT).amax(1)
+    items = work.items.tolist()
+    for fit in {item[FIT] for item in items}:
+        own = basis.Basis(*(part[fit] for part in fitted))
+        images = basis.key_images(keys, own, dtype)  # [kv_heads, history, width]
+        for number, item in enumerate(items):
+            n = item[DENSE_START]
+            if n == 0 or item[FIT] != fit:
+                continue
+            queries = segment_queries(query, item, kv_heads).flatten(1, 2)
+            rows = basis.query_images(queries, own, dtype)
+            scores[number, :, :n] = (rows @ images[:, :n].mT).amax(1)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .plan import BUCKETS, CHUNK, COLUMNS, TIERS, WorkList
+from .plan import BUCKETS, CHUNK, COLUMNS, TIERS, WorkList, list_places
 
 BLOCK = 2048  # scores that the emission places at a time: a tier's count has 12 bits
 TIERS_PAD = triton.next_power_of_2(TIERS)
@@ -160,6 +160,8 @@ def _emit_kernel(
 class SelectWorkspace:
     """Scratch of :func:`select` for up to ``items`` items of ``heads`` lists each.
 
+    A head's lists have ``places`` places together.
+
     Holds what a ranking writes as well: ``scores``, float16 ``[items, heads, max_history]``, and
     ``bounds``, float32 ``[items * heads, chunks, 2]``, best and worst score of each chunk.
     """
@@ -169,6 +171,7 @@ class SelectWorkspace:
         items: int,
         heads: int,
         max_history: int,
+        places: int,
         device: torch.device,
         chunk: int = CHUNK,
         block: int = BLOCK,
@@ -181,11 +184,16 @@ class SelectWorkspace:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.scores = empty(items, heads, max_history, dtype=torch.float16)
-        self.slots = empty(items, heads, max(max_history, 1), dtype=torch.int32)
+        self.slots = empty(heads * places, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.histograms = empty(lists, self.chunks, BUCKETS, dtype=torch.int16)
         self.tier_bounds = empty(lists, TIERS_PAD, dtype=torch.int32)
         self.places = empty(lists, self.chunks, TIERS_PAD, dtype=torch.int32)
+
+    def lists(self, work: WorkList) -> torch.Tensor:
+        """Return where a work list's slots are: int32 ``[items, heads, >= max_list]``."""
+        heads, places = self.scores.shape[1], list_places(work.max_list)
+        return self.slots[: work.num_items * heads * places].view(-1, heads, places)
 
 
 def select(
@@ -202,14 +210,14 @@ def select(
         work: the segments; ``space.scores[i, h, :dense_start]`` holds the scores of item i, and
             ``space.bounds`` their bounds.
         page: tokens per block of the cache.
-        space: scratch; ``space.slots`` int32 ``[items, heads, *]`` receives the lists.
+        space: scratch; ``space.lists(work)`` receives the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
 
     See :func:`reference.select_positions` for exactly what is chosen and in which order.
     """
     if work.max_list == 0:
         return
-    heads = space.scores.shape[1]
+    heads, slots = space.scores.shape[1], space.lists(work)
     strides = (space.scores.stride(0), space.scores.stride(1))
     chunks = -(-work.max_history // space.chunk)
     grid = (chunks, heads, work.num_items)
@@ -226,7 +234,7 @@ def select(
     )  # fmt: skip
     _emit_kernel[grid](
         space.scores, work.items, space.bounds, space.tier_bounds, space.places,
-        block_table, space.slots, *strides, block_table.stride(0),
-        space.slots.stride(0), space.slots.stride(1), space.chunks,
+        block_table, slots, *strides, block_table.stride(0),
+        slots.stride(0), slots.stride(1), space.chunks,
         PAGE=page, BLOCK=space.block, CHUNKS_PAD=chunks_pad, **options,
     )  # fmt: skip

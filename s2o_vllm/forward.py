@@ -7,7 +7,7 @@ import torch
 from . import compat, metrics
 from .config import S2OConfig
 from .kernels.operator import Shape, SparsePrefill
-from .kernels.plan import NUM_COUNTERS
+from .kernels.plan import NUM_COUNTERS, Limits
 from .metadata import StepPlan
 
 
@@ -16,14 +16,14 @@ class SparseImpl:
 
     Attributes:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
-        s2o_items_per_list: segments that one workspace holds.
+        s2o_limits: what one launch of this layer handles.
         s2o_placed: whether the layer's name is known.
     """
 
     s2o_reason: str | None = None
     _s2o_counters: Any = None  # a tensor, once reserved
     _s2o_published: Any = None  # where it is read
-    s2o_items_per_list: int = 1
+    s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -38,7 +38,7 @@ class SparseImpl:
         self._s2o_warm = False
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
-            self.s2o_items_per_list = self._s2o_shape.items_per_list
+            self.s2o_limits = self._s2o_shape.limits
 
     def place(self, layer_name: str) -> None:
         """Learn which layer this is; vLLM does not say so when it makes the implementation."""

@@ -7,7 +7,7 @@ import torch
 
 from . import compat, metrics
 from .config import S2OConfig
-from .kernels.plan import PrefillRow, WorkList, build_work_lists
+from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
 
 @dataclass
@@ -96,7 +96,7 @@ class SparseBuilder:
     s2o: S2OConfig | None = None
     s2o_reason: str | None = None  # why no layer of this group can go sparse
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
-    s2o_items_per_list: int = 1
+    s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
 
     def prepare_s2o(self, layers: list[Any]) -> None:
@@ -114,7 +114,8 @@ class SparseBuilder:
         impls = [layer.impl for layer in layers]
         capable = [impl for impl in impls if impl.s2o_reason is None]
         if capable:
-            self.s2o_items_per_list = min(impl.s2o_items_per_list for impl in capable)
+            limits = zip(*(impl.s2o_limits for impl in capable), strict=True)
+            self.s2o_limits = Limits(*map(min, limits))
             others = {impl.s2o_reason for impl in impls if impl.s2o_reason is not None}
             self.s2o_layer_reasons = tuple(sorted(others))
         else:
@@ -157,7 +158,7 @@ class SparseBuilder:
             settings.segment,
             settings.min_context,
             common.block_table_tensor.device,
-            self.s2o_items_per_list,
+            self.s2o_limits,
         )
         return StepPlan(work, sparse, dense)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from s2o_vllm.kernels import basis
+from s2o_vllm.kernels.plan import FIT_QUERIES
 
 from .attention import Segment
 from .ranking import Method
@@ -17,7 +18,7 @@ from .units import FINE, Unit
 class Served(Method):
     """The default ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
-    One list for 64 queries of a GQA group; the basis is fitted to the last ``basis.FIT_QUERIES``
+    One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
     queries, as in a full work list, and to the whole history.
     """
 
@@ -28,7 +29,7 @@ class Served(Method):
     def ranking(self, segment: Segment) -> Ranking:
         """Score tokens; see `Method.ranking`."""
         unit = Unit.parse(self.unit)
-        recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -basis.FIT_QUERIES :]
+        recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -FIT_QUERIES:]
         recent = recent.unflatten(0, (segment.kv_heads, segment.group)).flatten(1, 2)
         queries = recent[:, :: -(-recent.shape[1] // basis.SAMPLES)]
         keys = segment.k[:, :: -(-segment.history // basis.SAMPLES)]

@@ -6,7 +6,7 @@ import torch
 from cases import dense_attention, full_lists, make_batch, nan_like, relative_error
 from s2o_vllm.kernels import attend, low_rank, rank, reference, select
 from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
-from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS
+from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, list_places
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
 
 CHUNKS = ((3000, 700), (0, 300), (1777, 1), (500, 64))
@@ -44,7 +44,8 @@ def test_lists_agree_with_the_reference(ranking):
     for work in batch.work(segment=64):
         if work.max_list == 0:
             continue
-        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, "cuda")
+        places = work.num_items * list_places(work.max_list)
+        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, "cuda")
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
@@ -55,7 +56,9 @@ def test_lists_agree_with_the_reference(ranking):
             wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
         else:
             device = batch.query.device
-            space = low_rank.LowRankWorkspace(heads, 8, work.max_fit_history, tokens, device)
+            space = low_rank.LowRankWorkspace(
+                heads, 8, head_dim, work.max_fit_history, tokens, batch.query.dtype, device
+            )
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.low_rank_scores(*arguments, scale=batch.scale)
         select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
@@ -63,7 +66,7 @@ def test_lists_agree_with_the_reference(ranking):
         for number, item in enumerate(work.items.tolist()):
             count = item[LIST_LENGTH]
             for head in range(8):
-                got = set(selection.slots[number, head, :count].tolist())
+                got = set(selection.lists(work)[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
                 assert len(got & set(slots[number, head, :count].tolist())) >= 0.9 * count
 
@@ -81,7 +84,7 @@ def test_operator_runs_at_a_servers_sizes(ranking):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     from s2o_vllm.kernels.plan import build_work_lists
 
-    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.items_per_list):
+    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.limits):
         operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
     assert torch.isfinite(out).all()
     assert counters[0] <= 0.05 * counters[1]

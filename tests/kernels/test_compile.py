@@ -30,8 +30,9 @@ def test_compiles_and_fits(capability):
     assert result.returncode == 0, result.stderr[-2000:]
     compiled = json.loads(result.stdout)
     assert {one["name"].split()[0] for one in compiled} == {
-        "_mean_kernel", "_score_kernel", "_project_keys_kernel", "_project_queries_kernel",
-        "_histogram_kernel", "_place_kernel", "_emit_kernel", "_attend_kernel",
+        "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
+        "_project_keys_kernel", "_project_queries_kernel", "_histogram_kernel", "_place_kernel",
+        "_emit_kernel", "_attend_kernel",
     }  # fmt: skip
     for one in compiled:
         assert one["shared"] <= SHARED_MEMORY[capability], one

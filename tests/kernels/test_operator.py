@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from cases import SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
-from s2o_vllm.kernels.basis import FIT_QUERIES
 from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
@@ -96,11 +95,14 @@ def test_warm_up_touches_nothing(device):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_a_basis_serves_no_more_queries_than_it_fits():
-    assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").items_per_list == FIT_QUERIES // 64
-    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").items_per_list == 16
+def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():
+    items, slots = Shape(32, 8, 128, 131072, 8192, 64).limits
+    assert (items, slots) == (128, 32 * 131072)
+    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.items == 16
+    assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.items == 2
 
 
 def test_scratch_is_bounded():
     shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
-    assert shape.items_per_list * 32 * 1_000_000 * 6 <= WORKSPACE_BYTES
+    items, slots = shape.limits
+    assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from s2o_vllm.kernels import plan
-from s2o_vllm.kernels.plan import PrefillRow, build_work_lists, segments
+from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists, segments
 
 CPU = torch.device("cpu")
+MANY = Limits(1000, 10**7)
 
 
 def test_segments_are_cut_at_multiples_of_the_sequence():
@@ -40,7 +41,7 @@ def test_list_never_exceeds_the_budget():
 
 def test_each_request_has_its_lists_longest_history_first():
     rows = [PrefillRow(4, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
-    one, other = build_work_lists(rows, 32, 0, CPU, 1000)
+    one, other = build_work_lists(rows, 32, 0, CPU, MANY)
     histories = [item[plan.HISTORY] for item in one.items.tolist()]
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
@@ -49,31 +50,46 @@ def test_each_request_has_its_lists_longest_history_first():
     assert (other.row, other.chunk_start, other.fits.tolist()) == (1, 1280, [[1280, 32, 320]])
 
 
-def test_lists_hold_every_item_once_and_the_first_sees_the_most():
-    lists = build_work_lists([PrefillRow(0, 5, 10 * 32, 64, 0.5)], 32, 0, CPU, 4)
-    assert [one.num_items for one in lists] == [4, 4, 2], "cut at multiples in the sequence"
-    assert [one.first_of_chunk for one in lists] == [True, False, False]
-    for one in lists:
-        assert one.chunk_start == 5
-        assert one.fits.tolist() == [[5, 64, 96], [69, 128, 224], [197, 128, 352]]
-        first, queries, history = one.fits[one.fit].tolist()
-        assert queries == sum(item[plan.NUM_QUERIES] for item in one.items.tolist())
-        assert first == min(item[plan.QUERY_START] for item in one.items.tolist())
-        assert history == one.max_history
-        assert (one.max_fit_queries, one.max_fit_history) == (128, 352)
-    starts = sorted(item[plan.QUERY_START] for one in lists for item in one.items.tolist())
-    assert starts == list(range(5, 325, 32))
+def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
+    rows = [PrefillRow(0, 5, 2176, 1984, 0.5)]  # up to 4,160: fits end at 2,048 and 4,096
+    (one,) = build_work_lists(rows, 32, 0, CPU, MANY)
+    assert one.chunk_start == 5
+    assert one.fits.tolist() == [[5, 64, 2016], [69, 2048, 4064], [2117, 64, 4128]]
+    assert (one.max_fit_queries, one.max_fit_history) == (2048, 4128)
+    for item in one.items.tolist():
+        first, queries, history = one.fits[item[plan.FIT]].tolist()
+        assert first <= item[plan.QUERY_START] < first + queries
+        assert item[plan.HISTORY] <= history
+    starts = [item[plan.QUERY_START] for item in one.items.tolist()]
+    assert starts == list(range(5 + 2176 - 32, 4, -32)), "the longest history first"
 
 
-def test_a_chunk_has_no_more_lists_than_are_prepared_for_together():
-    lists = build_work_lists([PrefillRow(0, 0, 10 * 32, 0, 0.5)], 32, 0, CPU, 1)
-    chunks = [one.chunk_start for one in lists if one.first_of_chunk]
-    assert chunks == [0, 32 * plan.FITS, 64 * plan.FITS]
+def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
+    rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
+    by_items = build_work_lists(rows, 32, 0, CPU, Limits(4, 10**6))
+    assert [one.num_items for one in by_items] == [4, 4, 2]
+    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(176)))
+    assert by_slots[0].num_items == 2
+    for lists in (by_items, by_slots):
+        assert [one.first_of_chunk for one in lists] == [True] + [False] * (len(lists) - 1)
+        assert all(one.fits is lists[0].fits for one in lists)
+        starts = [item[plan.QUERY_START] for one in lists for item in one.items.tolist()]
+        assert starts == list(range(9 * 32, -1, -32))
+    for one in by_slots:
+        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(176)
+    alone = build_work_lists(rows, 32, 0, CPU, Limits(100, 1))
+    assert [one.num_items for one in alone] == [1] * 10, "an item that is too long goes alone"
+
+
+def test_chunks_are_cut_at_multiples_in_the_sequence():
+    span = plan.FITS * plan.FIT_QUERIES
+    lists = build_work_lists([PrefillRow(0, 0, span + 64, 32, 0.5)], 64, 0, CPU, MANY)
+    assert [one.chunk_start for one in lists] == [0, span - 32]
+    assert all(one.first_of_chunk for one in lists)
     assert all(one.fits.shape[0] <= plan.FITS for one in lists)
-    assert [one.chunk_start for one in lists] == sorted(one.chunk_start for one in lists)
 
 
-@pytest.mark.parametrize(("segment", "wave"), [(0, 1), (-1, 1), (32, 0)])
-def test_refuses_sizes_that_are_not_positive(segment, wave):
+@pytest.mark.parametrize(("segment", "items"), [(0, 1), (-1, 1), (32, 0)])
+def test_refuses_sizes_that_are_not_positive(segment, items):
     with pytest.raises(ValueError, match="must be positive"):
-        build_work_lists([PrefillRow(0, 0, 1, 0, 0.5)], segment, 0, CPU, wave)
+        build_work_lists([PrefillRow(0, 0, 1, 0, 0.5)], segment, 0, CPU, Limits(items, 100))

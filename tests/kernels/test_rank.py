@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from cases import DTYPES, ON_GPU, make_batch
+from cases import DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels import basis, low_rank, rank, reference
+from s2o_vllm.kernels.fit import FitWorkspace, fit
 from s2o_vllm.kernels.plan import DENSE_START
 
 SHAPES = [
@@ -30,10 +31,12 @@ def mean_query(batch, works, chunk=64):
 
 
 def every_query(batch, works, chunk=64):
-    tokens, heads, _ = batch.query.shape
+    tokens, heads, head_dim = batch.query.shape
     kv_heads = batch.kv_cache.shape[1]
     history = max(work.max_fit_history for work in works)
-    space = low_rank.LowRankWorkspace(heads, kv_heads, history, tokens, batch.query.device)
+    space = low_rank.LowRankWorkspace(
+        heads, kv_heads, head_dim, history, tokens, batch.query.dtype, batch.query.device
+    )
     for work in works:
         results = empty_results(batch, work, chunk)
         low_rank.low_rank_scores(
@@ -170,12 +173,43 @@ def test_large_shifts_survive_fp8():
     assert (got - wanted).abs().max() < 0.05
 
 
-def test_a_padded_basis_makes_keys_end_with_the_shifts_factors():
-    fitted = basis.fit(torch.randn(2, 100, 64), torch.randn(2, 100, 64), 0.125)
-    wide = basis.padded(fitted)
-    keys = torch.randn(2, 9, 64)
-    got = keys @ wide.b - wide.offset[:, None]
-    torch.testing.assert_close(got, basis.key_images(keys, fitted, torch.float32))
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_fitted_bases_match_the_reference(device, head_dim):
+    """Directions are known up to their sign: what they make of q·k is compared, and the shift."""
+    batch = make_batch(device, chunks=((500, 300),), head_dim=head_dim, heads=4, kv_heads=2)
+    batch.kv_cache[..., :head_dim] *= torch.linspace(0.3, 3, head_dim, device=device)
+    batch.kv_cache[..., :head_dim] += 40.0  # a mean far larger than the spread
+    (work,) = batch.work()
+    space = FitWorkspace(2, head_dim, batch.query.dtype, device)
+    space.a.fill_(float("nan"))
+    fit(*arguments(batch, work), space, scale=batch.scale)
+    wanted = basis.fit_work(*arguments(batch, work), batch.scale)
+    a, b = space.a[: len(work.fits)].float(), space.b[: len(work.fits)].float()
+    rank = basis.RANK
+    product = wanted.a @ wanted.b.mT
+    assert relative_error(a[..., :rank] @ b[..., :rank].mT, product) < TOLERANCE * 3
+    sign = (a[..., :rank] * wanted.a).sum(-2).sign()
+    offset = space.offset[: len(work.fits)]
+    assert relative_error(offset[..., :rank] * sign, wanted.offset) < TOLERANCE * 3
+    curvature = space.curvature[: len(work.fits), :, :rank, :rank]
+    assert relative_error(curvature * sign[..., None] * sign[..., None, :], wanted.curvature) < (
+        TOLERANCE * 3
+    )
+    assert (a[..., rank:] == 0).all()
+    assert (b[..., rank:] == 0).all()
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=device).expand(len(work.fits), 2, -1)
+    torch.testing.assert_close(-offset[..., rank:], factors)
+
+
+def test_fitted_bases_of_degenerate_keys_are_finite(device):
+    for value in (0.0, 1.0):
+        batch = make_batch(device, chunks=((70, 64),))
+        batch.kv_cache[..., :64] = value
+        (work,) = batch.work()
+        space = FitWorkspace(2, 64, batch.query.dtype, device)
+        fit(*arguments(batch, work), space, scale=batch.scale)
+        for part in (space.a, space.b, space.offset, space.curvature):
+            assert torch.isfinite(part[: len(work.fits)]).all()
 
 
 def test_a_key_that_one_query_wants_ranks_first_in_every_list():

@@ -3,18 +3,31 @@ import torch
 
 from cases import make_batch
 from s2o_vllm.kernels import reference, select
-from s2o_vllm.kernels.plan import BUCKETS, DENSE_START, LIST_LENGTH, TIERS, TIERS_UNORDERED
+from s2o_vllm.kernels.plan import (
+    BUCKETS,
+    DENSE_START,
+    LIST_LENGTH,
+    TIERS,
+    TIERS_UNORDERED,
+    list_places,
+)
 
 
 def select_with_kernel(batch, work, scores, chunk=64, block=32, tiers=TIERS):
     space = select.SelectWorkspace(
-        work.num_items, scores.shape[1], work.max_history, scores.device, chunk, block
+        work.num_items,
+        scores.shape[1],
+        work.max_history,
+        work.num_items * list_places(work.max_list),
+        scores.device,
+        chunk,
+        block,
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
     space.slots.fill_(-7)
     select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers)
-    return space.slots
+    return space.lists(work)
 
 
 def set_bounds(space, work, scores):

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from s2o_vllm.kernels.plan import PrefillRow, WorkList, build_work_lists
+from s2o_vllm.kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
 SEGMENT = 32
+LIMITS = Limits(1000, 10**7)
 ON_GPU = torch.cuda.is_available()
 # bf16 dots are silently wrong in the interpreter; fp32 tiles do not fit a GPU's shared memory.
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
@@ -24,7 +25,7 @@ class Batch:
 
     def work(self, *, min_context: int = 0, segment: int = SEGMENT) -> list[WorkList]:
         """One list per request."""
-        return build_work_lists(self.rows, segment, min_context, self.query.device, 1000)
+        return build_work_lists(self.rows, segment, min_context, self.query.device, LIMITS)
 
 
 def make_batch(

@@ -98,24 +98,20 @@ def compile_attend(capability: int, head_dim: int, stop_threshold: float) -> Com
 
 def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import basis, low_rank, rank, select
+    from s2o_vllm.kernels import fit, low_rank, rank, select
 
     q, kv, table, work = launch_arguments(head_dim)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
     dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
-    images = low_rank.LowRankWorkspace(32, 8, 131072, 8192, meta, dtype)
-    fitted = basis.Basis(
-        *(
-            torch.empty(1, 8, *size, device=meta)
-            for size in ((head_dim, 32), (head_dim, 32), (32,), (32, 32))
-        )
-    )
-    selection = select.SelectWorkspace(work.num_items, 8, 131072, meta)
+    sizes = (32, 8, head_dim, 131072, 8192)
+    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, dtype)
+    selection = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
-        low_rank.project(q, kv, table, work, fitted, images)
+        fit.fit(q, kv, table, work, images.fit, scale=0.1)
+        low_rank.project(q, kv, table, work, images)
         prepared = replace(work, first_of_chunk=False)
         low_rank.low_rank_scores(q, kv, table, prepared, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
@@ -127,7 +123,8 @@ def launch_arguments(head_dim: int):
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), 16)
+    limits = plan.Limits(16, 16 * 131072)
+    (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), limits)
     q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=torch.bfloat16, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work

@@ -7,6 +7,7 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
+from s2o_vllm.kernels.plan import Limits
 from s2o_vllm.metadata import SparseBuilder, split_rows
 
 
@@ -78,7 +79,7 @@ class ParentBuilder:
 
 class Builder(SparseBuilder, ParentBuilder):
     s2o = S2OConfig(sparsity_budget=0.1, min_context=100, segment_size=64)
-    s2o_items_per_list = 2
+    s2o_limits = Limits(2, 10_000)
 
 
 def common_metadata(counts, totals, prefilling, **changes):
@@ -108,7 +109,7 @@ def test_a_mixed_step():
     metadata = Builder().build(0, common)
     plan = metadata.s2o
     assert [row.row for row in plan.sparse_rows] == [1]
-    assert [work.num_items for work in plan.work] == [1, 2], "cut at 1024 and 1088"
+    assert [work.num_items for work in plan.work] == [2, 1], "cut at 1024 and 1088"
     assert [(part.rows, part.tokens) for part in plan.dense] == [
         ((0, 1), (0, 1)),
         ((2, 3), (131, 181)),
@@ -151,7 +152,7 @@ def group(*dense_layers, rank=0):
 
     def layer(number):
         impl = SparseImpl.__new__(SparseImpl)
-        impl._s2o, impl.s2o_items_per_list = settings, 5
+        impl._s2o, impl.s2o_limits = settings, Limits(5, 999)
         return SimpleNamespace(layer_name=f"model.layers.{number}.self_attn.attn", impl=impl)
 
     builder.prepare_s2o([layer(number) for number in range(3)])
@@ -162,7 +163,7 @@ def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monke
     counters = metrics.WorkerCounters()
     monkeypatch.setattr(metrics, "worker", counters)
     builder = group(0, 2)
-    assert builder.s2o_items_per_list == 5
+    assert builder.s2o_limits == (5, 999)
     assert builder.build(0, common_metadata([130], [1130], [True])).s2o is not None
     assert counters.totals()["s2o:dense_rows", "dense_layer"] == 1
     assert counters.totals()["s2o:sparse_requests", ""] == 1

@@ -1,0 +1,203 @@
+"""Fit the bases of a chunk on the device: moments of samples, then subspace iteration.
+
+:func:`basis.fit_work` is the reference. Torch needs some sixty launches for it, which take
+longer on the host than the whole attention of a layer takes on the device; here there are two.
+Where the reference uses float64 and Cholesky, this uses float32 and Gram–Schmidt in the inner
+product of the queries' moments, twice: the same basis, up to rounding.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import basis
+from .plan import FITS, WorkList
+
+STRIP = 64  # columns of a moment that a program computes
+RIDGE = 1e-6  # of the queries' mean moment
+
+
+@triton.jit
+def _moment_kernel(
+    p_q, p_kv, p_table, p_fits, p_moments, p_means, samples_q, samples_k,
+    stride_q_token, stride_q_head, stride_block, stride_head, stride_token,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """STRIP columns of the queries' second moment, or of the keys' covariance."""
+    i_strip, i_head, i_fit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    of_keys = i_fit % 2 == 1
+    i_fit = i_fit // 2
+    start = tl.load(p_fits + 3 * i_fit).to(tl.int64)
+    queries = tl.load(p_fits + 3 * i_fit + 1).to(tl.int64)
+    history = tl.load(p_fits + 3 * i_fit + 2).to(tl.int64)
+    o_d = tl.arange(0, D_PAD)
+    o_s = i_strip * STRIP + tl.arange(0, STRIP)
+    n = samples_k if of_keys else samples_q * GROUP
+    moment = tl.zeros([D_PAD, STRIP], tl.float32)
+    total = tl.zeros([D_PAD], tl.float32)
+    total_s = tl.zeros([STRIP], tl.float32)
+    # Keys are taken about the first one: their mean may be far larger than their spread.
+    o_first = tl.load(p_table).to(tl.int64) * stride_block + i_head.to(tl.int64) * stride_head
+    first = tl.load(p_kv + o_first + o_d, of_keys & (o_d < D), 0.0).to(tl.float32)
+    first_s = tl.load(p_kv + o_first + o_s, of_keys & (o_s < D), 0.0).to(tl.float32)
+    for o in range(0, n, BLOCK):
+        o_n = o + tl.arange(0, BLOCK)
+        m_n = o_n < n
+        if of_keys:
+            position = o_n * history // samples_k
+            page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
+            o_row = page * stride_block + (position % PAGE) * stride_token
+            p_row = p_kv + i_head.to(tl.int64) * stride_head + o_row
+        else:
+            position = start + (o_n // GROUP) * queries // samples_q
+            p_row = p_q + position * stride_q_token + (i_head * GROUP + o_n % GROUP) * stride_q_head
+        x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+        s = tl.load(p_row[:, None] + o_s[None, :], m_n[:, None] & (o_s < D)[None, :], 0.0)
+        x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0)
+        s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0)
+        total += tl.sum(x, 0)
+        total_s += tl.sum(s, 0)
+        kind: tl.constexpr = p_q.dtype.element_ty
+        moment = tl.dot(tl.trans(x.to(kind)), s.to(kind), moment, input_precision=PRECISION)
+    moment /= n
+    total /= n
+    total_s /= n
+    i_basis = i_fit * kv_heads + i_head
+    if of_keys:
+        moment -= total[:, None] * total_s[None, :]
+        tl.store(p_means + i_basis * D_PAD + o_s, total_s + first_s)
+    o_moment = ((2 * i_basis + of_keys.to(tl.int32)) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
+    tl.store(p_moments + o_moment, moment)
+
+
+@triton.jit
+def _product(p_matrix, p_y, y, o_d, o_r, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Return matrix @ y for a symmetric matrix [D_PAD, D_PAD]; y [D_PAD, WIDTH] goes by memory."""
+    BLOCK: tl.constexpr = 32
+    tl.debug_barrier()
+    tl.store(p_y + o_d[:, None] * WIDTH + o_r[None, :], y)
+    tl.debug_barrier()
+    out = tl.zeros([D_PAD, WIDTH], tl.float32)
+    for o in range(0, D_PAD, BLOCK):
+        o_k = o + tl.arange(0, BLOCK)
+        m = tl.load(p_matrix + o_d[:, None] * D_PAD + o_k[None, :])
+        part = tl.load(p_y + o_k[:, None] * WIDTH + o_r[None, :])
+        out = tl.dot(m, part, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _orthonormalise(y, z, o_r, ridge, RANK: tl.constexpr):
+    """Gram–Schmidt on the columns of y in the inner product x'Cy, where z = Cy is kept beside.
+
+    Few queries leave directions without moment, where rounding would be blown up to one: a
+    column with less than ``ridge`` times its length ends as zeros.
+    """
+    for j in range(RANK):
+        at = (o_r == j)[None, :]
+        v = tl.sum(tl.where(at, y, 0.0), 1)
+        w = tl.sum(tl.where(at, z, 0.0), 1)
+        square = tl.sum(v * w, 0)
+        least = ridge * tl.sum(v * v, 0) + 1e-30
+        factor = tl.where(square > least, tl.rsqrt(tl.maximum(square, least)), 0.0)
+        v *= factor
+        w *= factor
+        along = tl.where(o_r > j, tl.sum(w[:, None] * y, 0), 0.0)
+        y = tl.where(at, v[:, None], y - v[:, None] * along[None, :])
+        z = tl.where(at, w[:, None], z - w[:, None] * along[None, :])
+    return y, z
+
+
+@triton.jit
+def _basis_kernel(
+    p_moments, p_means, p_start, p_y, p_a, p_b, p_offset, p_curvature, unit, half_unit,
+    D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
+    STEPS: tl.constexpr, RIDGE: tl.constexpr,
+    FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+):  # fmt: skip
+    """One basis: directions from random ones by subspace iteration, padded to WIDTH."""
+    i_basis = tl.program_id(0)
+    o_d = tl.arange(0, D_PAD)
+    o_r = tl.arange(0, WIDTH)
+    p_cq = p_moments + 2 * i_basis * D_PAD * D_PAD
+    p_ck = p_cq + D_PAD * D_PAD
+    p_y += i_basis * D_PAD * WIDTH
+    ridge = RIDGE * tl.sum(tl.load(p_cq + o_d * (D_PAD + 1)), 0) / D
+    y = tl.load(p_start + o_d[:, None] * WIDTH + o_r[None, :])
+    z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
+    for _ in range(STEPS):
+        y = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
+        z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
+        y, z = _orthonormalise(y, z, o_r, ridge, RANK)
+    # Once more: what the first pass leaves of nearly dependent columns is not yet orthogonal.
+    z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
+    y, z = _orthonormalise(y, z, o_r, ridge, RANK)
+    spread = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
+    curvature = tl.dot(tl.trans(z), spread, input_precision="ieee") * half_unit
+    mean = tl.load(p_means + i_basis * D_PAD + o_d)
+    offset = tl.sum(mean[:, None] * z, 0) * unit
+    offset = tl.where(o_r == RANK, -FACTOR_0, offset)
+    offset = tl.where(o_r == RANK + 1, -FACTOR_1, offset)
+    offset = tl.where(o_r == RANK + 2, -FACTOR_2, offset)
+    o_out = (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :]
+    kind: tl.constexpr = p_a.dtype.element_ty
+    tl.store(p_a + o_out, y.to(kind), (o_d < D)[:, None])
+    tl.store(p_b + o_out, (z * unit).to(kind), (o_d < D)[:, None])
+    tl.store(p_offset + i_basis * WIDTH + o_r, offset)
+    o_square = (i_basis * WIDTH + tl.arange(0, WIDTH)[:, None]) * WIDTH + o_r[None, :]
+    tl.store(p_curvature + o_square, curvature)
+
+
+class FitWorkspace:
+    """Scratch of :func:`fit`, and the bases of a chunk, ``padded`` to ``basis.WIDTH``."""
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        pad, width = triton.next_power_of_2(head_dim), basis.WIDTH
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(FITS, kv_heads, *shape, dtype=dtype, device=device)
+
+        self.moments = empty(2, pad, pad)
+        self.means = empty(pad)
+        self.y = empty(pad, width)
+        extra = (0, width - basis.RANK, 0, pad - head_dim)
+        start = torch.nn.functional.pad(basis.start(head_dim, basis.RANK), extra)
+        self.start = start.float().to(device)
+        self.a = empty(head_dim, width, dtype=dtype)
+        self.b = empty(head_dim, width, dtype=dtype)
+        self.offset = empty(width)
+        self.curvature = empty(width, width)
+
+
+def fit(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    space: FitWorkspace,
+    *,
+    scale: float,
+) -> None:
+    """Fit the bases of a work list's chunk into ``space``; see :func:`basis.fit_work`."""
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group, fits = query.shape[1] // kv_heads, work.fits.shape[0]
+    pad = triton.next_power_of_2(head_dim)
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    samples_q, samples_k = basis.samples(work, group)
+    _moment_kernel[(pad // STRIP, kv_heads, 2 * fits)](
+        query, kv_cache, block_table[work.row], work.fits, space.moments, space.means,
+        samples_q, samples_k, query.stride(0), query.stride(1),
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP, BLOCK=64,
+        PRECISION=precision, num_warps=8,
+    )  # fmt: skip
+    _basis_kernel[(fits * kv_heads,)](
+        space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
+        space.curvature, scale * basis.LOG2E, 0.5 * basis.LOG2E * scale**2,
+        D=head_dim, D_PAD=pad, WIDTH=basis.WIDTH, RANK=basis.RANK, STEPS=basis.STEPS,
+        RIDGE=RIDGE,
+        FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
+        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=8,
+    )  # fmt: skip
