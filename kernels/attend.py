@@ -71,7 +71,7 @@ def _visit(
     return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_table, p_order, p_counters,
     scale, softcap, stop_threshold,

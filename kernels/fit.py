@@ -17,10 +17,10 @@ STRIP = 64  # columns of a moment that a program computes
 RIDGE = 1e-6  # of the queries' mean moment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row", "samples_q", "samples_k"])
 def _moment_kernel(
-    p_q, p_kv, p_table, p_fits, p_moments, p_means, samples_q, samples_k,
-    stride_q_token, stride_q_head, stride_block, stride_head, stride_token,
+    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, samples_k,
+    stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -29,6 +29,7 @@ def _moment_kernel(
     kv_heads = tl.num_programs(1)
     of_keys = i_fit % 2 == 1
     i_fit = i_fit // 2
+    p_table += row.to(tl.int64) * stride_table
     start = tl.load(p_fits + 3 * i_fit).to(tl.int64)
     queries = tl.load(p_fits + 3 * i_fit + 1).to(tl.int64)
     history = tl.load(p_fits + 3 * i_fit + 2).to(tl.int64)
@@ -187,9 +188,9 @@ def fit(
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
     samples_q, samples_k = basis.samples(work, group)
     _moment_kernel[(pad // STRIP, kv_heads, 2 * fits)](
-        query, kv_cache, block_table[work.row], work.fits, space.moments, space.means,
-        samples_q, samples_k, query.stride(0), query.stride(1),
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        query, kv_cache, block_table, work.fits, space.moments, space.means,
+        work.row, samples_q, samples_k, query.stride(0), query.stride(1),
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP, BLOCK=64,
         PRECISION=precision, num_warps=8,
     )  # fmt: skip

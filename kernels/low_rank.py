@@ -16,10 +16,10 @@ BLOCK_M = 256  # rows (queries x group) at a time: a segment of 64 with a group 
 BLOCK_N = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def _project_keys_kernel(
-    p_kv, p_table, p_b, p_offset, p_images, p_fits,
-    stride_block, stride_head, stride_token, stride_images_fit, stride_images_head,
+    p_kv, p_table, p_b, p_offset, p_images, p_fits, row,
+    stride_block, stride_head, stride_token, stride_table, stride_images_fit, stride_images_head,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -33,6 +33,7 @@ def _project_keys_kernel(
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
     m_n = o_n < n
+    p_table += row.to(tl.int64) * stride_table
     page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
     o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
     k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
@@ -48,7 +49,7 @@ def _project_keys_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_start"])
 def _project_queries_kernel(
     p_q, p_a, p_curvature, p_images, p_fits, chunk_start, stride_q_token, stride_q_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -112,7 +113,7 @@ def _score_block(
     return best, worst
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_start"])
 def _score_kernel(
     p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
     stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head, max_chunks,
@@ -203,8 +204,8 @@ def project(
     }
     block = 64
     _project_keys_kernel[(fits, -(-work.max_fit_history // block), kv_heads)](
-        kv_cache, block_table[work.row], fitted.b, fitted.offset, space.images,
-        work.fits, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         space.images.stride(0), space.images.stride(1), PAGE=page, BLOCK=block, **shape,
     )  # fmt: skip
     _project_queries_kernel[(-(-work.max_fit_queries * group // block), kv_heads, fits)](

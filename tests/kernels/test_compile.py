@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from s2o_vllm.kernels.operator import RANKINGS
 from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
@@ -20,15 +21,26 @@ SPILLED_BYTES = {90: 64}
 SPILLED_ELSEWHERE = 400
 
 
-@pytest.mark.parametrize("capability", BY_CAPABILITY)
-def test_compiles_and_fits(capability):
+def compiling(*arguments):
+    """What the support script prints, run with the real compiler."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(COMPILING), str(capability)],
+        [sys.executable, str(COMPILING), *map(str, arguments)],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    compiled = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("stop_threshold", [0.0, 0.01])
+def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(ranking, stop_threshold):
+    assert compiling("variants", ranking, stop_threshold) == []
+
+
+@pytest.mark.parametrize("capability", BY_CAPABILITY)
+def test_compiles_and_fits(capability):
+    compiled = compiling(capability)
     assert {one["name"].split()[0] for one in compiled} == {
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_queries_kernel", "_histogram_kernel", "_place_kernel",

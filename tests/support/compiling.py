@@ -43,28 +43,48 @@ class CompileOnly:
 
     def run(self, kernel, *args, grid, warmup, **kwargs):
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-        bound = kernel.signature.bind(*args, **kwargs).arguments
-        signature, constants, attributes = {}, {}, {}
-        for number, parameter in enumerate(kernel.params):
-            value = bound[parameter.name]
-            if parameter.is_constexpr:
-                signature[parameter.name] = "constexpr"
-                constants[(number,)] = value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + DTYPES[value.dtype]
-                attributes[(number,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
-            else:
-                signature[parameter.name] = "i32" if value < 2**31 else "i64"
-                if value == 1:
-                    signature[parameter.name] = "constexpr"
-                    constants[(number,)] = 1
-                elif value % 16 == 0:
-                    attributes[(number,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = ASTSource(kernel, *specialisation(kernel, args, kwargs))
         result = triton.compile(source, target=self.target, options=options)
         self.compiled.append(describe(kernel.fn.__name__, result))
+
+
+class RecordOnly:
+    """Stands in for ``JITFunction.run``: notes which variant of a kernel a launch needs."""
+
+    def __init__(self):
+        self.compiled: list[tuple] = []
+
+    def run(self, kernel, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        parts = specialisation(kernel, args, kwargs)
+        key = json.dumps([[*map(str, part.items())] for part in (*parts, options)])
+        self.compiled.append((kernel.fn.__name__, key))
+
+
+def specialisation(kernel, args, kwargs) -> tuple[dict, dict, dict]:
+    """What Triton compiles a launch for: types, constants, and which integers 16 divides."""
+    bound = kernel.signature.bind(*args, **kwargs).arguments
+    signature, constants, attributes = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(number,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + DTYPES[value.dtype]
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if parameter.do_not_specialize:
+                continue
+            if value == 1:
+                signature[parameter.name] = "constexpr"
+                constants[(number,)] = 1
+            elif value % 16 == 0:
+                attributes[(number,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def describe(name: str, result) -> Compiled:
@@ -133,7 +153,13 @@ def launch_arguments(head_dim: int):
 @contextmanager
 def compiling_for(capability: int):
     """Turn launches into compilations; yields the list of what was compiled."""
-    stand_in = CompileOnly(capability)
+    with standing_in(CompileOnly(capability)) as compiled:
+        yield compiled
+
+
+@contextmanager
+def standing_in(stand_in):
+    """Let ``stand_in`` have all launches; yields its list."""
     run = triton.runtime.jit.JITFunction.run
     triton.runtime.jit.JITFunction.run = lambda kernel, *args, **kwargs: stand_in.run(
         kernel, *args, **kwargs
@@ -144,10 +170,50 @@ def compiling_for(capability: int):
         triton.runtime.jit.JITFunction.run = run
 
 
+def variants_beyond_warm_up(ranking: str, stop_threshold: float) -> list[str]:
+    """Kernels of which served steps need a variant that the warm-up does not compile.
+
+    The steps are odd in every way that a step can be: chunks that start anywhere, of one query
+    or of many, in any row of a block table whose width nothing divides.
+    """
+    from s2o_vllm.kernels import operator, plan, tiles
+
+    meta = torch.device("meta")
+    shape = operator.Shape(
+        32, 8, 128, 131_040, 8192, {"low_rank": 64, "mean_query": 512}[ranking], ranking
+    )
+    operation = operator.SparsePrefill(
+        shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
+    )
+    operation.space = operator.workspace(shape, torch.bfloat16, meta)
+    operation.tile = tiles.HOPPER[128]
+    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
+    kv = torch.empty(9000, 16, 8, 256, dtype=torch.bfloat16, device=meta).transpose(1, 2)
+    table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
+    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
+    with standing_in(RecordOnly()) as launches:
+        operation.warm_up(query, kv, table)
+        known = set(launches)
+        for row in (
+            plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
+            plan.PrefillRow(3, 7, 8185, 100_001, 0.1),
+            plan.PrefillRow(1, 1, 1, 8_193, 0.9),
+            plan.PrefillRow(6, 4097, 33, 17, 0.02),
+        ):
+            cpu = torch.device("cpu")
+            for work in plan.build_work_lists([row], shape.segment, 0, cpu, shape.limits):
+                operation(query[:8192], kv, table, work, query, counters)
+    assert len(launches) > len(known), "the steps launch something"
+    return sorted({name for name, key in launches if (name, key) not in known})
+
+
 def main() -> None:
     """Compile everything for one capability and print it as JSON (run without interpreter)."""
     from s2o_vllm.kernels import tiles
 
+    if sys.argv[1] == "variants":
+        print(json.dumps(variants_beyond_warm_up(sys.argv[2], float(sys.argv[3]))))
+        return
     capability = int(sys.argv[1])
     compiled = compile_ranking(capability, 128)
     for head_dim in tiles.HEAD_DIMS:
