@@ -99,7 +99,7 @@ def measure(
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Serve both arms, check that they agree, measure, save after every row."""
+    """Serve both arms, check that they agree, measure, save."""
     model = args.model
     if model is None:
         model, flags = llama_shape(folder)
@@ -107,10 +107,12 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     vocabulary = vocabulary_of(model)
     gate = prompt(GATE_CONTEXT, 0, vocabulary)
     rows: list[dict[str, Any]] = []
+    partial = args.out.with_suffix(".partial.json")  # what is there if the run is cut short
 
     def keep(new: Iterator[dict[str, Any]]) -> None:
         for row in new:
             rows.append(row)
+            save(partial, header(), rows)
             print(
                 f"{row['model']} {row['context']:>7} tokens, {row['backend']:>5} budget "
                 f"{row['budget']:<5} first token {row['ttft_s']:7.3f} s, then "
@@ -127,6 +129,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             raise ServerError("at budget 1.0 S2O's tokens are not those of stock vLLM")
         keep(measure(args, url, "stock", None, vocabulary))
     save(args.out, header(), rows)
+    partial.unlink()
     return rows
 
 

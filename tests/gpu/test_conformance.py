@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from backends import Backend
-from conformance import (
-    BATCHES,
-    HEADS,
-    SETTINGS,
-    check_alone,
-    check_full,
-    check_nearly_full,
-)
+from conformance import BATCHES, HEADS, check_alone, check_full, check_nearly_full, maker
 
 
 @pytest.fixture(scope="module")
@@ -20,26 +12,14 @@ def backend(tiny_model):
 
     from s2o_vllm.backend_cuda import S2OBackend
 
-    made = {}
-
-    def make(*, stock=False, heads=32, kv_heads=8, head_dim=128, page=16, dtype=torch.bfloat16,
-             **settings):  # fmt: skip
-        key = (stock, heads, kv_heads, head_dim, page, dtype, *sorted(settings.items()))
-        if key not in made:
-            made[key] = Backend(
-                FlashAttentionBackend if stock else S2OBackend, tiny_model, heads=heads,
-                kv_heads=kv_heads, head_dim=head_dim, page=page, dtype=dtype, device="cuda",
-                settings=None if stock else SETTINGS | settings,
-            )  # fmt: skip
-        return made[key]
-
-    return make
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page": 16}
+    return maker(FlashAttentionBackend, S2OBackend, tiny_model, "cuda", shape)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_batch(backend, batch, dtype):
-    check_full(backend(dtype=dtype), backend(dtype=dtype, stock=True), BATCHES[batch])
+    check_full(backend(dtype=dtype), backend(dtype=dtype, stock_only=True), BATCHES[batch])
 
 
 @pytest.mark.parametrize("head_major", [True, False])
@@ -48,14 +28,14 @@ def test_every_batch(backend, batch, dtype):
 def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_major):
     shape = {"page": page, "heads": heads, "kv_heads": kv_heads}
     check_full(
-        backend(**shape), backend(**shape, stock=True), BATCHES["mixed"], head_major=head_major
+        backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"], head_major=head_major
     )
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 256])
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
-    check_full(backend(**shape), backend(**shape, stock=True), BATCHES["mixed"])
+    check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"])
 
 
 @pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])

@@ -22,6 +22,23 @@ FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # roun
 SETTINGS = {"sparsity_budget": 0.9999, "min_context": 0, "segment_size": 64}
 
 
+def maker(stock, ours, model, device, shape):
+    """A function that makes backends, each once: S2O's, or with ``stock_only`` its parent."""
+    made = {}
+
+    def make(*, stock_only=False, dtype=torch.bfloat16, **options):
+        sizes = shape | {key: options.pop(key) for key in shape if key in options}
+        key = (stock_only, dtype, *sorted((sizes | options).items()))
+        if key not in made:
+            made[key] = Backend(
+                stock if stock_only else ours, model, **sizes, dtype=dtype, device=device,
+                settings=None if stock_only else SETTINGS | options,
+            )  # fmt: skip
+        return made[key]
+
+    return make
+
+
 def check_full(ours: Backend, stock: Backend, rows: list[Row], **options) -> None:
     """With the whole history in the lists, S2O is dense attention.
 

@@ -4,15 +4,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from backends import Backend
-from conformance import (
-    BATCHES,
-    HEADS,
-    SETTINGS,
-    check_alone,
-    check_full,
-    check_nearly_full,
-)
+from conformance import BATCHES, HEADS, check_alone, check_full, check_nearly_full, maker
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
@@ -23,44 +15,32 @@ def backend(tiny_model):
 
     from s2o_vllm.backend_cpu import S2OCPUBackend
 
-    made = {}
-
-    def make(*, stock=False, heads=8, kv_heads=2, head_dim=64, page=32, dtype=torch.bfloat16,
-             **settings):  # fmt: skip
-        key = (stock, heads, kv_heads, head_dim, page, dtype, *sorted(settings.items()))
-        if key not in made:
-            made[key] = Backend(
-                CPUAttentionBackend if stock else S2OCPUBackend, tiny_model, heads=heads,
-                kv_heads=kv_heads, head_dim=head_dim, page=page, dtype=dtype, device="cpu",
-                settings=None if stock else SETTINGS | settings,
-            )  # fmt: skip
-        return made[key]
-
-    return make
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 64, "page": 32}
+    return maker(CPUAttentionBackend, S2OCPUBackend, tiny_model, "cpu", shape)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_batch(backend, batch):
-    check_full(backend(), backend(stock=True), BATCHES[batch])
+    check_full(backend(), backend(stock_only=True), BATCHES[batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("batch", ["chunks", "drafts"])
 def test_every_dtype(backend, batch, dtype):
-    check_full(backend(dtype=dtype), backend(dtype=dtype, stock=True), BATCHES[batch])
+    check_full(backend(dtype=dtype), backend(dtype=dtype, stock_only=True), BATCHES[batch])
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_every_page_and_head_split(backend, page, heads, kv_heads):
     shape = {"page": page, "heads": heads, "kv_heads": kv_heads}
-    check_full(backend(**shape), backend(**shape, stock=True), BATCHES["chunks"])
+    check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["chunks"])
 
 
 @pytest.mark.parametrize("head_dim", [96, 128, 256])
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
-    check_full(backend(**shape), backend(**shape, stock=True), BATCHES["chunks"])
+    check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["chunks"])
 
 
 @pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
