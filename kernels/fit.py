@@ -41,8 +41,11 @@ def _moment_kernel(
     total_s = tl.zeros([STRIP], tl.float32)
     # Keys are taken about the first one: their mean may be far larger than their spread.
     o_first = tl.load(p_table).to(tl.int64) * stride_block + i_head.to(tl.int64) * stride_head
-    first = tl.load(p_kv + o_first + o_d, of_keys & (o_d < D), 0.0).to(tl.float32)
-    first_s = tl.load(p_kv + o_first + o_s, of_keys & (o_s < D), 0.0).to(tl.float32)
+    first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
+    first_s = tl.load(p_kv + o_first + o_s, o_s < D, 0.0).to(tl.float32)
+    if not of_keys:
+        first = tl.zeros([D_PAD], tl.float32)
+        first_s = tl.zeros([STRIP], tl.float32)
     for o in range(0, n, BLOCK):
         o_n = o + tl.arange(0, BLOCK)
         m_n = o_n < n

@@ -31,7 +31,7 @@ SHARED_MEMORY = {
 
 HOPPER = {
     64: AttendTile(128, 128, 8, 3),
-    96: AttendTile(128, 128, 8, 2),
+    96: AttendTile(128, 64, 8, 4),
     128: AttendTile(128, 64, 8, 4),
     256: AttendTile(128, 64, 8, 2),
 }
