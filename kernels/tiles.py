@@ -33,7 +33,7 @@ HOPPER = {
     64: AttendTile(128, 128, 8, 3),
     96: AttendTile(128, 64, 8, 4),
     128: AttendTile(128, 64, 8, 4),
-    256: AttendTile(128, 64, 8, 2),
+    256: AttendTile(128, 32, 8, 3),
 }
 BLACKWELL = {
     64: AttendTile(128, 64, 8, 3),
