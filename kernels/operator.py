@@ -7,7 +7,6 @@ import torch
 
 from . import reference
 from .plan import (
-    FIT_QUERIES,
     FITS,
     LIST_STEP,
     NUM_COUNTERS,
@@ -19,6 +18,7 @@ from .plan import (
     PrefillRow,
     WorkList,
     build_work_lists,
+    fit_span,
     list_places,
 )
 from .tiles import attend_tile
@@ -53,8 +53,8 @@ class Shape:
     @property
     def limits(self) -> Limits:
         """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
-        span = self.segment * max(1, FIT_QUERIES // self.segment)
-        chunk = min(-(-self.max_queries // self.segment), FITS * span // self.segment)
+        segments = FITS * fit_span(self.segment) // self.segment
+        chunk = min(-(-self.max_queries // self.segment), segments)
         each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
         items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
         longest = list_places(self.max_history)
@@ -213,8 +213,7 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)
         else:
-            span = shape.segment * max(1, FIT_QUERIES // shape.segment)
-            queries = min(shape.max_queries, FITS * span)
+            queries = min(shape.max_queries, FITS * fit_span(shape.segment))
             made = low_rank.LowRankWorkspace(
                 shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, queries, dtype,
                 device,

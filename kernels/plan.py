@@ -135,6 +135,11 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
+def fit_span(segment: int) -> int:
+    """Return the queries that share a basis: whole segments, one at least."""
+    return segment * max(1, FIT_QUERIES // segment)
+
+
 def list_places(length: int) -> int:
     """Return the places that a list of this length takes."""
     return max(1, -(-length // LIST_STEP)) * LIST_STEP
@@ -166,7 +171,7 @@ def build_work_lists(
     """
     if segment <= 0 or limits.items <= 0:
         raise ValueError(f"segment {segment} and limit {limits.items} must be positive")
-    span = segment * max(1, FIT_QUERIES // segment)
+    span = fit_span(segment)
     lists: list[WorkList] = []
     for row in rows:
         items = segments(row, segment, min_context)

