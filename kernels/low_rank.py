@@ -91,7 +91,7 @@ def _project_queries_kernel(
 @triton.jit
 def _score_block(
     q, p_images, p_scores, o_n, n, o_r, again, best, worst,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Score a block of keys; return the best and the worst so far."""
     m_n = o_n < n
@@ -99,7 +99,7 @@ def _score_block(
     k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
     # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
     # holds two, halve what it costs.
-    score = tl.max(tl.dot(k, q, out_dtype=tl.float16, input_precision=PRECISION), 1).to(tl.float16)
+    score = tl.max(tl.dot(k, q, out_dtype=tl.float16), 1).to(tl.float16)
     if again:
         score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
     if MASKED:
@@ -118,8 +118,7 @@ def _score_kernel(
     p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
     stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head, max_chunks,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
@@ -151,12 +150,12 @@ def _score_kernel(
         for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
             best, worst = _score_block(
                 q, p_images, p_scores, o + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, False, PRECISION,
+                WIDTH, False,
             )  # fmt: skip
         if full < end:
             best, worst = _score_block(
                 q, p_images, p_scores, full + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, True, PRECISION,
+                WIDTH, True,
             )  # fmt: skip
         tl.store(p_bounds, tl.max(best))
         tl.store(p_bounds + 1, tl.min(worst))
@@ -258,6 +257,6 @@ def low_rank_scores(
         space.queries, images, work.items, scores, bounds, work.chunk_start,
         images.stride(0), images.stride(1), scores.stride(0), scores.stride(1), bounds.shape[1],
         GROUP=query.shape[1] // kv_heads, WIDTH=basis.WIDTH,
-        CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk), PRECISION="tf32",
+        CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk),
         ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,
     )  # fmt: skip
