@@ -1,15 +1,16 @@
 """`s2o bench attention`: the operator against dense attention on one CUDA device.
 
 One layer, one prompt, causal, bf16. The baselines run in the same process on the same inputs:
-FlashAttention 3 over pages (what vLLM serves with) and FlashAttention 2 (the paper's baseline).
-No time is reported unless the correctness check of the same run has passed.
+FlashAttention 3 over pages (what vLLM serves with), over contiguous keys and values, FlashAttention
+2 (the paper's baseline) and cuDNN. No time is reported unless the correctness check of the same run
+has passed. Beside the times stands what they are worth: the rate of the visited tokens' arithmetic,
+and the card's own, measured in the same run.
 """
 
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,107 +28,12 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
 )
 
+from .dense import SHAPES, Prompt, baselines, ceilings, make_prompt, milliseconds
 from .report import header, save
 
-SHAPES = {  # query heads, KV heads, head_dim
-    "llama-3.1-8b": (32, 8, 128),
-    "qwen3-8b": (32, 8, 128),
-    "qwen2.5-1.5b": (12, 2, 128),
-}
-PAGE = 16
 NEVER = 1e-30  # an early-stop threshold that no tile falls below: its cost alone
 GATE_CONTEXT = 2048
 GATE_FACTOR = 2.0  # promise 3: error at most twice that of PyTorch in the same dtype
-
-
-@dataclass
-class Prompt:
-    """One prompt whose cache pages are shuffled.
-
-    Attributes:
-        query: ``[tokens, heads, head_dim]``.
-        key: ``[tokens, kv_heads, head_dim]``, the contiguous copy for baselines.
-        value: as ``key``.
-        kv_cache: ``[blocks, kv_heads, PAGE, 2 * head_dim]``.
-        block_table: int32 ``[1, blocks]``.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    kv_cache: torch.Tensor
-    block_table: torch.Tensor
-
-    @property
-    def scale(self) -> float:
-        """Softmax scale."""
-        return self.query.shape[2] ** -0.5
-
-
-def make_prompt(shape: tuple[int, int, int], context: int) -> Prompt:
-    """Return random queries, keys and values (bf16) of a prompt."""
-    heads, kv_heads, head_dim = shape
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    query = torch.randn(context, heads, head_dim, **options)
-    key, value = (torch.randn(context, kv_heads, head_dim, **options) for _ in range(2))
-    blocks = -(-context // PAGE)
-    order = torch.randperm(blocks, device="cuda")
-    # vLLM's layout on CUDA: tokens outside heads.
-    storage = torch.zeros(blocks, PAGE, kv_heads, 2 * head_dim, **options)
-    tokens = torch.cat([key, value], -1)
-    padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, blocks * PAGE - context))
-    storage[order] = padded.unflatten(0, (blocks, PAGE))
-    return Prompt(query, key, value, storage.transpose(1, 2), order.int()[None])
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Return the median time of a call on the device, in ms.
-
-    Replays of a graph: what the host needs to launch many small kernels is hidden behind other
-    layers' work in a server, and would be counted here.
-    """
-    from triton.testing import do_bench
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return do_bench(graph.replay, warmup=50, rep=300, return_mode="median")
-
-
-def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 over the same pages, as vLLM calls it."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    context, head_dim = prompt.query.shape[0], prompt.query.shape[2]
-    keys, values = prompt.kv_cache.transpose(1, 2).split(head_dim, -1)
-    starts = torch.tensor([0, context], dtype=torch.int32, device="cuda")
-    used = torch.tensor([context], dtype=torch.int32, device="cuda")
-
-    def run() -> torch.Tensor:
-        return flash_attn_varlen_func(
-            q=prompt.query, k=keys, v=values, cu_seqlens_q=starts, max_seqlen_q=context,
-            seqused_k=used, max_seqlen_k=context, softmax_scale=prompt.scale, causal=True,
-            block_table=prompt.block_table, fa_version=3,
-        )  # fmt: skip
-
-    return run
-
-
-def fa2(prompt: Prompt) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 2 (through torch) over contiguous keys and values."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    query, key, value = (x.transpose(0, 1)[None] for x in (prompt.query, prompt.key, prompt.value))
-
-    def run() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=True
-            )
-
-    return run
 
 
 class Sparse:
@@ -172,11 +78,20 @@ class Sparse:
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 
-    def density(self) -> float:
-        """Run once and return the share of the history that was visited."""
+    def visits(self) -> tuple[float, float]:
+        """Run once.
+
+        Returns:
+            The share of the history that was visited, and the floating-point operations of the
+            two products over it and over the segments' own tokens.
+        """
         self.counters.zero_()
         self.run()
-        return float(self.counters[VISITED] / self.counters[ELIGIBLE])
+        visited = float(self.counters[VISITED])
+        tokens, heads, head_dim = self.prompt.query.shape
+        own = heads * tokens * (self.operator.shape.segment + 1) / 2
+        density = visited / float(self.counters[ELIGIBLE])
+        return density, 4 * head_dim * (visited + own)
 
 
 def check(shape: tuple[int, int, int], ranking: str) -> dict[str, float]:
@@ -222,18 +137,15 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row per shape, context and budget."""
     for name, context in itertools.product(args.shapes, args.contexts):
         prompt = make_prompt(SHAPES[name], context)
-        baselines = {
-            "fa3_paged_ms": milliseconds(fa3_paged(prompt)),
-            "fa2_ms": milliseconds(fa2(prompt)),
-        }
+        dense = {f"{kind}_ms": milliseconds(run) for kind, run in baselines(prompt).items()}
         for ranking in args.rankings:
             gate = check(SHAPES[name], ranking)
             segment = args.segment or RANKINGS[ranking]
             dense_mode = Sparse(prompt, ranking, 1.0, segment, context + 1)
-            baselines["dense_mode_ms"] = milliseconds(dense_mode.run)
+            dense["dense_mode_ms"] = milliseconds(dense_mode.run)
             for budget in args.budgets:
                 sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
-                density = sparse.density()
+                density, operations = sparse.visits()
                 attend_ms = milliseconds(sparse.attend)
                 stopping_ms = milliseconds(functools.partial(sparse.attend, NEVER))
                 yield {
@@ -245,8 +157,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "density": density,
                     "rank_ms": milliseconds(sparse.rank),
                     "attend_ms": attend_ms,
+                    "attend_tflops": operations / attend_ms / 1e9,
                     "total_ms": milliseconds(sparse.run),
-                    **baselines,
+                    **dense,
                     "early_stop_overhead": stopping_ms / attend_ms - 1,
                     "relative_mse": None,
                     **gate,
@@ -267,13 +180,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times of the interpreter say nothing")
+    head = {**header(), **ceilings()}
+    print(f"{head['device']}: {head['matmul_tflops']:.0f} TFLOP/s, {head['copy_gb_s']:.0f} GB/s")
     rows = []
     for row in measure(args):
         rows.append(row)
-        save(args.out, header(), rows)
+        save(args.out, head, rows)
         print(
             f"{row['shape']} {row['context']:>7} {row['ranking']:>10} budget {row['budget']:<5} "
             f"rank {row['rank_ms']:7.2f} attend {row['attend_ms']:7.2f} "
+            f"({row['attend_tflops']:.0f} TFLOP/s) "
             f"total {row['total_ms']:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
             f"({row['fa3_paged_ms'] / row['total_ms']:.1f}x), FA2 {row['fa2_ms']:7.2f} "
             f"({row['fa2_ms'] / row['total_ms']:.1f}x)"

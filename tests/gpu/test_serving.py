@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import openai
 import pytest
 
 from s2o_vllm.benchmarks.serving import LLAMA_8B, prompt
@@ -68,11 +69,18 @@ def test_llama_shape_at_128k(tmp_path):
         assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.skipif("S2O_TEST_MODEL" not in os.environ, reason="S2O_TEST_MODEL names no model")
-@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
-def test_needle_at_32k_is_found_as_by_dense(tmp_path, at):
-    import openai
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    if "S2O_TEST_MODEL" not in os.environ:
+        pytest.skip("S2O_TEST_MODEL names no model")
+    flags = ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1"]
+    model = os.environ["S2O_TEST_MODEL"]
+    with server(tmp_path_factory.mktemp("real"), model, "--max-model-len", "32768", *flags):
+        yield openai.OpenAI(base_url=URL + "/v1", api_key="none", timeout=600)
 
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_needle_at_32k_is_found_as_by_dense(real, at):
     choose = random.Random(int(at * 10)).choice
     lines = [
         f"{choose(WHO.split('|'))} remembered {choose(WHAT.split('|'))} {choose(WHERE.split('|'))}."
@@ -81,20 +89,16 @@ def test_needle_at_32k_is_found_as_by_dense(tmp_path, at):
     number = str(random.randrange(10_000, 99_999))
     lines.insert(int(at * len(lines)), f"The magic number is {number}.")
     question = " ".join(lines) + "\nWhat is the magic number? Answer with the number only."
-    model = os.environ["S2O_TEST_MODEL"]
-    flags = ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1"]
-    with server(tmp_path, model, "--max-model-len", "32768", *flags):
-        client = openai.OpenAI(base_url=URL + "/v1", api_key="none", timeout=600)
-        answers = [
-            client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question}],
-                temperature=0,
-                max_tokens=12,
-                extra_body={"vllm_xargs": {"s2o_sparsity_budget": budget}},
-            )
-            for budget in (1.0, 0.1)
-        ]
+    answers = [
+        real.chat.completions.create(
+            model=real.models.list().data[0].id,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_tokens=12,
+            extra_body={"vllm_xargs": {"s2o_sparsity_budget": budget}},
+        )
+        for budget in (1.0, 0.1)
+    ]
     assert answers[0].usage.prompt_tokens > 24_000
     dense, sparse = (answer.choices[0].message.content for answer in answers)
     assert number in dense
