@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,15 +64,28 @@ def prompt(context: int, seed: int, vocabulary: int) -> list[int]:
     return [generator.randrange(min(LOWEST_ID, top // 2), top) for _ in range(context)]
 
 
+def kv_cache_bytes(model: Path, tokens: int) -> int:
+    """Return the bytes that the keys and values of so many tokens take in 16 bits."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    per_layer = 2 * config.get("num_key_value_heads", heads) * head_dim * 2
+    return config["num_hidden_layers"] * per_layer * tokens
+
+
 @contextmanager
-def vllm_server(
+def starting(
     model: Path,
     port: int,
     flags: Sequence[str],
     log: Path,
     environment: Mapping[str, str] | None = None,
-) -> Iterator[str]:
-    """Start `vllm serve` on this machine; yield its URL; stop it and its workers.
+) -> Iterator[Callable[[], str]]:
+    """Start `vllm serve` on this machine; stop it and its workers in the end.
+
+    Yields:
+        A function that waits until the server is healthy and returns its URL; several servers
+        can start at once.
 
     Args:
         model: the model's folder.
@@ -92,12 +105,29 @@ def vllm_server(
         "--port", str(port), "--host", "127.0.0.1", *flags,
     ]  # fmt: skip
     variables = os.environ | dict(environment or {})
+
+    def healthy() -> str:
+        wait_until_healthy(process, url, log)
+        return url
+
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env=variables
         )
         try:
-            wait_until_healthy(process, url, log)
-            yield url
+            yield healthy
         finally:
             stop(process)
+
+
+@contextmanager
+def vllm_server(
+    model: Path,
+    port: int,
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Start `vllm serve`, wait until it is healthy and yield its URL; see :func:`starting`."""
+    with starting(model, port, flags, log, environment) as healthy:
+        yield healthy()

@@ -1,9 +1,10 @@
-"""`s2o bench ttft`: time to first token of stock vLLM and of S2O, served one after the other.
+"""`s2o bench ttft`: time to first token of stock vLLM and of S2O, on one card at the same time.
 
-Both are `vllm serve` with vLLM's defaults; prompts are random token ids, sent one at a time
-with prefix caching off. Without weights (`--load-format dummy`) a model is only its shape,
-which is all that speed depends on. No time is reported unless S2O at budget 1.0 answers with
-the same tokens as stock vLLM in the same run.
+Both are `vllm serve` with vLLM's defaults, but for a KV cache of a fixed size, since they share
+the card. Prompts are random token ids, sent one at a time, to each in turn, with prefix caching
+off: what a card's clock or the host does meanwhile, it does to both. Without weights
+(`--load-format dummy`) a model is only its shape, which is all that speed depends on. No time is
+reported unless S2O at budget 1.0 answers with the same tokens as stock vLLM in the same run.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from typing import Any, NamedTuple
 from s2o_vllm.cli.demo import ServerError, measured_density, read
 
 from .report import header, save
-from .serving import llama_shape, prompt, vllm_server, vocabulary_of
+from .serving import kv_cache_bytes, llama_shape, prompt, starting, vocabulary_of
 
 OUTPUT_TOKENS = 32
+SPARE_TOKENS = 4096  # of the KV cache: blocks that are not full, vLLM's own
+SHORT = 32768  # prompts below it are asked more often, in proportion
 GATE_CONTEXT = 3000
 
 
@@ -58,44 +61,56 @@ def ask(url: str, tokens: Sequence[int], budget: float | None) -> Timing:
 
 
 def server(
-    args: argparse.Namespace, backend: str, model: Path, folder: Path
-) -> AbstractContextManager[str]:
-    """Return the `vllm serve` of one backend, see :func:`serving.vllm_server`."""
+    args: argparse.Namespace, arm: str, model: Path, folder: Path
+) -> AbstractContextManager[Callable[[], str]]:
+    """Start the `vllm serve` of one arm, see :func:`serving.starting`."""
+    longest = max(args.contexts) + OUTPUT_TOKENS
     flags = [
-        "--no-enable-prefix-caching", "--max-model-len", str(max(args.contexts) + OUTPUT_TOKENS),
+        "--no-enable-prefix-caching", "--max-model-len", str(longest),
         "--max-num-batched-tokens", str(args.chunk), "--dtype", args.dtype,
-        "--load-format", args.load_format, *args.server_args,
+        "--load-format", args.load_format,
+        "--kv-cache-memory-bytes", str(kv_cache_bytes(model, longest + SPARE_TOKENS)),
+        "--gpu-memory-utilization", "0.45", *args.server_args,
     ]  # fmt: skip
-    if backend == "s2o":
+    if arm == "s2o":
         flags += ["--attention-backend", "s2o", "--s2o-min-context", str(args.min_context)]
         flags += ["--s2o-sparsity-budget", str(max(args.budgets))]
-    return vllm_server(model, args.port, flags, folder / f"{backend}.log")
+    port = args.port + (arm == "s2o")
+    return starting(model, port, flags, folder / f"{arm}.log")
 
 
 def measure(
-    args: argparse.Namespace, url: str, backend: str, budget: float | None, vocabulary: int
-) -> Iterator[dict[str, Any]]:
-    """Yield one row per context."""
-    for context in args.contexts:
-        ask(url, prompt(context, 1, vocabulary), budget)  # not measured
-        before = read(f"{url}/metrics") or ""
-        timings = [
-            ask(url, prompt(context, 2 + number, vocabulary), budget)
-            for number in range(args.repeat)
-        ]
-        density = measured_density(url, before) if backend == "s2o" else None
-        yield {
+    args: argparse.Namespace, urls: dict[str, str], context: int, vocabulary: int
+) -> list[dict[str, Any]]:
+    """Ask every arm in turn, the last one first the next time; return one row an arm."""
+    arms: list[tuple[str, float | None]] = [("stock", None)]
+    arms += [("s2o", budget) for budget in args.budgets]
+    timings: dict[tuple[str, float | None], list[Timing]] = {arm: [] for arm in arms}
+    density: dict[tuple[str, float | None], float | None] = dict.fromkeys(arms)
+    for arm in arms:  # not measured
+        before = read(f"{urls['s2o']}/metrics") or ""
+        ask(urls[arm[0]], prompt(context, 1, vocabulary), arm[1])
+        if arm[0] == "s2o":
+            density[arm] = measured_density(urls["s2o"], before)
+    for number in range(args.repeat * max(1, SHORT // context)):
+        tokens = prompt(context, 2 + number, vocabulary)
+        for arm in arms if number % 2 else arms[::-1]:
+            timings[arm].append(ask(urls[arm[0]], tokens, arm[1]))
+    return [
+        {
             "model": args.name,
             "context": context,
             "chunk": args.chunk,
-            "backend": backend,
+            "backend": name,
             "budget": 1.0 if budget is None else budget,
             "dtype": args.dtype,
-            "ttft_s": statistics.median(t.ttft_s for t in timings),
-            "tpot_ms": statistics.median(t.tpot_ms for t in timings),
-            "density": density,
-            "ttft_all_s": [t.ttft_s for t in timings],
+            "ttft_s": statistics.median(t.ttft_s for t in timings[name, budget]),
+            "tpot_ms": statistics.median(t.tpot_ms for t in timings[name, budget]),
+            "density": density[name, budget],
+            "ttft_all_s": [t.ttft_s for t in timings[name, budget]],
         }
+        for name, budget in arms
+    ]
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -105,31 +120,24 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         model, flags = llama_shape(folder)
         args.server_args = [*flags, *args.server_args]
     vocabulary = vocabulary_of(model)
-    gate = prompt(GATE_CONTEXT, 0, vocabulary)
+    gate = prompt(min(GATE_CONTEXT, *args.contexts), 0, vocabulary)
     rows: list[dict[str, Any]] = []
-    partial = args.out.with_suffix(".partial.json")  # what is there if the run is cut short
-
-    def keep(new: Iterator[dict[str, Any]]) -> None:
-        for row in new:
-            rows.append(row)
-            save(partial, header(), rows)
-            print(
-                f"{row['model']} {row['context']:>7} tokens, {row['backend']:>5} budget "
-                f"{row['budget']:<5} first token {row['ttft_s']:7.3f} s, then "
-                f"{row['tpot_ms']:6.2f} ms a token, density {row['density']}",
-                flush=True,
-            )
-
-    with server(args, "s2o", model, folder) as url:
-        dense = ask(url, gate, 1.0).tokens
-        for budget in args.budgets:
-            keep(measure(args, url, "s2o", budget, vocabulary))
-    with server(args, "stock", model, folder) as url:
-        if ask(url, gate, None).tokens != dense:
+    with server(args, "s2o", model, folder) as s2o, server(args, "stock", model, folder) as stock:
+        urls = {"s2o": s2o(), "stock": stock()}
+        if ask(urls["stock"], gate, None).tokens != ask(urls["s2o"], gate, 1.0).tokens:
             raise ServerError("at budget 1.0 S2O's tokens are not those of stock vLLM")
-        keep(measure(args, url, "stock", None, vocabulary))
-    save(args.out, header(), rows)
-    partial.unlink()
+        for context in args.contexts:
+            new = measure(args, urls, context, vocabulary)
+            rows += new
+            save(args.out, header(), rows)
+            for row in new:
+                ratio = new[0]["ttft_s"] / row["ttft_s"]
+                print(
+                    f"{row['model']} {row['context']:>7} tokens, {row['backend']:>5} budget "
+                    f"{row['budget']:<5} first token {row['ttft_s']:7.3f} s ({ratio:.2f}x), then "
+                    f"{row['tpot_ms']:6.2f} ms a token, density {row['density']}",
+                    flush=True,
+                )
     return rows
 
 

@@ -86,7 +86,9 @@ def fit(
 def start(head_dim: int, rank: int) -> torch.Tensor:
     """Random directions, the same everywhere and every time: float64 ``[head_dim, rank]``."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(head_dim, rank, generator=generator, dtype=torch.float64)
+    return torch.randn(
+        head_dim, rank, generator=generator, dtype=torch.float64, device=generator.device
+    )
 
 
 def _moment(x: torch.Tensor) -> torch.Tensor:

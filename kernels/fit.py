@@ -17,6 +17,12 @@ STRIP = 64  # columns of a moment that a program computes
 RIDGE = 1e-6  # of the queries' mean moment
 
 
+@triton.jit
+def _even(number, count, samples):
+    """Return which of ``count`` things an evenly spaced sample is: 32 bits, up to 2M things."""
+    return (number.to(tl.uint32) * count.to(tl.uint32) // samples.to(tl.uint32)).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["row", "samples_q", "samples_k"])
 def _moment_kernel(
     p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, samples_k,
@@ -30,15 +36,15 @@ def _moment_kernel(
     of_keys = i_fit % 2 == 1
     i_fit = i_fit // 2
     p_table += row.to(tl.int64) * stride_table
-    start = tl.load(p_fits + 3 * i_fit).to(tl.int64)
-    queries = tl.load(p_fits + 3 * i_fit + 1).to(tl.int64)
-    history = tl.load(p_fits + 3 * i_fit + 2).to(tl.int64)
+    start = tl.load(p_fits + 3 * i_fit)
+    queries = tl.load(p_fits + 3 * i_fit + 1)
+    history = tl.load(p_fits + 3 * i_fit + 2)
     o_d = tl.arange(0, D_PAD)
     o_s = i_strip * STRIP + tl.arange(0, STRIP)
     n = samples_k if of_keys else samples_q * GROUP
     moment = tl.zeros([D_PAD, STRIP], tl.float32)
-    total = tl.zeros([D_PAD], tl.float32)
-    total_s = tl.zeros([STRIP], tl.float32)
+    sums = tl.zeros([BLOCK, D_PAD], tl.float32)
+    sums_s = tl.zeros([BLOCK, STRIP], tl.float32)
     # Keys are taken about the first one: their mean may be far larger than their spread.
     o_first = tl.load(p_table).to(tl.int64) * stride_block + i_head.to(tl.int64) * stride_head
     first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
@@ -50,24 +56,25 @@ def _moment_kernel(
         o_n = o + tl.arange(0, BLOCK)
         m_n = o_n < n
         if of_keys:
-            position = o_n * history // samples_k
+            position = _even(o_n, history, samples_k)
             page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
             o_row = page * stride_block + (position % PAGE) * stride_token
             p_row = p_kv + i_head.to(tl.int64) * stride_head + o_row
         else:
-            position = start + (o_n // GROUP) * queries // samples_q
-            p_row = p_q + position * stride_q_token + (i_head * GROUP + o_n % GROUP) * stride_q_head
+            position = start + _even(o_n // GROUP, queries, samples_q)
+            o_row = position.to(tl.int64) * stride_q_token
+            p_row = p_q + o_row + (i_head * GROUP + o_n % GROUP) * stride_q_head
         x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
         s = tl.load(p_row[:, None] + o_s[None, :], m_n[:, None] & (o_s < D)[None, :], 0.0)
         x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0)
         s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0)
-        total += tl.sum(x, 0)
-        total_s += tl.sum(s, 0)
+        sums += x
+        sums_s += s
         kind: tl.constexpr = p_q.dtype.element_ty
         moment = tl.dot(tl.trans(x.to(kind)), s.to(kind), moment, input_precision=PRECISION)
     moment /= n
-    total /= n
-    total_s /= n
+    total = tl.sum(sums, 0) / n
+    total_s = tl.sum(sums_s, 0) / n
     i_basis = i_fit * kv_heads + i_head
     if of_keys:
         moment -= total[:, None] * total_s[None, :]

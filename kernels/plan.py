@@ -18,7 +18,7 @@ GROUP_ITEMS = 16  # segments of one request that are ranked together and share e
 
 # The selection's resolution and the early stop's distance; kernels and reference share them.
 CHUNK = 4096  # history tokens that a program of the ranking or the selection handles
-BUCKETS = 256
+BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
 TIERS = 5  # the first 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
 TIERS_UNORDERED = 2  # what is visited whole needs no order: only the last two
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from .plan import BUCKETS, CHUNK, COLUMNS, TIERS, WorkList, list_places
 
-BLOCK = 2048  # scores that the emission places at a time: a tier's count has 12 bits
 TIERS_PAD = triton.next_power_of_2(TIERS)
 
 
@@ -111,7 +110,7 @@ def _place_kernel(
 def _emit_kernel(
     p_scores, p_items, p_bounds, p_tier_bounds, p_places, p_table, p_slots,
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head, max_chunks,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BUCKETS: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr,
     TIERS: tl.constexpr, TIERS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -121,40 +120,34 @@ def _emit_kernel(
     row = tl.load(p_items + i_item * ITEM_COLUMNS).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
-    start = i_chunk * CHUNK
-    if (start >= n) | (count == 0):
+    if (i_chunk * CHUNK >= n) | (count == 0):
         return
     i_list = i_item * tl.num_programs(1) + i_head
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    p_scores += i_item * stride_item + i_head * stride_head
-    p_slots += i_item * stride_slots_item + i_head * stride_slots_head
     p_tier_bounds += i_list * TIERS_PAD
     p_places += (i_list * max_chunks + i_chunk) * TIERS_PAD
-    o_t = tl.minimum(tl.arange(0, TIERS_PAD), TIERS - 1)
-    places = tl.load(p_places + o_t)
-    last = tl.load(p_tier_bounds + TIERS - 1)
-    # One number counts all tiers at once, with BITS bits each.
+    o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n, o_n < n, 0.0)
+    bucket = _buckets(s, best, worst, BUCKETS)
+    taken = (o_n < n) & (bucket <= tl.load(p_tier_bounds + TIERS - 1))
+    tier = tl.zeros([CHUNK], tl.int32)
+    place = tl.full([CHUNK], 0, tl.int32) + tl.load(p_places)
+    for t in tl.static_range(TIERS - 1):
+        above = bucket > tl.load(p_tier_bounds + t)
+        tier += above.to(tl.int32)
+        place = tl.where(above, tl.load(p_places + t + 1), place)
+    # One number counts all tiers at once, BITS bits each. A tier that fills all CHUNK places
+    # spills into the next one, which then has no token to notice.
     BITS: tl.constexpr = 12
+    tl.static_assert(CHUNK <= 2**BITS)
     COUNTER: tl.constexpr = tl.int64 if TIERS * BITS > 32 else tl.int32
-    for o in range(start, tl.minimum(start + CHUNK, n), BLOCK):
-        o_n = o + tl.arange(0, BLOCK)
-        s = tl.load(p_scores + o_n, o_n < n, 0.0)
-        bucket = _buckets(s, best, worst, BUCKETS)
-        taken = (o_n < n) & (bucket <= last)
-        tier = tl.zeros([BLOCK], tl.int32)
-        for t in tl.static_range(TIERS - 1):
-            tier += (bucket > tl.load(p_tier_bounds + t)).to(tl.int32)
-        place = tl.zeros([BLOCK], tl.int32)
-        for t in tl.static_range(TIERS):
-            at = tl.arange(0, TIERS_PAD) == t
-            place = tl.where(tier == t, tl.sum(tl.where(at, places, 0)), place)
-        shift = (tier * BITS).to(COUNTER)
-        one = tl.where(taken, tl.full([BLOCK], 1, COUNTER) << shift, 0).to(COUNTER)
-        place += ((tl.cumsum(one) >> shift) & (2**BITS - 1)).to(tl.int32) - 1
-        places += ((tl.sum(one) >> (o_t * BITS).to(COUNTER)) & (2**BITS - 1)).to(tl.int32)
-        taken &= place < count
-        page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
-        tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
+    shift = (tier * BITS).to(COUNTER)
+    one = tl.where(taken, tl.full([CHUNK], 1, COUNTER) << shift, 0).to(COUNTER)
+    place += (((tl.cumsum(one) - one) >> shift) & (2**BITS - 1)).to(tl.int32)
+    taken &= place < count
+    page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
+    p_slots += i_item * stride_slots_item + i_head * stride_slots_head
+    tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
 
 
 class SelectWorkspace:
@@ -174,9 +167,8 @@ class SelectWorkspace:
         places: int,
         device: torch.device,
         chunk: int = CHUNK,
-        block: int = BLOCK,
     ):
-        self.chunk, self.block = chunk, block
+        self.chunk = chunk
         self.chunks = max(1, -(-max_history // chunk))
         lists = items * heads
 
@@ -236,5 +228,5 @@ def select(
         space.scores, work.items, space.bounds, space.tier_bounds, space.places,
         block_table, slots, *strides, block_table.stride(0),
         slots.stride(0), slots.stride(1), space.chunks,
-        PAGE=page, BLOCK=space.block, CHUNKS_PAD=chunks_pad, **options,
+        PAGE=page, CHUNKS_PAD=chunks_pad, num_warps=8, **options,
     )  # fmt: skip

@@ -155,8 +155,9 @@ def fit(kind: str, m: Moments, rank: int, previous: Basis | None, seed: int) -> 
         return power(m, m.keys[:, torch.linspace(0, dim - 1, rank).long()], steps)
     if match[1] == "previous" and previous is not None:
         return power(m, previous.a, steps)
-    start = torch.randn(dim, rank, generator=torch.Generator().manual_seed(seed))
-    return power(m, start, steps + (match[1] == "previous"))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(dim, rank, generator=generator, device=generator.device)
+    return power(m, start.to(m.mean.device), steps + (match[1] == "previous"))
 
 
 def recent_moment(segment: Segment, head: int, count: int) -> Tensor:

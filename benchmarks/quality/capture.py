@@ -219,7 +219,7 @@ def capture(spec: CaptureSpec, cache: Path, device: str = "cpu") -> None:
         partial.rename(path)
 
 
-def load(spec: CaptureSpec, cache: Path, layer: int) -> LayerCapture:
-    """Read one captured layer, in the stored dtype."""
-    data = load_file(spec.file(cache, layer))
+def load(spec: CaptureSpec, cache: Path, layer: int, device: str = "cpu") -> LayerCapture:
+    """Read one captured layer to a device, in the stored dtype."""
+    data = load_file(spec.file(cache, layer), device)
     return LayerCapture(layer, data["q"], data["k"], data["v"], float(data["scale"]))

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--taus", type=numbers, default=(), help="also stop early at these thresholds")
     add("--stop-step", type=int, default=STOP_STEP, help="tokens between two early-stop tests")
     add("--yarn", type=float, default=1.0, help="factor of the YaRN position scaling")
-    add("--device", default="cpu", help="where the captured model runs")
+    add("--device", default="cpu", help="where the model and the methods run")
     add("--cache", type=Path, default=Path(".cache/quality"), help="folder for captures")
     add("--out", type=Path, default=Path("benchmarks/results/quality.json"), help="result file")
     return parser
@@ -97,9 +97,10 @@ def evaluate(arguments: argparse.Namespace) -> list[Row]:
     rows = read_rows(arguments.out)
     known = {identity(row) for row in rows}
     places = [(layer, position) for layer in spec.layers for position in arguments.positions]
-    with tqdm(total=len(places) * len(methods), desc="evaluate", unit="method") as bar:
+    bar = tqdm(total=len(places) * len(methods), desc="evaluate", unit="method")
+    with bar, torch.device(arguments.device):
         for layer, position in places:
-            data = load(spec, arguments.cache, layer)
+            data = load(spec, arguments.cache, layer, arguments.device)
             segment = Segment(data, segment_start(arguments, position), arguments.segment)
             place = {
                 "model": spec.model.name,

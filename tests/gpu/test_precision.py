@@ -68,7 +68,8 @@ def test_lists_agree_with_the_reference(ranking):
             for head in range(8):
                 got = set(selection.lists(work)[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
-                assert len(got & set(slots[number, head, :count].tolist())) >= 0.9 * count
+                common = len(got & set(slots[number, head, :count].tolist()))
+                assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)

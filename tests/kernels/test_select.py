@@ -5,6 +5,7 @@ from cases import make_batch
 from s2o_vllm.kernels import reference, select
 from s2o_vllm.kernels.plan import (
     BUCKETS,
+    CHUNK,
     DENSE_START,
     LIST_LENGTH,
     TIERS,
@@ -13,7 +14,7 @@ from s2o_vllm.kernels.plan import (
 )
 
 
-def select_with_kernel(batch, work, scores, chunk=64, block=32, tiers=TIERS):
+def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS):
     space = select.SelectWorkspace(
         work.num_items,
         scores.shape[1],
@@ -21,7 +22,6 @@ def select_with_kernel(batch, work, scores, chunk=64, block=32, tiers=TIERS):
         work.num_items * list_places(work.max_list),
         scores.device,
         chunk,
-        block,
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
@@ -66,6 +66,18 @@ def test_lists_match_the_reference(device, kind, budget, page, tiers):
             count = item[LIST_LENGTH]
             torch.testing.assert_close(slots[number, :, :count], wanted[number, :, :count])
             assert (slots[number, :, count:] == -7).all(), "wrote beyond the list"
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal"])
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
+def test_chunks_of_a_servers_size(device, kind, tiers):
+    """Whole chunks of one tier: its count fills all the bits that a count has."""
+    batch = make_batch(device, budget=0.97, chunks=((2 * CHUNK + 100, 3),))
+    (work,) = batch.work()
+    scores = random_scores(work, 2, device, kind)
+    slots = select_with_kernel(batch, work, scores, CHUNK, tiers)
+    wanted = reference.select(scores, batch.block_table, work, 16, tiers)
+    torch.testing.assert_close(slots[..., : work.max_list], wanted)
 
 
 def test_page_table_is_the_only_indirection(device):
