@@ -1,7 +1,7 @@
 """`vllm serve` on the card: Llama-3.1-8B's shape at 128K, and a needle with real weights.
 
 The needle test needs a model folder in ``S2O_TEST_MODEL`` (Qwen2.5-Coder-1.5B-Instruct with a
-context of 32,768 tokens or more).
+context of 32,768 tokens or more), or in ``S2O_TEST_URL`` a server of it with S2O on.
 """
 
 import json
@@ -71,12 +71,17 @@ def test_llama_shape_at_128k(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
+    """A client of a server with real weights: one that runs, or one of this test's own."""
+    options = {"api_key": "none", "timeout": 600}
+    if running := os.environ.get("S2O_TEST_URL"):
+        yield openai.OpenAI(base_url=running + "/v1", **options)
+        return
     if "S2O_TEST_MODEL" not in os.environ:
-        pytest.skip("S2O_TEST_MODEL names no model")
+        pytest.skip("neither S2O_TEST_URL nor S2O_TEST_MODEL names a model")
     flags = ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1"]
     model = os.environ["S2O_TEST_MODEL"]
     with server(tmp_path_factory.mktemp("real"), model, "--max-model-len", "32768", *flags):
-        yield openai.OpenAI(base_url=URL + "/v1", api_key="none", timeout=600)
+        yield openai.OpenAI(base_url=URL + "/v1", **options)
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
