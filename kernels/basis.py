@@ -8,13 +8,16 @@ cache: prefix-cache hits, preemption and block reuse need no care.
 
 Two things keep the fit cheap: two steps of subspace iteration from random directions are about
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
+
+Scores become log2-probabilities when the row's log-sum-exp is taken from them: that of a sample of
+the keys, in the image. What is common to all rows of a list does not matter.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .plan import WorkList
+from .plan import ROW_STEP, WorkList
 
 LOG2E = 1.4426950408889634
 WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
@@ -22,7 +25,8 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 # put together: then the product is the shifted score, and nothing is left to do per score.
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
-SAMPLES = 2048  # keys, and queries x group, that the moments are taken from, at most
+SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
+SHIFT_STEP = 16  # every so many keys one counts for the row shift: half of the error at 128K
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -34,13 +38,11 @@ class Basis(NamedTuple):
         a: projection of queries, float32 ``[..., head_dim, r]``; images have unit moments.
         b: projection of keys, float32 ``[..., head_dim, r]``.
         offset: the mean key's image, float32 ``[..., r]``.
-        curvature: float32 ``[..., r, r]``; a query with image x has the row shift x'·curvature·x.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     offset: torch.Tensor
-    curvature: torch.Tensor
 
 
 def fit(
@@ -51,10 +53,6 @@ def fit(
     steps: int = STEPS,
 ) -> Basis:
     """Fit bases to samples.
-
-    Scores become log2-probabilities when the row's log-sum-exp is taken from them. It is that
-    of normal scores with the row's variance, which needs no pass over the keys and no
-    exponential; what is common to all rows of a list does not matter.
 
     Args:
         queries: ``[n, samples, head_dim]``, the heads of a group one after the other.
@@ -77,9 +75,8 @@ def fit(
     factor = torch.linalg.cholesky(gram + ridge * eye + 1e-30 * eye)
     a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     b = cq @ a
-    spread = b.mT @ (ck @ b)
     unit = scale * LOG2E
-    parts = (a, b * unit, (mean.mT * b).sum(1) * unit, spread * (0.5 * LOG2E * scale**2))
+    parts = (a, b * unit, (mean.mT * b).sum(1) * unit)
     return Basis(*(part.float() for part in parts))
 
 
@@ -146,29 +143,44 @@ def image_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def query_images(queries: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
+def scored_rows(queries: int, group: int, device: torch.device) -> torch.Tensor:
+    """Return which rows of a segment are scored: bool ``[group, queries]``."""
+    head = torch.arange(group, device=device)[:, None]
+    return (torch.arange(queries, device=device) + head) % ROW_STEP == 0
+
+
+def query_images(
+    queries: torch.Tensor, basis: Basis, keys: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Return images of queries that end with their row shift.
 
     Args:
         queries: ``[..., n, head_dim]``; leading dimensions are those of the basis.
         basis: of at most ``RANK`` directions.
+        keys: images of the history, as :func:`key_images` returns them.
         dtype: that images are rounded to.
 
     Returns:
         float32 ``[..., n, r + 3]``.
     """
-    images = queries.float() @ basis.a
-    left = ((images @ basis.curvature) * images).sum(-1)
+    images = _rounded(queries.float() @ basis.a, dtype)
+    history = keys.shape[-2]
+    samples = max(1, (history + SHIFT_STEP // 2 - 1) // SHIFT_STEP)
+    places = torch.arange(samples, device=keys.device) * SHIFT_STEP + SHIFT_STEP // 2
+    sample = keys[..., places.clamp(max=history - 1), : images.shape[-1]]
+    scores = images @ sample.mT
+    top = scores.amax(-1, keepdim=True)
+    left = top[..., 0] + (scores - top).exp2().mean(-1).log2()
     parts = []
     for factor in SHIFT_FACTORS:
         part = _rounded(left / factor, dtype)
         left = left - part * factor
         parts.append(-part)
-    return torch.cat([_rounded(images, dtype), torch.stack(parts, -1)], -1)
+    return torch.cat([images, torch.stack(parts, -1)], -1)
 
 
 def key_images(keys: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
-    """Return images of keys ``[..., n, head_dim]``; see :func:`query_images`."""
+    """Return images of keys ``[..., n, head_dim]``: float32 ``[..., n, r + 3]``."""
     images = keys.float() @ basis.b - basis.offset[..., None, :]
     factors = torch.tensor(SHIFT_FACTORS, device=keys.device).expand(*images.shape[:-1], -1)
     return torch.cat([_rounded(images, dtype), factors], -1)

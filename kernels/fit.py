@@ -1,7 +1,7 @@
 """Fit the bases of a chunk on the device: moments of samples, then subspace iteration.
 
 :func:`basis.fit_work` is the reference. Torch needs some sixty launches for it, which take
-longer on the host than the whole attention of a layer takes on the device; here there are two.
+longer on the host than the whole attention of a layer takes on the device; here there are three.
 Where the reference uses float64 and Cholesky, this uses float32 and Gram–Schmidt in the inner
 product of the queries' moments, twice: the same basis, up to rounding.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from . import basis
 from .plan import FITS, WorkList
 
-STRIP = 64  # columns of a moment that a program computes
+STRIP = 32  # columns of a moment that a program computes
 RIDGE = 1e-6  # of the queries' mean moment
 
 
@@ -23,63 +23,60 @@ def _even(number, count, samples):
     return (number.to(tl.uint32) * count.to(tl.uint32) // samples.to(tl.uint32)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["row", "samples_q", "samples_k"])
+@triton.jit(do_not_specialize=["row", "samples"])
 def _moment_kernel(
-    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, samples_k,
+    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples,
     stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """STRIP columns of the queries' second moment, or of the keys' covariance."""
+    """STRIP columns of the keys' covariance, or of the queries' second moment."""
     i_strip, i_head, i_fit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
-    of_keys = i_fit % 2 == 1
-    i_fit = i_fit // 2
     p_table += row.to(tl.int64) * stride_table
     start = tl.load(p_fits + 3 * i_fit)
-    queries = tl.load(p_fits + 3 * i_fit + 1)
-    history = tl.load(p_fits + 3 * i_fit + 2)
+    count = tl.load(p_fits + 3 * i_fit + (2 if OF_KEYS else 1))
     o_d = tl.arange(0, D_PAD)
     o_s = i_strip * STRIP + tl.arange(0, STRIP)
-    n = samples_k if of_keys else samples_q * GROUP
+    n = samples if OF_KEYS else samples * GROUP
     moment = tl.zeros([D_PAD, STRIP], tl.float32)
     sums = tl.zeros([BLOCK, D_PAD], tl.float32)
     sums_s = tl.zeros([BLOCK, STRIP], tl.float32)
-    # Keys are taken about the first one: their mean may be far larger than their spread.
-    o_first = tl.load(p_table).to(tl.int64) * stride_block + i_head.to(tl.int64) * stride_head
-    first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
-    first_s = tl.load(p_kv + o_first + o_s, o_s < D, 0.0).to(tl.float32)
-    if not of_keys:
-        first = tl.zeros([D_PAD], tl.float32)
-        first_s = tl.zeros([STRIP], tl.float32)
+    first = tl.zeros([D_PAD], tl.float32)
+    first_s = tl.zeros([STRIP], tl.float32)
+    p_kv += i_head.to(tl.int64) * stride_head
+    if OF_KEYS:
+        # Keys are taken about the first one: their mean may be far larger than their spread.
+        o_first = tl.load(p_table).to(tl.int64) * stride_block
+        first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
+        first_s = tl.load(p_kv + o_first + o_s, o_s < D, 0.0).to(tl.float32)
     for o in range(0, n, BLOCK):
         o_n = o + tl.arange(0, BLOCK)
         m_n = o_n < n
-        if of_keys:
-            position = _even(o_n, history, samples_k)
+        if OF_KEYS:
+            position = _even(o_n, count, samples)
             page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
-            o_row = page * stride_block + (position % PAGE) * stride_token
-            p_row = p_kv + i_head.to(tl.int64) * stride_head + o_row
+            p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
         else:
-            position = start + _even(o_n // GROUP, queries, samples_q)
+            position = start + _even(o_n // GROUP, count, samples)
             o_row = position.to(tl.int64) * stride_q_token
             p_row = p_q + o_row + (i_head * GROUP + o_n % GROUP) * stride_q_head
         x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
         s = tl.load(p_row[:, None] + o_s[None, :], m_n[:, None] & (o_s < D)[None, :], 0.0)
-        x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0)
-        s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0)
-        sums += x
-        sums_s += s
-        kind: tl.constexpr = p_q.dtype.element_ty
-        moment = tl.dot(tl.trans(x.to(kind)), s.to(kind), moment, input_precision=PRECISION)
+        if OF_KEYS:
+            x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0).to(x.dtype)
+            s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0).to(s.dtype)
+            sums += x.to(tl.float32)
+            sums_s += s.to(tl.float32)
+        moment = tl.dot(tl.trans(x), s, moment, input_precision=PRECISION)
     moment /= n
-    total = tl.sum(sums, 0) / n
-    total_s = tl.sum(sums_s, 0) / n
     i_basis = i_fit * kv_heads + i_head
-    if of_keys:
+    if OF_KEYS:
+        total, total_s = tl.sum(sums, 0) / n, tl.sum(sums_s, 0) / n
         moment -= total[:, None] * total_s[None, :]
         tl.store(p_means + i_basis * D_PAD + o_s, total_s + first_s)
-    o_moment = ((2 * i_basis + of_keys.to(tl.int32)) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
+    kind: tl.constexpr = 1 if OF_KEYS else 0
+    o_moment = ((2 * i_basis + kind) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
     tl.store(p_moments + o_moment, moment)
 
 
@@ -123,7 +120,7 @@ def _orthonormalise(y, z, o_r, ridge, RANK: tl.constexpr):
 
 @triton.jit
 def _basis_kernel(
-    p_moments, p_means, p_start, p_y, p_a, p_b, p_offset, p_curvature, unit, half_unit,
+    p_moments, p_means, p_start, p_y, p_a, p_b, p_offset, unit,
     D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
     STEPS: tl.constexpr, RIDGE: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
@@ -145,8 +142,6 @@ def _basis_kernel(
     # Once more: what the first pass leaves of nearly dependent columns is not yet orthogonal.
     z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
     y, z = _orthonormalise(y, z, o_r, ridge, RANK)
-    spread = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
-    curvature = tl.dot(tl.trans(z), spread, input_precision="ieee") * half_unit
     mean = tl.load(p_means + i_basis * D_PAD + o_d)
     offset = tl.sum(mean[:, None] * z, 0) * unit
     offset = tl.where(o_r == RANK, -FACTOR_0, offset)
@@ -157,8 +152,6 @@ def _basis_kernel(
     tl.store(p_a + o_out, y.to(kind), (o_d < D)[:, None])
     tl.store(p_b + o_out, (z * unit).to(kind), (o_d < D)[:, None])
     tl.store(p_offset + i_basis * WIDTH + o_r, offset)
-    o_square = (i_basis * WIDTH + tl.arange(0, WIDTH)[:, None]) * WIDTH + o_r[None, :]
-    tl.store(p_curvature + o_square, curvature)
 
 
 class FitWorkspace:
@@ -179,7 +172,6 @@ class FitWorkspace:
         self.a = empty(head_dim, width, dtype=dtype)
         self.b = empty(head_dim, width, dtype=dtype)
         self.offset = empty(width)
-        self.curvature = empty(width, width)
 
 
 def fit(
@@ -196,17 +188,17 @@ def fit(
     group, fits = query.shape[1] // kv_heads, work.fits.shape[0]
     pad = triton.next_power_of_2(head_dim)
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    samples_q, samples_k = basis.samples(work, group)
-    _moment_kernel[(pad // STRIP, kv_heads, 2 * fits)](
-        query, kv_cache, block_table, work.fits, space.moments, space.means,
-        work.row, samples_q, samples_k, query.stride(0), query.stride(1),
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP, BLOCK=64,
-        PRECISION=precision, num_warps=8,
-    )  # fmt: skip
+    for of_keys, samples in enumerate(basis.samples(work, group)):
+        _moment_kernel[(pad // STRIP, kv_heads, fits)](
+            query, kv_cache, block_table, work.fits, space.moments, space.means,
+            work.row, samples, query.stride(0), query.stride(1),
+            kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
+            OF_KEYS=of_keys == 1, GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP,
+            BLOCK=64, PRECISION=precision, num_warps=8,
+        )  # fmt: skip
     _basis_kernel[(fits * kv_heads,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
-        space.curvature, scale * basis.LOG2E, 0.5 * basis.LOG2E * scale**2,
+        scale * basis.LOG2E,
         D=head_dim, D_PAD=pad, WIDTH=basis.WIDTH, RANK=basis.RANK, STEPS=basis.STEPS,
         RIDGE=RIDGE,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],

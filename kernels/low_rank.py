@@ -1,7 +1,8 @@
 """Rank by every query against a low-rank image of the keys (ours; see :mod:`basis`).
 
-A token's score in a list is the largest log-probability that any query of the segment gives
-it, in the image. A mean query cannot see keys that single queries want; this can.
+A token's score in a list is the largest log-probability that any scored row of the segment gives
+it, in the image. A mean query cannot see keys that single queries want; this can. Rows are queries
+x heads of a group, of which every ``ROW_STEP``-th is scored.
 """
 
 import torch
@@ -10,10 +11,10 @@ import triton.language as tl
 
 from . import basis
 from .fit import FitWorkspace, fit
-from .plan import CHUNK, COLUMNS, FITS, WorkList
+from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
 
-BLOCK_M = 256  # rows (queries x group) at a time: a segment of 64 with a group of 4
-BLOCK_N = 64
+BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
+BLOCK_N = 128
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -49,43 +50,66 @@ def _project_keys_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunk_start"])
+@triton.jit
 def _project_queries_kernel(
-    p_q, p_a, p_curvature, p_images, p_fits, chunk_start, stride_q_token, stride_q_head,
+    p_q, p_a, p_keys, p_items, p_rows, stride_q_token, stride_q_head,
+    stride_keys_fit, stride_keys_head, max_rows,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, ROW_STEP: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK rows (queries x group) of one KV head, ending with the row's shift."""
-    i_block, i_head, i_fit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(p_fits + 3 * i_fit)
-    rows = tl.load(p_fits + 3 * i_fit + 1) * GROUP
-    if i_block * BLOCK >= rows:
+    """Images of BLOCK_M scored rows of a segment and KV head, ending with the row's shift."""
+    i_block, i_head = tl.program_id(0), tl.program_id(1)
+    i_item = tl.program_id(2).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    start = tl.load(p_item + 1).to(tl.int64)
+    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
+    n = tl.load(p_item + 4)
+    i_fit = tl.load(p_item + 6).to(tl.int64)
+    if (i_block * BLOCK_M >= rows) | (n == 0):
         return
-    heads = tl.num_programs(1) * GROUP
-    o_row = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_row = o_row < rows
-    query = (start + o_row // GROUP).to(tl.int64)
-    head = i_head * GROUP + o_row % GROUP
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # A row is a query's head; those whose numbers add up to something even are scored.
+    flat = tl.minimum(o_row, rows - 1) * ROW_STEP
+    if (GROUP % 2 == 0) & (ROW_STEP == 2):
+        flat += (flat // GROUP) % 2
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
-    o_q = query * stride_q_token + head * stride_q_head
-    q = tl.load(p_q + o_q[:, None] + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0)
+    o_q = (start + flat // GROUP) * stride_q_token
+    o_q += (i_head * GROUP + flat % GROUP) * stride_q_head
+    q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
     i_basis = i_fit * tl.num_programs(1) + i_head
     a = tl.load(p_a + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
+    kind: tl.constexpr = p_rows.dtype.element_ty
     image = tl.dot(q, a, input_precision=PRECISION)
-    o_square = tl.arange(0, WIDTH)[:, None] * WIDTH + o_r[None, :]
-    curvature = tl.load(p_curvature + i_basis * WIDTH * WIDTH + o_square)
-    left = tl.sum(tl.dot(image, curvature, input_precision="ieee") * image, 1)
-    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
-    kind: tl.constexpr = p_images.dtype.element_ty
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT).to(kind)
+    # Where a query's image is still empty, the factors in a key's image meet zeros.
+    p_keys += i_fit * stride_keys_fit + i_head.to(tl.int64) * stride_keys_head
+    samples = tl.maximum((n + SHIFT_STEP // 2 - 1) // SHIFT_STEP, 1)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    for o in range(0, samples, BLOCK_N):
+        o_n = o + tl.arange(0, BLOCK_N)
+        position = tl.minimum(o_n * SHIFT_STEP + SHIFT_STEP // 2, n - 1)
+        k = tl.load(p_keys + position[:, None] * WIDTH + o_r[None, :])
+        s = tl.dot(image, tl.trans(k))
+        s = tl.where((o_n < samples)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        mass = mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+        m = m_new
+    left = m + tl.log2(mass / samples)
+    image = image.to(tl.float32)
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
-        part = tl.minimum(left / factor, LIMIT).to(kind).to(tl.float32)
+        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind).to(tl.float32)
         left -= part * factor
         image = tl.where(o_r[None, :] == RANK + place, -part[:, None], image)
-    o_image = ((query - chunk_start) * heads + head) * WIDTH
-    tl.store(p_images + o_image[:, None] + o_r[None, :], image.to(kind), m_row[:, None])
+    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
+    tl.store(
+        p_rows + o_row[:, None] * WIDTH + o_r[None, :], image.to(kind), (o_row < rows)[:, None]
+    )
 
 
 @triton.jit
@@ -113,27 +137,27 @@ def _score_block(
     return best, worst
 
 
-@triton.jit(do_not_specialize=["chunk_start"])
+@triton.jit
 def _score_kernel(
-    p_queries, p_images, p_items, p_scores, p_bounds, chunk_start,
-    stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head, max_chunks,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    p_rows, p_images, p_items, p_scores, p_bounds,
+    stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head,
+    max_rows, max_chunks,
+    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
-    first_query = tl.load(p_item + 1) - chunk_start
-    rows = tl.load(p_item + 2) * GROUP
+    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
     start = i_chunk * CHUNK
     if start >= n:
         return
-    heads = tl.num_programs(1) * GROUP
     o_r = tl.arange(0, WIDTH)
     o_block = tl.arange(0, BLOCK_N)
     i_fit = tl.load(p_item + 6).to(tl.int64)
+    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
     p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
     p_scores += i_item * stride_scores_item + i_head * stride_scores_head
     p_bounds += 2 * ((i_item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
@@ -142,9 +166,7 @@ def _score_kernel(
     for first in range(0, rows, BLOCK_M):
         # What is too much of a block repeats the last row, which the maximum does not see.
         o_m = tl.minimum(first + tl.arange(0, BLOCK_M), rows - 1)
-        o_query = (first_query + o_m // GROUP).to(tl.int64)
-        o_vector = o_query * heads + i_head * GROUP + o_m % GROUP
-        q = tl.trans(tl.load(p_queries + o_vector[:, None] * WIDTH + o_r[None, :]))
+        q = tl.trans(tl.load(p_rows + o_m[:, None] * WIDTH + o_r[None, :]))
         best = tl.full([BLOCK_N], float("-inf"), tl.float16)
         worst = tl.full([BLOCK_N], float("inf"), tl.float16)
         for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
@@ -162,7 +184,7 @@ def _score_kernel(
 
 
 class LowRankWorkspace:
-    """Scratch of :func:`low_rank_scores`: bases, images of a history and of a chunk's queries."""
+    """Scratch of :func:`low_rank_scores`: bases, images of a history and of a list's rows."""
 
     def __init__(
         self,
@@ -170,7 +192,8 @@ class LowRankWorkspace:
         kv_heads: int,
         head_dim: int,
         max_history: int,
-        max_queries: int,
+        items: int,
+        segment: int,
         dtype: torch.dtype,
         device: torch.device,
         image_dtype: torch.dtype | None = None,
@@ -179,40 +202,45 @@ class LowRankWorkspace:
         self.fit = FitWorkspace(kv_heads, head_dim, dtype, device)
         shape = (FITS, kv_heads, max_history, basis.WIDTH)
         self.images = torch.empty(shape, dtype=kind, device=device)
-        self.queries = torch.empty(max_queries, heads, basis.WIDTH, dtype=kind, device=device)
+        rows = -(-segment * (heads // kv_heads) // ROW_STEP)
+        self.rows = torch.empty(items, kv_heads, rows, basis.WIDTH, dtype=kind, device=device)
 
 
-def project(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    work: WorkList,
-    space: LowRankWorkspace,
+def project_keys(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, space: LowRankWorkspace
 ) -> None:
-    """Project the queries of a work list's chunk and the keys they see by the fitted bases."""
-    fitted = space.fit
-    head_dim, page, kv_heads = query.shape[2], kv_cache.shape[2], kv_cache.shape[1]
-    group = query.shape[1] // kv_heads
-    fits = work.fits.shape[0]
-    shape = {
-        "D": head_dim,
-        "D_PAD": triton.next_power_of_2(head_dim),
-        "WIDTH": basis.WIDTH,
-        "LIMIT": torch.finfo(space.images.dtype).max,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-    }
-    block = 64
-    _project_keys_kernel[(fits, -(-work.max_fit_history // block), kv_heads)](
+    """Project the keys that a work list's chunk sees by the fitted bases."""
+    fitted, block = space.fit, 64
+    head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
+    _project_keys_kernel[(work.fits.shape[0], -(-work.max_fit_history // block), kv_heads)](
         kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        space.images.stride(0), space.images.stride(1), PAGE=page, BLOCK=block, **shape,
+        space.images.stride(0), space.images.stride(1), D=head_dim,
+        D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH, BLOCK=block,
+        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=precision(kv_cache),
     )  # fmt: skip
-    _project_queries_kernel[(-(-work.max_fit_queries * group // block), kv_heads, fits)](
-        query, fitted.a, fitted.curvature, space.queries, work.fits,
-        work.chunk_start, query.stride(0), query.stride(1), GROUP=group, RANK=basis.RANK,
-        BLOCK=block, FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
+
+
+def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace) -> None:
+    """Project the rows of a work list's segments; the keys they see must be projected."""
+    fitted, images = space.fit, space.images
+    head_dim, kv_heads, rows = query.shape[2], space.rows.shape[1], space.rows.shape[2]
+    group = query.shape[1] // kv_heads
+    block = min(BLOCK_M, max(16, triton.next_power_of_2(rows)))
+    _project_queries_kernel[(-(-rows // block), kv_heads, work.num_items)](
+        query, fitted.a, images, work.items, space.rows, query.stride(0), query.stride(1),
+        images.stride(0), images.stride(1), rows, GROUP=group, D=head_dim,
+        D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,
+        ROW_STEP=ROW_STEP, SHIFT_STEP=basis.SHIFT_STEP, BLOCK_M=block, BLOCK_N=64,
+        LIMIT=torch.finfo(images.dtype).max, PRECISION=precision(query),
+        FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
+        FACTOR_2=basis.SHIFT_FACTORS[2], ITEM_COLUMNS=COLUMNS,
     )  # fmt: skip
+
+
+def precision(tensor: torch.Tensor) -> str:
+    """Return the input precision of products with a tensor."""
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
 def low_rank_scores(
@@ -237,8 +265,8 @@ def low_rank_scores(
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
-            ``dense_start``: the largest over the segment's queries and the group's heads of the
-            estimated log2-probability, up to a constant.
+            ``dense_start``: the largest over the segment's scored rows of the estimated
+            log2-probability, up to a constant.
         bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale.
@@ -248,15 +276,17 @@ def low_rank_scores(
         return
     if work.first_of_chunk:
         fit(query, kv_cache, block_table, work, space.fit, scale=scale)
-        project(query, kv_cache, block_table, work, space)
+        project_keys(kv_cache, block_table, work, space)
     if work.max_history == 0:
         return
+    project_queries(query, work, space)
     kv_heads = kv_cache.shape[1]
     images = space.images
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](
-        space.queries, images, work.items, scores, bounds, work.chunk_start,
-        images.stride(0), images.stride(1), scores.stride(0), scores.stride(1), bounds.shape[1],
-        GROUP=query.shape[1] // kv_heads, WIDTH=basis.WIDTH,
+        space.rows, images, work.items, scores, bounds,
+        images.stride(0), images.stride(1), scores.stride(0), scores.stride(1),
+        space.rows.shape[2], bounds.shape[1],
+        GROUP=query.shape[1] // kv_heads, ROW_STEP=ROW_STEP, WIDTH=basis.WIDTH,
         CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk),
         ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -98,7 +98,8 @@ class SparsePrefill:
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
-        self.tile = attend_tile(shape.head_dim, device)
+        rows = shape.segment * shape.heads // shape.kv_heads
+        self.tile = attend_tile(shape.head_dim, device, rows)
         if device.type == "cuda" and shape.heads // shape.kv_heads > self.tile.block_m:
             raise ValueError(
                 f"{shape.heads // shape.kv_heads} query heads share a KV head, "
@@ -213,10 +214,9 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)
         else:
-            queries = min(shape.max_queries, FITS * fit_span(shape.segment))
             made = low_rank.LowRankWorkspace(
-                shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, queries, dtype,
-                device,
+                shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, items,
+                shape.segment, dtype, device,
             )  # fmt: skip
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
         _workspaces[key] = Workspace(made, selection)

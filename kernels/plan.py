@@ -24,6 +24,7 @@ TIERS_UNORDERED = 2  # what is visited whole needs no order: only the last two
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
 FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
+ROW_STEP = 2  # every second row (query and head of a group, as on a chessboard) is scored
 FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length
@@ -74,7 +75,6 @@ class WorkList:
 
     Attributes:
         row: the request's row in the block table.
-        chunk_start: index of the chunk's first query.
         first_of_chunk: whether this is the chunk's first list.
         fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
             chunk: first query, queries, history tokens that their last segment ranks.
@@ -91,7 +91,6 @@ class WorkList:
     """
 
     row: int
-    chunk_start: int
     first_of_chunk: bool
     fits: torch.Tensor
     max_fit_queries: int
@@ -199,7 +198,6 @@ def chunk_lists(
         lists.append(
             WorkList(
                 row=row,
-                chunk_start=fits[0][0],
                 first_of_chunk=not lists,
                 fits=table,
                 max_fit_queries=max(queries for _, queries, _ in fits),

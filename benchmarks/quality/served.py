@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from s2o_vllm.kernels import basis
-from s2o_vllm.kernels.plan import FIT_QUERIES
+from s2o_vllm.kernels.plan import FIT_QUERIES, ROW_STEP
 
 from .attention import Segment
 from .ranking import Method
@@ -39,10 +39,11 @@ class Served(Method):
         fine = []
         for head in range(segment.heads):
             of_head = basis.Basis(*(part[head // segment.group] for part in fitted))
-            rows = basis.query_images(
-                own[head // segment.group, head % segment.group], of_head, torch.float8_e4m3fn
-            )
-            scores = rows @ seen[head // segment.group].T
-            fine.append(scores.unflatten(0, (-1, FINE)).amax(1))
+            scored = basis.scored_rows(segment.length, segment.group, own.device)
+            rows = own[head // segment.group, head % segment.group][scored[head % segment.group]]
+            keys = seen[head // segment.group]
+            images = basis.query_images(rows, of_head, keys, torch.float8_e4m3fn)
+            scores = images @ keys.T
+            fine.append(scores.unflatten(0, (-1, FINE // ROW_STEP)).amax(1))
         scores = unit.pool(torch.stack(fine), segment.group, "max")
         return Ranking(unit.rows(segment), scores)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from s2o_vllm.kernels.operator import RANKINGS
-from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY
+from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
 # Bytes of stack a thread may use. On Hopper Triton 3.7 needs none and 3.9 up to 48.
 SPILLED_BYTES = {90: 64}
+SPILLED_WIDE = 200  # 128 registers a thread; faster all the same
 SPILLED_ELSEWHERE = 400
 
 
@@ -50,4 +51,6 @@ def test_compiles_and_fits(capability):
         assert one["shared"] <= SHARED_MEMORY[capability], one
         if one["name"].startswith("_attend"):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
-            assert one["spills"] <= SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE), one
+            wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())
+            limit = SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE)
+            assert one["spills"] <= (SPILLED_WIDE if wide else limit), one

@@ -46,14 +46,14 @@ def test_each_request_has_its_lists_longest_history_first():
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
     assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16, 32)
-    assert (one.row, one.chunk_start, one.fits.tolist()) == (4, 0, [[0, 1280, 39 * 32]])
-    assert (other.row, other.chunk_start, other.fits.tolist()) == (1, 1280, [[1280, 32, 320]])
+    assert (one.row, one.fits.tolist()) == (4, [[0, 1280, 39 * 32]])
+    assert (other.row, other.fits.tolist()) == (1, [[1280, 32, 320]])
 
 
 def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
     rows = [PrefillRow(0, 5, 2176, 1984, 0.5)]  # up to 4,160: fits end at 2,048 and 4,096
     (one,) = build_work_lists(rows, 32, 0, CPU, MANY)
-    assert one.chunk_start == 5
+    assert int(one.fits[0, 0]) == 5
     assert one.fits.tolist() == [[5, 64, 2016], [69, 2048, 4064], [2117, 64, 4128]]
     assert (one.max_fit_queries, one.max_fit_history) == (2048, 4128)
     for item in one.items.tolist():
@@ -84,7 +84,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
 def test_chunks_are_cut_at_multiples_in_the_sequence():
     span = plan.FITS * plan.FIT_QUERIES
     lists = build_work_lists([PrefillRow(0, 0, span + 64, 32, 0.5)], 64, 0, CPU, MANY)
-    assert [one.chunk_start for one in lists] == [0, span - 32]
+    assert [int(one.fits[0, 0]) for one in lists] == [0, span - 32]
     assert all(one.first_of_chunk for one in lists)
     assert all(one.fits.shape[0] <= plan.FITS for one in lists)
 

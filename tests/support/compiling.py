@@ -101,9 +101,9 @@ def describe(name: str, result) -> Compiled:
     return Compiled(name, result.metadata.shared, spills, registers, result.asm["ptx"])
 
 
-def compile_attend(capability: int, head_dim: int, stop_threshold: float) -> Compiled:
-    """Compile the attend kernel with the tile that the table has for a capability."""
-    from s2o_vllm.kernels import attend, plan, tiles
+def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) -> Compiled:
+    """Compile the attend kernel with a tile of the table."""
+    from s2o_vllm.kernels import attend, plan
 
     q, kv, table, work = launch_arguments(head_dim)
     slots = torch.empty(work.num_items, 8, 131072, dtype=torch.int32, device="meta")
@@ -111,7 +111,7 @@ def compile_attend(capability: int, head_dim: int, stop_threshold: float) -> Com
     with compiling_for(capability) as compiled:
         attend.attend(
             q, kv, table, work, slots, q, counters, scale=0.1, stop_threshold=stop_threshold,
-            tile=tiles.BY_CAPABILITY[capability][head_dim],
+            tile=tile,
         )  # fmt: skip
     return compiled[0]
 
@@ -124,14 +124,14 @@ def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
     dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
-    sizes = (32, 8, head_dim, 131072, 8192)
+    sizes = (32, 8, head_dim, 131072, work.num_items, 512)
     images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, dtype)
     selection = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         fit.fit(q, kv, table, work, images.fit, scale=0.1)
-        low_rank.project(q, kv, table, work, images)
+        low_rank.project_keys(kv, table, work, images)
         prepared = replace(work, first_of_chunk=False)
         low_rank.low_rank_scores(q, kv, table, prepared, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
@@ -216,10 +216,11 @@ def main() -> None:
         return
     capability = int(sys.argv[1])
     compiled = compile_ranking(capability, 128)
-    for head_dim in tiles.HEAD_DIMS:
+    table = [*tiles.BY_CAPABILITY[capability].items(), *tiles.WIDE.get(capability, {}).items()]
+    for head_dim, tile in table:
         for stop_threshold in (0.0, 0.001):
-            one = compile_attend(capability, head_dim, stop_threshold)
-            compiled.append(replace(one, name=f"{one.name} {head_dim} {stop_threshold}"))
+            one = compile_attend(tile, capability, head_dim, stop_threshold)
+            compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
     mma = ("wgmma", "tcgen05", "mma.sync")
     print(
         json.dumps(
