@@ -85,7 +85,13 @@ def _project_queries_kernel(
     kind: tl.constexpr = p_rows.dtype.element_ty
     image = tl.dot(q, a, input_precision=PRECISION)
     image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT).to(kind)
-    # Where a query's image is still empty, the factors in a key's image meet zeros.
+    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
+    o_image = o_row[:, None] * WIDTH + o_r[None, :]
+    tl.store(p_rows + o_image, image, (o_row < rows)[:, None])
+    # The product takes them back from memory: on Hopper, fp8 that it takes from registers came out
+    # wrong (Triton 3.6). Where an image is still empty, the factors in a key's meet zeros.
+    tl.debug_barrier()
+    own = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     p_keys += i_fit * stride_keys_fit + i_head.to(tl.int64) * stride_keys_head
     samples = tl.maximum((n + SHIFT_STEP // 2 - 1) // SHIFT_STEP, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -94,7 +100,7 @@ def _project_queries_kernel(
         o_n = o + tl.arange(0, BLOCK_N)
         position = tl.minimum(o_n * SHIFT_STEP + SHIFT_STEP // 2, n - 1)
         k = tl.load(p_keys + position[:, None] * WIDTH + o_r[None, :])
-        s = tl.dot(image, tl.trans(k))
+        s = tl.dot(own, tl.trans(k))
         s = tl.where((o_n < samples)[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         mass = mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
@@ -106,10 +112,7 @@ def _project_queries_kernel(
         part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind).to(tl.float32)
         left -= part * factor
         image = tl.where(o_r[None, :] == RANK + place, -part[:, None], image)
-    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
-    tl.store(
-        p_rows + o_row[:, None] * WIDTH + o_r[None, :], image.to(kind), (o_row < rows)[:, None]
-    )
+    tl.store(p_rows + o_image, image.to(kind), (o_row < rows)[:, None])
 
 
 @triton.jit
@@ -226,7 +229,7 @@ def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace
     fitted, images = space.fit, space.images
     head_dim, kv_heads, rows = query.shape[2], space.rows.shape[1], space.rows.shape[2]
     group = query.shape[1] // kv_heads
-    block = min(BLOCK_M, max(16, triton.next_power_of_2(rows)))
+    block = min(64, max(16, triton.next_power_of_2(rows)))
     _project_queries_kernel[(-(-rows // block), kv_heads, work.num_items)](
         query, fitted.a, images, work.items, space.rows, query.stride(0), query.stride(1),
         images.stride(0), images.stride(1), rows, GROUP=group, D=head_dim,

@@ -220,7 +220,7 @@ def select(
     chunks_pad = triton.next_power_of_2(space.chunks)
     _histogram_kernel[grid](
         space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
-        BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=8, **shape,
+        BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=4, **shape,
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
         work.items, space.histograms, space.tier_bounds, space.places, space.chunks,
