@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..report import commit, local_device
 from .attention import Segment
 from .capture import CaptureError, CaptureSpec, capture, check, load
 from .measure import STOP_STEP, Errors, early_stop, measure
@@ -161,9 +162,9 @@ def judge(segment: Segment, method: Method, rows: list[Row]) -> list[Row]:
 
 
 def fill(row: Row, errors: Errors) -> None:
-    """Put measured values into a row; no time is measured here."""
+    """Put measured values into a row, and where they come from; no time is measured here."""
     row |= {name: float(f"{value:.4g}") for name, value in errors._asdict().items()}
-    row["attention_ms"] = None
+    row |= {"attention_ms": None, "commit": commit(), "device": local_device()}
 
 
 def table(rows: list[Row]) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 from ..report import header
 
 Row = dict[str, Any]
-MEASURED = {"density", "relative_mse", "dropped_mass", "dropped_mass_max", "attention_ms"}
+MEASURED = {
+    "density", "relative_mse", "dropped_mass", "dropped_mass_max", "attention_ms",
+    "commit", "device",
+}  # fmt: skip
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -20,7 +23,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a result file whole, one row a line."""
+    """Write a result file whole, one row a line.
+
+    The header is that of the last run; a row's own ``commit`` and ``device`` are where it was made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     head = json.dumps(header(), indent=1)[:-2]
