@@ -52,15 +52,12 @@ def _project_keys_kernel(
 
 @triton.jit
 def _project_queries_kernel(
-    p_q, p_a, p_keys, p_items, p_rows, stride_q_token, stride_q_head,
-    stride_keys_fit, stride_keys_head, max_rows,
+    p_q, p_a, p_items, p_rows, stride_q_token, stride_q_head, max_rows,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr, ROW_STEP: tl.constexpr, SHIFT_STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
-    FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK_M scored rows of a segment and KV head, ending with the row's shift."""
+    """Images of BLOCK scored rows of a segment and KV head, without their shift."""
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
@@ -68,9 +65,9 @@ def _project_queries_kernel(
     rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
     i_fit = tl.load(p_item + 6).to(tl.int64)
-    if (i_block * BLOCK_M >= rows) | (n == 0):
+    if (i_block * BLOCK >= rows) | (n == 0):
         return
-    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_row = i_block * BLOCK + tl.arange(0, BLOCK)
     # A row is a query's head; those whose numbers add up to something even are scored.
     flat = tl.minimum(o_row, rows - 1) * ROW_STEP
     if (GROUP % 2 == 0) & (ROW_STEP == 2):
@@ -82,37 +79,62 @@ def _project_queries_kernel(
     q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
     i_basis = i_fit * tl.num_programs(1) + i_head
     a = tl.load(p_a + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
-    kind: tl.constexpr = p_rows.dtype.element_ty
     image = tl.dot(q, a, input_precision=PRECISION)
-    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT).to(kind)
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
     p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
-    o_image = o_row[:, None] * WIDTH + o_r[None, :]
-    tl.store(p_rows + o_image, image, (o_row < rows)[:, None])
-    # The product takes them back from memory: on Hopper, fp8 that it takes from registers came out
-    # wrong (Triton 3.6). Where an image is still empty, the factors in a key's meet zeros.
-    tl.debug_barrier()
-    own = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
-    p_keys += i_fit * stride_keys_fit + i_head.to(tl.int64) * stride_keys_head
+    tl.store(
+        p_rows + o_row[:, None] * WIDTH + o_r[None, :], image.to(p_rows.dtype.element_ty),
+        (o_row < rows)[:, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _shift_kernel(
+    p_rows, p_images, p_items, stride_images_fit, stride_images_head, max_rows,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
+    SHIFT_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
+    FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """End BLOCK_M images of rows with their shift: the log-sum-exp over a sample of the keys.
+
+    A launch of its own that stores the shift's parts alone. Put into the rows' tile behind the
+    projection, on Hopper it came out wrong (Triton 3.6): two products of unlike shapes met there.
+    """
+    i_block, i_head = tl.program_id(0), tl.program_id(1)
+    i_item = tl.program_id(2).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
+    n = tl.load(p_item + 4)
+    i_fit = tl.load(p_item + 6).to(tl.int64)
+    if (i_block * BLOCK_M >= rows) | (n == 0):
+        return
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = tl.arange(0, WIDTH)
+    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
+    p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
+    # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
+    q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     samples = tl.maximum((n + SHIFT_STEP // 2 - 1) // SHIFT_STEP, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for o in range(0, samples, BLOCK_N):
         o_n = o + tl.arange(0, BLOCK_N)
         position = tl.minimum(o_n * SHIFT_STEP + SHIFT_STEP // 2, n - 1)
-        k = tl.load(p_keys + position[:, None] * WIDTH + o_r[None, :])
-        s = tl.dot(own, tl.trans(k))
+        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        s = tl.dot(q, tl.trans(k))
         s = tl.where((o_n < samples)[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         mass = mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
         m = m_new
     left = m + tl.log2(mass / samples)
-    image = image.to(tl.float32)
+    kind: tl.constexpr = p_rows.dtype.element_ty
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
-        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind).to(tl.float32)
-        left -= part * factor
-        image = tl.where(o_r[None, :] == RANK + place, -part[:, None], image)
-    tl.store(p_rows + o_image, image.to(kind), (o_row < rows)[:, None])
+        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind)
+        left -= part.to(tl.float32) * factor
+        minus = (-part.to(tl.float32)).to(kind)
+        tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
 
 
 @triton.jit
@@ -228,16 +250,25 @@ def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace
     """Project the rows of a work list's segments; the keys they see must be projected."""
     fitted, images = space.fit, space.images
     head_dim, kv_heads, rows = query.shape[2], space.rows.shape[1], space.rows.shape[2]
-    group = query.shape[1] // kv_heads
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    _project_queries_kernel[(-(-rows // block), kv_heads, work.num_items)](
-        query, fitted.a, images, work.items, space.rows, query.stride(0), query.stride(1),
-        images.stride(0), images.stride(1), rows, GROUP=group, D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,
-        ROW_STEP=ROW_STEP, SHIFT_STEP=basis.SHIFT_STEP, BLOCK_M=block, BLOCK_N=64,
-        LIMIT=torch.finfo(images.dtype).max, PRECISION=precision(query),
+    block = 64
+    grid = (-(-rows // block), kv_heads, work.num_items)
+    shape = {
+        "GROUP": query.shape[1] // kv_heads,
+        "WIDTH": basis.WIDTH,
+        "ROW_STEP": ROW_STEP,
+        "LIMIT": torch.finfo(images.dtype).max,
+        "ITEM_COLUMNS": COLUMNS,
+    }
+    _project_queries_kernel[grid](
+        query, fitted.a, work.items, space.rows, query.stride(0), query.stride(1), rows,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
+        PRECISION=precision(query), **shape,
+    )  # fmt: skip
+    _shift_kernel[grid](
+        space.rows, images, work.items, images.stride(0), images.stride(1), rows,
+        RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, BLOCK_M=block, BLOCK_N=64,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], ITEM_COLUMNS=COLUMNS,
+        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
     )  # fmt: skip
 
 
