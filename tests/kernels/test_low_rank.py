@@ -1,0 +1,130 @@
+"""Each step of the low-rank ranking against the one before it, as the kernels left it.
+
+`test_rank.py` compares the end with the reference; here a step that goes wrong is named.
+"""
+
+import pytest
+import torch
+
+from cases import DTYPE, ON_GPU, make_batch
+from s2o_vllm.kernels import basis, low_rank, reference
+from s2o_vllm.kernels.fit import fit
+from s2o_vllm.kernels.plan import DENSE_START
+
+SHAPES = [
+    # heads, kv_heads, head_dim, segment: scored rows of a whole segment
+    (2, 2, 128, 32),  # 16
+    (4, 2, 64, 32),  # 32
+    (5, 1, 64, 64),  # 160
+    (6, 1, 96, 64),  # 192
+    (8, 2, 128, 64),  # 128
+]
+ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def ranked(request, device):
+    """A batch of one request and what the kernels made of it."""
+    heads, kv_heads, head_dim, segment = request.param
+    batch = make_batch(
+        device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        head_major=False,
+    )  # fmt: skip
+    (work,) = batch.work(segment=segment)
+    space = low_rank.LowRankWorkspace(
+        heads, kv_heads, head_dim, 850, work.num_items, segment, DTYPE, device
+    )
+    for part in (space.images, space.rows):
+        part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
+    scores = torch.full((work.num_items, kv_heads, 850), float("nan"), device=device).half()
+    bounds = torch.empty(work.num_items * kv_heads, 1, 2, device=device)
+    low_rank.low_rank_scores(
+        batch.query, batch.kv_cache, batch.block_table, work, scores, bounds, space,
+        scale=batch.scale,
+    )  # fmt: skip
+    return batch, work, space, scores
+
+
+def each_item(work, group):
+    """Number, history and scored rows of every segment, which all have one fit here."""
+    for number, item in enumerate(work.items.tolist()):
+        yield number, item, item[DENSE_START], basis.scored_rows(item[2], group, "cpu")
+
+
+def assert_rounded(got, wanted):
+    """Equal up to one rounding, which may fall either way, and what the product itself loses."""
+    got, wanted = got.float(), wanted.float()
+    assert ((got - wanted).abs() <= ULP * wanted.abs() + 2e-2).all()
+
+
+def test_images_of_keys(ranked):
+    batch, work, space, _ = ranked
+    head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
+    history = work.max_fit_history
+    positions = torch.arange(history, device=batch.query.device)
+    slots = reference.physical_slots(positions, batch.block_table[work.row], page)
+    keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
+    wanted = keys @ space.fit.b[0].float() - space.fit.offset[0, :, None]
+    assert_rounded(space.images[0, :, :history], wanted)
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=keys.device)
+    assert (space.images[0, :, :history, basis.RANK :].float() == factors).all()
+
+
+def test_images_of_rows(ranked):
+    batch, work, space, _ = ranked
+    kv_heads = batch.kv_cache.shape[1]
+    group = batch.query.shape[1] // kv_heads
+    for number, item, _, scored in each_item(work, group):
+        queries = reference.segment_queries(batch.query, item, kv_heads)
+        # Rows follow one another query by query; the reference's are head by head.
+        queries = queries.transpose(1, 2)[:, scored.T.to(queries.device)]
+        wanted = queries @ space.fit.a[0, :, :, : basis.RANK].float()
+        assert_rounded(space.rows[number, :, : wanted.shape[1], : basis.RANK], wanted)
+
+
+def test_shifts_of_rows(ranked):
+    batch, work, space, _ = ranked
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
+    for number, _, history, scored in each_item(work, group):
+        rows = space.rows[number, :, : int(scored.sum())].float()
+        sample = space.images[0, :, basis.SHIFT_STEP // 2 : history : basis.SHIFT_STEP].float()
+        scores = rows[..., : basis.RANK] @ sample[..., : basis.RANK].mT
+        ln2 = torch.tensor(2.0).log()
+        wanted = torch.logsumexp(scores * ln2, -1) / ln2 - torch.tensor(sample.shape[1]).log2()
+        got = -(rows[..., basis.RANK :] @ factors)
+        torch.testing.assert_close(got, wanted, atol=2e-2, rtol=0)
+
+
+def test_scores_are_the_largest_products(ranked):
+    batch, work, space, scores = ranked
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    for number, _, history, scored in each_item(work, group):
+        rows = space.rows[number, :, : int(scored.sum())].float()
+        wanted = (rows @ space.images[0, :, :history].float().mT).amax(1)
+        torch.testing.assert_close(
+            scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0
+        )
+        assert torch.isnan(scores[number, :, history:]).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_fit_is_the_references_and_the_same_twice(device, shape):
+    heads, kv_heads, head_dim, segment = shape
+    batch = make_batch(device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads,
+                       head_dim=head_dim)  # fmt: skip
+    (work,) = batch.work(segment=segment)
+    arguments = (batch.query, batch.kv_cache, batch.block_table, work)
+    spaces = []
+    for _ in range(2):
+        space = low_rank.LowRankWorkspace(heads, kv_heads, head_dim, 850, 4, segment, DTYPE, device)
+        fit(*arguments, space.fit, scale=batch.scale)
+        spaces.append(space.fit)
+    one, other = spaces
+    for name in ("moments", "means", "a", "b", "offset"):
+        first, second = getattr(one, name)[:1], getattr(other, name)[:1]
+        assert torch.equal(first, second), f"{name} differs from run to run"
+    wanted = basis.fit_work(*arguments, batch.scale)
+    product = one.a[:1].float() @ one.b[:1].float().mT
+    truth = wanted.a @ wanted.b.mT
+    assert float((product - truth).norm() / truth.norm()) < (0.05 if ON_GPU else 1e-3)
