@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from s2o_vllm.cli.demo import ServerError
 
 from .report import header, save
-from .serving import llama_shape, prompt, vllm_server, vocabulary_of
+from .serving import add_options, llama_shape, parse, prompt, vllm_server, vocabulary_of
 
 REQUEST_LIMIT = 600  # seconds for an answer
 TRACE_LIMIT = 60  # seconds for the trace to be complete after the profiler has stopped
@@ -241,21 +241,13 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="s2o bench profile", description=__doc__)
+    add_options(parser, 8096, "profile.json")
     add = parser.add_argument
-    add("--model", type=Path, metavar="FOLDER", help="default: Llama-3.1-8B's shape, no weights")
-    add("--name", default="Llama-3.1-8B shape", help="the model's name in the result file")
-    add("--load-format", default="dummy")
     add("--contexts", nargs="+", type=int, default=[4096, 131000], metavar="TOKENS")
     add("--backends", nargs="+", choices=["s2o", "stock"], default=["s2o", "stock"])
     add("--budget", type=float, default=0.05, metavar="B")
-    add("--min-context", type=int, default=8192, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
-    add("--port", type=int, default=8096)
-    add("--out", type=Path, default=Path("benchmarks/results/profile.json"), metavar="FILE")
-    add("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest is for vllm serve")
-    args = parser.parse_args(argv)
-    if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"there is no model at {args.model} (no config.json)")
+    args = parse(parser, argv)
     with tempfile.TemporaryDirectory(prefix="s2o-profile-") as folder:
         try:
             rows = run(args, Path(folder))

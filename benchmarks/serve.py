@@ -52,7 +52,7 @@ from s2o_vllm.loadtest.server import check_budget_is_honoured, inspect
 
 from . import mix
 from .report import save
-from .serving import HIGHEST_ID, llama_shape, vllm_server, vocabulary_of
+from .serving import HIGHEST_ID, add_options, llama_shape, parse, vllm_server, vocabulary_of
 
 SHORTEST = 1024  # tokens of a prompt
 IDLE_LIMIT = 60  # seconds that the server may take to end what clients gave up
@@ -285,33 +285,25 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_options(result, 8098, "serve.json")
     add = result.add_argument
     add("--url", help="a server that runs already, with --attention-backend s2o")
     add("--vocabulary", type=int, default=HIGHEST_ID, help="its token ids (with --url)")
-    add("--model", type=Path, metavar="FOLDER", help="default: Llama-3.1-8B's shape, no weights")
-    add("--name", default="Llama-3.1-8B shape", help="the model's name in the result file")
-    add("--load-format", default="dummy")
     add("--requests", type=int, default=200)
     add("--max-context", type=int, default=131072, metavar="TOKENS", help="prompt and answer")
     add("--output-tokens", type=int, default=32, metavar="TOKENS")
     add("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.25], metavar="B")
-    add("--min-context", type=int, default=8192, metavar="TOKENS")
     add("--hits", type=float, default=0.2, metavar="SHARE", help="that share a prefix")
     add("--aborts", type=float, default=0.1, metavar="SHARE", help="that the client gives up")
     add("--concurrency", type=int, default=8)
     add("--seed", type=int, default=0)
-    add("--port", type=int, default=8098)
-    add("--out", type=Path, default=Path("benchmarks/results/serve.json"), metavar="FILE")
-    add("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest is for vllm serve")
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     command = parser()
-    args = command.parse_args(argv)
-    if args.model is not None and not (args.model / "config.json").is_file():
-        command.error(f"there is no model at {args.model} (no config.json)")
+    args = parse(command, argv)
     if args.concurrency < 1 or args.output_tokens < mix.GIVE_UP_AFTER + 1:
         command.error(
             f"--concurrency is {args.concurrency}, must be at least 1; --output-tokens is "

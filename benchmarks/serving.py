@@ -1,5 +1,6 @@
 """What benchmarks of a whole server share: a model without weights, prompts, the server itself."""
 
+import argparse
 import json
 import os
 import random
@@ -50,6 +51,26 @@ def llama_shape(folder: Path) -> tuple[Path, list[str]]:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     return model, ["--skip-tokenizer-init"]
+
+
+def add_options(parser: argparse.ArgumentParser, port: int, out: str) -> None:
+    """Add the options that every benchmark of a server of its own has."""
+    add = parser.add_argument
+    add("--model", type=Path, metavar="FOLDER", help="default: Llama-3.1-8B's shape, no weights")
+    add("--name", default="Llama-3.1-8B shape", help="the model's name in the result file")
+    add("--load-format", default="dummy")
+    add("--min-context", type=int, default=8192, metavar="TOKENS")
+    add("--port", type=int, default=port)
+    add("--out", type=Path, default=Path("benchmarks/results") / out, metavar="FILE")
+    add("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest is for vllm serve")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; ends the process where it names a model that is not there."""
+    args = parser.parse_args(argv)
+    if args.model is not None and not (args.model / "config.json").is_file():
+        parser.error(f"there is no model at {args.model} (no config.json)")
+    return args
 
 
 def vocabulary_of(model: Path) -> int:

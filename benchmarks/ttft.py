@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 from s2o_vllm.cli.demo import ServerError, measured_density, read
 
 from .report import header, save
-from .serving import kv_cache_bytes, llama_shape, prompt, starting, vocabulary_of
+from .serving import (
+    add_options,
+    kv_cache_bytes,
+    llama_shape,
+    parse,
+    prompt,
+    starting,
+    vocabulary_of,
+)
 
 OUTPUT_TOKENS = 32
 SPARE_TOKENS = 4096  # of the KV cache: blocks that are not full, vLLM's own
@@ -144,22 +152,14 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="s2o bench ttft", description=__doc__)
+    add_options(parser, 8097, "ttft.json")
     add = parser.add_argument
-    add("--model", type=Path, metavar="FOLDER", help="default: Llama-3.1-8B's shape, no weights")
-    add("--name", default="Llama-3.1-8B shape", help="the model's name in the result file")
-    add("--load-format", default="dummy")
     add("--contexts", nargs="+", type=int, default=[4096, 32768, 131000], metavar="TOKENS")
     add("--budgets", nargs="+", type=float, default=[0.05, 0.1], metavar="B")
-    add("--min-context", type=int, default=8192, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
     add("--dtype", default="bfloat16")
     add("--repeat", type=int, default=3)
-    add("--port", type=int, default=8097)
-    add("--out", type=Path, default=Path("benchmarks/results/ttft.json"), metavar="FILE")
-    add("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest is for vllm serve")
-    args = parser.parse_args(argv)
-    if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"there is no model at {args.model} (no config.json)")
+    args = parse(parser, argv)
     if args.repeat < 1:
         parser.error(f"--repeat is {args.repeat}, must be at least 1")
     with tempfile.TemporaryDirectory(prefix="s2o-ttft-") as folder:

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention import Segment
-from .capture import CaptureError, capture, load
-from .evaluate import build_parser, read_arguments, segment_start
+from .evaluate import build_parser, read_arguments, run, segments
 from .ranking import Method
 from .results import Row, write_rows
 
@@ -88,40 +87,21 @@ def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Ro
 def evaluate(arguments: argparse.Namespace) -> list[Row]:
     """Measure every layer, position and method and write the result file."""
     spec, methods = read_arguments(arguments)
-    capture(spec, arguments.cache, arguments.device)
     rows: list[Row] = []
-    places = [(layer, position) for layer in spec.layers for position in arguments.positions]
-    for layer, position in tqdm(places, desc="dropped mass", unit="segment"):
-        with torch.device(arguments.device):
-            data = load(spec, arguments.cache, layer, arguments.device)
-            segment = Segment(data, segment_start(arguments, position), arguments.segment)
+    with torch.device(arguments.device):
+        for place, segment in tqdm(segments(arguments, spec), desc="dropped mass", unit="segment"):
             for method in methods:
-                place = {
-                    "model": spec.model.name,
-                    "text": spec.text.stem,
-                    "context": spec.context,
-                    "layer": layer,
-                    "position": position,
-                    "method": method.name,
-                    "unit": method.unit,
-                }
-                rows += [place | row for row in judge(segment, method, arguments.densities)]
+                named = place | {"method": method.name, "unit": method.unit}
+                rows += [named | row for row in judge(segment, method, arguments.densities)]
     write_rows(arguments.out, rows)
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; bad input is one sentence and exit 2."""
+    """Run the command and return its exit code."""
     parser = build_parser()
     parser.set_defaults(methods=["served"])
-    arguments = parser.parse_args(argv)
-    try:
-        rows = evaluate(arguments)
-    except (CaptureError, ValueError) as error:
-        print(f"dropped mass: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(rows)} rows in {arguments.out}")
-    return 0
+    return run("dropped mass", parser.parse_args(argv), evaluate)
 
 
 if __name__ == "__main__":

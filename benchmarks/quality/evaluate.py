@@ -7,8 +7,9 @@ file already holds are not measured again.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -93,32 +94,36 @@ def evaluate(arguments: argparse.Namespace) -> list[Row]:
         All rows of the result file.
     """
     spec, methods = read_arguments(arguments)
-    capture(spec, arguments.cache, arguments.device)
     torch.manual_seed(0)
     rows = read_rows(arguments.out)
     known = {identity(row) for row in rows}
-    places = [(layer, position) for layer in spec.layers for position in arguments.positions]
-    bar = tqdm(total=len(places) * len(methods), desc="evaluate", unit="method")
-    with bar, torch.device(arguments.device):
-        for layer, position in places:
-            data = load(spec, arguments.cache, layer, arguments.device)
-            segment = Segment(data, segment_start(arguments, position), arguments.segment)
-            place = {
-                "model": spec.model.name,
-                "text": spec.text.stem,
-                "context": spec.context,
-                "layer": layer,
-                "position": position,
-                "segment": arguments.segment,
-            }
+    with torch.device(arguments.device), tqdm(desc="evaluate", unit="method") as bar:
+        bar.total = len(spec.layers) * len(arguments.positions) * len(methods)
+        for place, segment in segments(arguments, spec):
             for method in methods:
-                bar.set_postfix_str(f"layer {layer}, {method.name}")
+                bar.set_postfix_str(f"layer {segment.layer}, {method.name}")
                 new = missing_rows(place, method, arguments, known)
                 rows += judge(segment, method, new)
                 known |= {identity(row) for row in new}
                 bar.update()
             write_rows(arguments.out, rows)
     return rows
+
+
+def segments(arguments: argparse.Namespace, spec: CaptureSpec) -> Iterator[tuple[Row, Segment]]:
+    """Capture what is missing, and yield every segment with the fields of a row that name it."""
+    capture(spec, arguments.cache, arguments.device)
+    for layer, position in product(spec.layers, arguments.positions):
+        data = load(spec, arguments.cache, layer, arguments.device)
+        place = {
+            "model": spec.model.name,
+            "text": spec.text.stem,
+            "context": spec.context,
+            "layer": layer,
+            "position": position,
+            "segment": arguments.segment,
+        }
+        yield place, Segment(data, segment_start(arguments, position), arguments.segment)
 
 
 def missing_rows(
@@ -175,17 +180,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"{value:.4f}  {' '.join(key)}" for key, value in means.items())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; bad input is one sentence and exit 2."""
-    arguments = build_parser().parse_args(argv)
+def run(
+    name: str,
+    arguments: argparse.Namespace,
+    evaluate: Callable[[argparse.Namespace], list[Row]],
+    show: Callable[[list[Row]], str] | None = None,
+) -> int:
+    """Run an evaluation and return its exit code; bad input is one sentence and exit 2."""
     try:
         rows = evaluate(arguments)
     except (CaptureError, ValueError) as error:
-        print(f"s2o eval attention: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
+    if show is not None:
+        print(show(rows))
     print(f"{len(rows)} rows in {arguments.out}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run("s2o eval attention", build_parser().parse_args(argv), evaluate, table)
 
 
 if __name__ == "__main__":

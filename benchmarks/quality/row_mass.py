@@ -14,8 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention import Segment
-from .capture import CaptureError, capture, load
-from .evaluate import build_parser, read_arguments, segment_start
+from .evaluate import build_parser, read_arguments, run, segments
 from .ranking import LowRank, LowRankScores
 from .reductions import SHIFTS
 from .results import Row, write_rows
@@ -62,39 +61,20 @@ def judge(segment: Segment, method: LowRank) -> list[Row]:
 def evaluate(arguments: argparse.Namespace) -> list[Row]:
     """Measure every layer, position and method and write the result file."""
     spec, methods = read_arguments(arguments)
-    capture(spec, arguments.cache, arguments.device)
     rows: list[Row] = []
-    places = [(layer, position) for layer in spec.layers for position in arguments.positions]
-    for layer, position in tqdm(places, desc="row mass", unit="segment"):
-        start = segment_start(arguments, position)
-        segment = Segment(load(spec, arguments.cache, layer), start, arguments.segment)
+    for place, segment in tqdm(segments(arguments, spec), desc="row mass", unit="segment"):
         for method in methods:
             if not isinstance(method, LowRank):
                 raise ValueError(f"{method.name} has no low-rank scores.")
-            place = {
-                "model": spec.model.name,
-                "context": spec.context,
-                "layer": layer,
-                "position": position,
-                "basis": method.basis,
-                "rank": method.rank,
-                "chunk": method.chunk,
-            }
-            rows += [place | row for row in judge(segment, method)]
+            named = place | {"basis": method.basis, "rank": method.rank, "chunk": method.chunk}
+            rows += [named | row for row in judge(segment, method)]
     write_rows(arguments.out, rows)
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; bad input is one sentence and exit 2."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        rows = evaluate(arguments)
-    except (CaptureError, ValueError) as error:
-        print(f"row mass: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(rows)} rows in {arguments.out}")
-    return 0
+    """Run the command and return its exit code."""
+    return run("row mass", build_parser().parse_args(argv), evaluate)
 
 
 if __name__ == "__main__":
