@@ -15,8 +15,6 @@ import gzip
 import json
 import math
 import re
-import sys
-import tempfile
 import time
 import urllib.request
 from collections import defaultdict
@@ -28,7 +26,15 @@ from typing import Any, NamedTuple
 from s2o_vllm.cli.demo import ServerError
 
 from .report import header, save
-from .serving import add_options, llama_shape, parse, prompt, vllm_server, vocabulary_of
+from .serving import (
+    add_options,
+    model_of,
+    parse,
+    prompt,
+    run_and_report,
+    vllm_server,
+    vocabulary_of,
+)
 
 REQUEST_LIMIT = 600  # seconds for an answer
 TRACE_LIMIT = 60  # seconds for the trace to be complete after the profiler has stopped
@@ -216,10 +222,8 @@ def show(title: str, events: Sequence[Event], parts: Iterable[Mapping[str, Any]]
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Serve each backend, record, save."""
-    model = args.model
-    if model is None:
-        model, flags = llama_shape(folder)
-        args.server_args = [*flags, *args.server_args]
+    model, flags = model_of(args, folder)
+    args.server_args = [*flags, *args.server_args]
     vocabulary = vocabulary_of(model)
     rows: list[dict[str, Any]] = []
     for backend in args.backends:
@@ -248,11 +252,4 @@ def main(argv: list[str] | None = None) -> int:
     add("--budget", type=float, default=0.05, metavar="B")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
     args = parse(parser, argv)
-    with tempfile.TemporaryDirectory(prefix="s2o-profile-") as folder:
-        try:
-            rows = run(args, Path(folder))
-        except ServerError as error:
-            print(f"s2o bench profile: {error}", file=sys.stderr)
-            return 1
-    print(f"{args.out}: {len(rows)} rows")
-    return 0
+    return run_and_report("profile", args, run)

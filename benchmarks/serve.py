@@ -52,7 +52,7 @@ from s2o_vllm.loadtest.server import check_budget_is_honoured, inspect
 
 from . import mix
 from .report import save
-from .serving import HIGHEST_ID, add_options, llama_shape, parse, vllm_server, vocabulary_of
+from .serving import HIGHEST_ID, add_options, model_of, parse, vllm_server, vocabulary_of
 
 SHORTEST = 1024  # tokens of a prompt
 IDLE_LIMIT = 60  # seconds that the server may take to end what clients gave up
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start a server unless one is named, and load it."""
     if args.url is not None:
         return load(args, Target(args.url), args.vocabulary)
-    model, flags = (args.model, []) if args.model is not None else llama_shape(folder)
+    model, flags = model_of(args, folder)
     flags += [
         "--max-model-len", str(args.max_context), "--load-format", args.load_format,
         "--attention-backend", "s2o", "--s2o-sparsity-budget", str(args.budgets[0]),

@@ -6,11 +6,15 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from s2o_vllm.cli.demo import ServerError, read, stop, wait_until_healthy
+
+Row = dict[str, Any]
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,6 +75,25 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"there is no model at {args.model} (no config.json)")
     return args
+
+
+def model_of(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
+    """Return the model that was named, or :func:`llama_shape`, and the flags it needs."""
+    return llama_shape(folder) if args.model is None else (args.model, [])
+
+
+def run_and_report(
+    name: str, args: argparse.Namespace, run: Callable[[argparse.Namespace, Path], list[Row]]
+) -> int:
+    """Run a benchmark in a folder of its own; return the command's exit code."""
+    with tempfile.TemporaryDirectory(prefix=f"s2o-{name}-") as folder:
+        try:
+            rows = run(args, Path(folder))
+        except ServerError as error:
+            print(f"s2o bench {name}: {error}", file=sys.stderr)
+            return 1
+    print(f"{args.out}: {len(rows)} rows")
+    return 0
 
 
 def vocabulary_of(model: Path) -> int:

@@ -9,8 +9,6 @@ reported unless S2O at budget 1.0 answers with the same tokens as stock vLLM in 
 
 import argparse
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,9 +21,10 @@ from .report import header, save
 from .serving import (
     add_options,
     kv_cache_bytes,
-    llama_shape,
+    model_of,
     parse,
     prompt,
+    run_and_report,
     starting,
     vocabulary_of,
 )
@@ -123,10 +122,8 @@ def measure(
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Serve both arms, check that they agree, measure, save."""
-    model = args.model
-    if model is None:
-        model, flags = llama_shape(folder)
-        args.server_args = [*flags, *args.server_args]
+    model, flags = model_of(args, folder)
+    args.server_args = [*flags, *args.server_args]
     vocabulary = vocabulary_of(model)
     gate = prompt(min(GATE_CONTEXT, *args.contexts), 0, vocabulary)
     rows: list[dict[str, Any]] = []
@@ -162,11 +159,4 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     if args.repeat < 1:
         parser.error(f"--repeat is {args.repeat}, must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="s2o-ttft-") as folder:
-        try:
-            rows = run(args, Path(folder))
-        except ServerError as error:
-            print(f"s2o bench ttft: {error}", file=sys.stderr)
-            return 1
-    print(f"{args.out}: {len(rows)} rows")
-    return 0
+    return run_and_report("ttft", args, run)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .plan import COLUMNS, STOP_STEP_TOKENS, WorkList
-from .tiles import AttendTile
+from .tiles import AttendTile, input_precision
 
 LOG2E = 1.4426950408889634
 
@@ -250,7 +250,7 @@ def attend(
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

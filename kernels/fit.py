@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import basis
 from .plan import FITS, WorkList
+from .tiles import input_precision
 
 STRIP = 32  # columns of a moment that a program computes
 RIDGE = 1e-6  # of the queries' mean moment
@@ -187,7 +188,7 @@ def fit(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group, fits = query.shape[1] // kv_heads, work.fits.shape[0]
     pad = triton.next_power_of_2(head_dim)
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    precision = input_precision(query.dtype)
     for of_keys, samples in enumerate(basis.samples(work, group)):
         _moment_kernel[(pad // STRIP, kv_heads, fits)](
             query, kv_cache, block_table, work.fits, space.moments, space.means,

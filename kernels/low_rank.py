@@ -12,6 +12,7 @@ import triton.language as tl
 from . import basis
 from .fit import FitWorkspace, fit
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
+from .tiles import input_precision
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
 BLOCK_N = 128
@@ -70,7 +71,8 @@ def _project_queries_kernel(
     o_row = i_block * BLOCK + tl.arange(0, BLOCK)
     # A row is a query's head; those whose numbers add up to something even are scored.
     flat = tl.minimum(o_row, rows - 1) * ROW_STEP
-    if (GROUP % 2 == 0) & (ROW_STEP == 2):
+    tl.static_assert(ROW_STEP == 2, "the chessboard of another step is not written")
+    if GROUP % 2 == 0:
         flat += (flat // GROUP) % 2
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
@@ -98,8 +100,9 @@ def _shift_kernel(
 ):  # fmt: skip
     """End BLOCK_M images of rows with their shift: the log-sum-exp over a sample of the keys.
 
-    A launch of its own that stores the shift's parts alone. Put into the rows' tile behind the
-    projection, on Hopper it came out wrong (Triton 3.6): two products of unlike shapes met there.
+    A launch of its own that stores the shift's parts alone: while the projection did this too, its
+    rows came out wrong on Hopper (Triton 3.6), and where two products of unlike shapes met in one
+    tile is the suspect.
     """
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
@@ -242,7 +245,7 @@ def project_keys(
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         space.images.stride(0), space.images.stride(1), D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH, BLOCK=block,
-        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=precision(kv_cache),
+        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=input_precision(kv_cache.dtype),
     )  # fmt: skip
 
 
@@ -262,7 +265,7 @@ def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace
     _project_queries_kernel[grid](
         query, fitted.a, work.items, space.rows, query.stride(0), query.stride(1), rows,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
-        PRECISION=precision(query), **shape,
+        PRECISION=input_precision(query.dtype), **shape,
     )  # fmt: skip
     _shift_kernel[grid](
         space.rows, images, work.items, images.stride(0), images.stride(1), rows,
@@ -270,11 +273,6 @@ def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
         FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
     )  # fmt: skip
-
-
-def precision(tensor: torch.Tensor) -> str:
-    """Return the input precision of products with a tensor."""
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
 def low_rank_scores(

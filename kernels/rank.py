@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .plan import CHUNK, COLUMNS, GROUP_ITEMS, WorkList
+from .tiles import input_precision
 
 LOG2E = 1.4426950408889634
 BLOCK = 64
@@ -192,6 +193,6 @@ def mean_query_scores(
             D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,
             BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
             WRITE_SCORES=write_scores,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            PRECISION=input_precision(query.dtype),
             ITEM_COLUMNS=COLUMNS, num_warps=8, num_stages=2,
         )  # fmt: skip

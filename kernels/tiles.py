@@ -61,6 +61,11 @@ BY_CAPABILITY = {
 HEAD_DIMS = tuple(HOPPER)
 
 
+def input_precision(dtype: torch.dtype) -> str:
+    """Return what `tl.dot` may round operands to; it only matters for float32 (the interpreter)."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def attend_tile(head_dim: int, device: torch.device, rows: int = 0) -> AttendTile:
     """Return the tile shape for a head_dim on a device.
 
