@@ -93,14 +93,14 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
 STOP_MARGIN = 1e-3
 
 
-def stopping_case(device, stop_threshold, permuted, softcap):
+def stopping_case(device, stop_threshold, permuted=False, softcap=0.0, **shape):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 
     The higher the threshold, the earlier every tile stops: if as much is visited a little
     under it as over it, every tile does the same at all thresholds between.
     """
     for _ in range(20):
-        batch = make_batch(device, spread=3.0, chunks=((400 * LONG, 40), (0, 10), (129 * LONG, 3)))
+        batch = make_batch(device, spread=3.0, **shape)
         lists = full_lists(batch)
         options = {"stop_step": stop_step(batch), "softcap": softcap}
         options["orders"] = query_orders(batch, lists) if permuted else None
@@ -117,7 +117,8 @@ def stopping_case(device, stop_threshold, permuted, softcap):
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_matches_the_reference(device, stop_threshold, permuted, softcap):
-    case = stopping_case(device, stop_threshold, permuted, softcap)
+    chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
+    case = stopping_case(device, stop_threshold, permuted, softcap, chunks=chunks)
     batch, lists, options, wanted, wanted_counters = case
     out, counters = run(batch, lists, stop_threshold=stop_threshold, **options)
     assert relative_error(out, wanted) < TOLERANCE
@@ -160,12 +161,12 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
     Recomputed from the scores alone, for every tile and row.
     """
     threshold = 0.2
-    batch = make_batch(
-        device, spread=3.0, chunks=((500 * LONG, 16),), heads=2, kv_heads=1, budget=1.0
+    batch, lists, options, _, _ = stopping_case(
+        device, threshold, chunks=((500 * LONG, 16),), heads=2, kv_heads=1, budget=1.0
     )
-    step = stop_step(batch)
-    ((work, slots),) = lists = full_lists(batch)
-    out, counters = run(batch, lists, stop_threshold=threshold, stop_step=step)
+    step = options["stop_step"]
+    ((work, slots),) = lists
+    out, counters = run(batch, lists, stop_threshold=threshold, **options)
     assert counters[STOPPED] > 0
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     queries_per_tile = attend_tile(head_dim, device).block_m // 2
