@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def compiling(*arguments):
     return json.loads(result.stdout)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """What each tested capability compiles to: two processes at a time, from the start on."""
+    capabilities = [
+        item.callspec.params["capability"]
+        for item in request.session.items
+        if item.path == request.path and item.originalname == "test_compiles_and_fits"
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {capability: pool.submit(compiling, capability) for capability in capabilities}
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("stop_threshold", [0.0, 0.01])
 def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(ranking, stop_threshold):
@@ -40,14 +53,14 @@ def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(ranking, stop
 
 
 @pytest.mark.parametrize("capability", BY_CAPABILITY)
-def test_compiles_and_fits(capability):
-    compiled = compiling(capability)
-    assert {one["name"].split()[0] for one in compiled} == {
+def test_compiles_and_fits(compiled, capability):
+    kernels = compiled[capability].result()
+    assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_queries_kernel", "_shift_kernel", "_histogram_kernel",
         "_place_kernel", "_emit_kernel", "_attend_kernel",
     }  # fmt: skip
-    for one in compiled:
+    for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one
         if one["name"].startswith("_attend"):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
