@@ -13,6 +13,9 @@ ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
 DTYPE = DTYPES[0]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[DTYPE]
+# (context, queries) of each request: segments that are cut short at either end, whole ones, one
+# without history, a single query. A GPU's larger tiles need more of each.
+CHUNKS = ((150, 70), (0, 40), (77, 1)) if ON_GPU else ((90, 44), (0, 40), (77, 1))
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Batch:
 def make_batch(
     device,
     *,
-    chunks=((150, 70), (0, 40), (77, 1)),  # (context, queries) of each request
+    chunks=CHUNKS,
     heads=4,
     kv_heads=2,
     head_dim=64,
