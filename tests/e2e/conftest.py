@@ -35,8 +35,22 @@ class Server:
         name = metric + "_total"
         return sum(value for key, value in self.metrics().items() if key.split("{")[0] == name)
 
+    def settled(self, counters: tuple[str, ...], changed_from: list[float] | None = None):
+        """Counters' values, once the last layer's have arrived.
 
-def start_server(folder: Path, name: str, model: str, *flags: str) -> Server:
+        They reach /metrics with a delay: those of an earlier request must not count here.
+        """
+        last = now = None
+        deadline = time.monotonic() + 60
+        while now is None or now != last or now == changed_from:
+            assert time.monotonic() < deadline, "the counters do not settle"
+            if now is not None:
+                time.sleep(1.5)
+            last, now = now, [self.total(name) for name in counters]
+        return now
+
+
+def begin(folder: Path, name: str, model: str, *flags: str) -> Server:
     port = next(PORTS)
     log = folder / f"{name}.log"
     command = [
@@ -47,26 +61,32 @@ def start_server(folder: Path, name: str, model: str, *flags: str) -> Server:
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    server = Server(f"http://127.0.0.1:{port}", model, process, log)
+    return Server(f"http://127.0.0.1:{port}", model, process, log)
+
+
+def ready(server: Server) -> Server:
+    """Wait until a server answers."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"server ended:\n{log.read_text()[-4000:]}")
+        if server.process.poll() is not None:
+            pytest.fail(f"server ended:\n{server.log.read_text()[-4000:]}")
         try:
             urllib.request.urlopen(server.url + "/health", timeout=2)
             return server
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    process.kill()
-    pytest.fail(f"server not ready in {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+    server.process.kill()
+    pytest.fail(f"server not ready in {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")
 
 
-def stop(server: Server) -> None:
-    server.process.terminate()
-    try:
-        server.process.wait(60)
-    except subprocess.TimeoutExpired:
-        server.process.kill()
+def stop(*servers: Server) -> None:
+    for server in servers:
+        server.process.terminate()
+    for server in servers:
+        try:
+            server.process.wait(60)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -74,37 +94,51 @@ def e2e_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("servers")
 
 
-@pytest.fixture(scope="session")
-def server(e2e_folder, tiny_model):
-    """`vllm serve … --attention-backend s2o --s2o-sparsity-budget 0.1`."""
-    one = start_server(
-        e2e_folder, "s2o", tiny_model,
+FLAGS = {
+    "server": (
         "--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1", "--s2o-min-context", "256",
         "--s2o-segment-size", "128",
-    )  # fmt: skip
-    yield one
-    stop(one)
+    ),
+    "stock_server": (),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def stock_server(e2e_folder, tiny_model):
+def begun(request, e2e_folder, tiny_model):
+    """The session's servers, as far as they are needed. A start hardly fills one core."""
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    servers = {
+        name: begin(e2e_folder, name, tiny_model, *flags)
+        for name, flags in FLAGS.items()
+        if name in needed
+    }
+    yield servers
+    stop(*servers.values())
+
+
+@pytest.fixture(scope="session")
+def server(begun):
+    """`vllm serve … --attention-backend s2o --s2o-sparsity-budget 0.1`."""
+    return ready(begun["server"])
+
+
+@pytest.fixture(scope="session")
+def stock_server(begun):
     """The same server without a word of S2O."""
-    one = start_server(e2e_folder, "stock", tiny_model)
-    yield one
-    stop(one)
+    return ready(begun["stock_server"])
 
 
 @pytest.fixture(scope="module")
 def launch(e2e_folder):
-    """Start a server by ``launch(name, model, *flags)``; it runs until the next, or the end."""
+    """Start servers side by side: ``launch(model, name=flags, ...)``; they run until the next."""
     started = []
 
-    def start(name, model, *flags):
-        while started:
-            stop(started.pop())
-        started.append(start_server(e2e_folder, name, model, *flags))
-        return started[-1]
+    def start(model, **flags):
+        stop(*started)
+        started.clear()
+        ours = {name: begin(e2e_folder, name, model, *own) for name, own in flags.items()}
+        started.extend(ours.values())
+        return {name: ready(one) for name, one in ours.items()}
 
     yield start
-    while started:
-        stop(started.pop())
+    stop(*started)

@@ -70,21 +70,28 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drafted(model, launch):
+def servers(model, launch, tmp_path_factory):
+    adapter = write_adapter(tmp_path_factory.mktemp("adapter") / "tuned", model)
+    plain = (
+        "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={adapter}",
+        "--no-enable-prefix-caching", "--async-scheduling",
+    )  # fmt: skip
+    drafts = ("--speculative-config", json.dumps(DRAFTS))
+    return launch(model, drafts=FLAGS + drafts, plain=FLAGS + plain)
+
+
+@pytest.fixture(scope="module")
+def drafted(servers):
     """Answers with speculative decoding by n-grams of the prompt, and the drafts it made."""
-    one = launch("drafts", model, *FLAGS, "--speculative-config", json.dumps(DRAFTS))
+    one = servers["drafts"]
     answers = [ask(one, *case) for case in CASES]
     return answers, one.total("vllm:spec_decode_num_draft_tokens")
 
 
 @pytest.fixture(scope="module")
-def plain(model, launch, drafted, tmp_path_factory):
+def plain(servers):
     """A server with an adapter, async scheduling asked for, and no prefix cache."""
-    adapter = write_adapter(tmp_path_factory.mktemp("adapter") / "tuned", model)
-    return launch(
-        "features", model, *FLAGS, "--enable-lora", "--max-lora-rank", str(RANK),
-        "--lora-modules", f"tuned={adapter}", "--no-enable-prefix-caching", "--async-scheduling",
-    )  # fmt: skip
+    return servers["plain"]
 
 
 def test_speculative_decoding_keeps_the_tokens(plain, drafted):

@@ -1,7 +1,6 @@
 """One model over two workers: the same tokens, and the same counts, as on one."""
 
 import random
-import time
 
 import openai
 import pytest
@@ -33,8 +32,7 @@ def ask(server):
             max_tokens=8, extra_body=extra | {"return_token_ids": True},
         )  # fmt: skip
         answers.append(answer.choices[0].token_ids)
-    time.sleep(3)  # the workers' counters reach the server's page with a delay
-    return answers, [server.total(name) for name in COUNTERS]
+    return answers, server.settled(COUNTERS, changed_from=[0] * len(COUNTERS))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,27 +51,34 @@ def model(tmp_path_factory):
     return write_weights(folder)
 
 
-@pytest.fixture(scope="module")
-def alone(model, launch):
-    return ask(launch("one", model, *FLAGS))
-
-
 # Without a compilation mode vLLM's CPU runner never makes the buffers between pipeline stages.
 STAGES = ("--no-enforce-eager", "--compilation-config", '{"mode": 3, "backend": "eager"}')
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "counts_each"),
-    [
-        ("tensor", ("--tensor-parallel-size", "2"), 1),
-        ("pipeline", ("--pipeline-parallel-size", "2", *STAGES), 2),
-    ],
-    ids=["tensor", "pipeline"],
-)
-def test_two_workers_answer_as_one(launch, model, alone, name, flags, counts_each):
-    tokens, (visited, eligible, sparse, dense) = ask(launch(name, model, *FLAGS, *flags))
+TENSOR = ("--tensor-parallel-size", "2")
+PIPELINE = ("--pipeline-parallel-size", "2", *STAGES)
+
+
+@pytest.fixture(scope="module")
+def answers(model, launch):
+    """What one worker answers, and two that share its heads."""
+    servers = launch(model, one=FLAGS, tensor=FLAGS + TENSOR)  # three at once: 15 GB of memory
+    return {name: ask(server) for name, server in servers.items()}
+
+
+def check(answer, alone, counts_each):
+    tokens, (visited, eligible, sparse, dense) = answer
     assert tokens == alone[0]
     expected = alone[1]
     assert visited == pytest.approx(expected[0], rel=0.01)
     assert eligible == expected[1]
     assert [sparse, dense] == [counts_each * count for count in expected[2:]]
+
+
+def test_two_tensor_parallel_workers_answer_as_one(answers):
+    check(answers["tensor"], answers["one"], counts_each=1)
+
+
+def test_two_pipeline_stages_answer_as_one(model, launch, answers):
+    servers = launch(model, pipeline=FLAGS + PIPELINE)
+    check(ask(servers["pipeline"]), answers["one"], counts_each=2)

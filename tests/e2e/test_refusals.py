@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from models import write_model
 
 pytestmark = pytest.mark.e2e
 
@@ -15,22 +18,35 @@ MLA = {
 }  # fmt: skip
 
 
-def serve(*words):
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *words]
+# Changes to the tiny model, flags, and what is said.
+REFUSALS = {
+    "setting": (
+        {}, ["--additional-config", '{"s2o": {"budget": 1}}'], "s2o: unknown setting 'budget'",
+    ),
+    "model": (MLA, [], "uses multi-head latent attention (MLA), must be a model with GQA or MHA"),
+}  # fmt: skip
+
+
+def serve(folder, changes, flags):
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", write_model(folder, **changes),
+        "--attention-backend", "s2o", "--load-format", "dummy", "--enforce-eager", *flags,
+    ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize(
-    ("changes", "flags", "sentence"),
-    [
-        ({}, ["--additional-config", '{"s2o": {"budget": 1}}'], "s2o: unknown setting 'budget'"),
-        (MLA, [], "uses multi-head latent attention (MLA), must be a model with GQA or MHA"),
-    ],
-    ids=["setting", "model"],
-)
-def test_a_refusal_is_the_last_line(make_model, changes, flags, sentence):
-    done = serve(make_model(**changes), "--attention-backend", "s2o", "--load-format", "dummy",
-                 "--enforce-eager", *flags)  # fmt: skip
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with ThreadPoolExecutor() as pool:
+        yield {
+            name: pool.submit(serve, tmp_path_factory.mktemp(name), changes, flags)
+            for name, (changes, flags, _) in REFUSALS.items()
+        }
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_is_the_last_line(served, name):
+    done, sentence = served[name].result(), REFUSALS[name][2]
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

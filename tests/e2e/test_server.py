@@ -31,7 +31,7 @@ def complete(server, tokens, budget=None, **options):
     return answer.choices[0].token_ids
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=30):
     """Counters reach /metrics within a second or so."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -39,27 +39,15 @@ def wait_for(condition, seconds=10):
     assert condition()
 
 
-def settled(server, changed_from=None):
-    """Visited and eligible history tokens, once the last layer's have arrived.
-
-    Counters reach /metrics with a delay: those of an earlier request must not count here.
-    """
-    names = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible")
-    last = now = None
-    deadline = time.monotonic() + 30
-    while now is None or now != last or now == changed_from:
-        assert time.monotonic() < deadline, "the counters do not settle"
-        if now is not None:
-            time.sleep(1.5)
-        last, now = now, [server.total(name) for name in names]
-    return now
+HISTORY = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible")
 
 
 def density(server, run):
     """Visited over eligible history tokens of what ``run`` does."""
-    before = settled(server)
+    before = server.settled(HISTORY)
     run()
-    visited, eligible = (a - b for a, b in zip(settled(server, before), before, strict=True))
+    after = server.settled(HISTORY, changed_from=before)
+    visited, eligible = (a - b for a, b in zip(after, before, strict=True))
     return visited / eligible
 
 
