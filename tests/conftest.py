@@ -25,3 +25,21 @@ def make_model(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def fresh_seed():
+    """Draw a new seed; it is printed when a test fails."""
+
+    def draw():
+        seed = int.from_bytes(os.urandom(4), "little")
+        torch.manual_seed(seed)
+        print(f"seed {seed}")
+
+    return draw
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs(fresh_seed):
+    """New random inputs in every run."""
+    fresh_seed()
