@@ -189,13 +189,15 @@ def fit(
     group, fits = query.shape[1] // kv_heads, work.fits.shape[0]
     pad = triton.next_power_of_2(head_dim)
     precision = input_precision(query.dtype)
+    # Queries would go from asynchronous copies straight into wgmma, and Triton 3.6 sets no fence
+    # between the two: one stage loads them through registers. Keys go that way in any case.
     for of_keys, samples in enumerate(basis.samples(work, group)):
         _moment_kernel[(pad // STRIP, kv_heads, fits)](
             query, kv_cache, block_table, work.fits, space.moments, space.means,
             work.row, samples, query.stride(0), query.stride(1),
             kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
             OF_KEYS=of_keys == 1, GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP,
-            BLOCK=64, PRECISION=precision, num_warps=8,
+            BLOCK=64, PRECISION=precision, num_warps=8, num_stages=3 if of_keys else 1,
         )  # fmt: skip
     _basis_kernel[(fits * kv_heads,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
