@@ -47,7 +47,7 @@ PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (  # the first that matches counts
         ("rank", r"^_(mean|score|moment|basis|project_keys|project_queries|shift)_kernel$"),
-        ("select", r"^_(histogram|place|emit)_kernel$"),
+        ("select", r"^_(histogram|length|place|emit)_kernel$"),
         ("attend", r"^_attend_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),

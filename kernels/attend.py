@@ -3,14 +3,23 @@
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a
 stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
 most to least important and may stop on measured softmax mass. The list is a page table of
-one-token pages: keys and values are never copied or moved.
+one-token pages: keys and values are never copied or moved. Of some segments a sample of the
+tokens that were not visited then tells how much softmax mass they hold (ours).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .plan import COLUMNS, STOP_STEP_TOKENS, WorkList
+from .plan import (
+    COLUMNS,
+    DROPPED_UNIT,
+    ESTIMATE_EVERY,
+    ESTIMATE_TOKENS,
+    STOP_STEP_TOKENS,
+    Lists,
+    WorkList,
+)
 from .tiles import AttendTile, input_precision
 
 LOG2E = 1.4426950408889634
@@ -71,9 +80,37 @@ def _visit(
     return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
 
 
+@triton.jit
+def _dropped_mass(
+    q, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
+    stride_block, stride_token,
+    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAMPLES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Estimate each row's share of softmax mass on history tokens that were not visited."""
+    samples = tl.minimum(n, SAMPLES)
+    lost = tl.zeros_like(mass)
+    for first in range(0, samples, BLOCK_N):
+        number = first + o_n
+        m_n = number < samples
+        # A list without tokens has no places.
+        skipped = m_n & ((tl.load(p_places + number, m_n, 0) >= visited) | (visited == 0))
+        position = number * n // samples + n // (2 * samples)
+        page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
+        o_k = page * stride_block + (position % PAGE) * stride_token
+        s = tl.dot(
+            q, tl.trans(_load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD)), input_precision=PRECISION
+        )
+        s *= scale
+        if SOFTCAP:
+            s = _softcap(s, softcap)
+        lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
+    return 1.0 - mass / (mass + lost * n / samples)
+
+
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_kv, p_out, p_items, p_slots, p_table, p_order, p_counters,
+    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_table, p_order, p_counters,
     scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -81,6 +118,7 @@ def _attend_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    EVERY: tl.constexpr, SAMPLES: tl.constexpr, DROPPED_PER_ROW: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
@@ -94,7 +132,7 @@ def _attend_kernel(
     num_queries = tl.load(p_item + 2)
     history = tl.load(p_item + 3)
     dense_start = tl.load(p_item + 4)
-    count = tl.load(p_item + 5)
+    count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
     first = i_tile * QUERIES
     if first >= num_queries:
         return
@@ -191,6 +229,17 @@ def _attend_kernel(
     tl.atomic_add(p_counters + 1, rows * history)
     tl.atomic_add(p_counters + 2, 1)
     tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
+    if i_item % EVERY == 0:
+        if dense_start > 0:
+            p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
+            dropped = _dropped_mass(
+                q, p_k, p_table + row * stride_table, p_places, visited, dense_start, m, mass,
+                o_n, o_d, scale, softcap, stride_block, stride_token,
+                PAGE, D, D_PAD, BLOCK_N, SAMPLES, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
+            tl.atomic_add(p_counters + 4, (dropped + 0.5).to(tl.int64))
+        tl.atomic_add(p_counters + 5, rows)
 
 
 def attend(
@@ -198,7 +247,7 @@ def attend(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    slots: torch.Tensor,
+    lists: Lists,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -217,11 +266,12 @@ def attend(
             dimension contiguous; a token's value follows its key. Same dtype as ``query``.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
-        slots: int32 ``[items, kv_heads, >= max_list]``, physical slots
-            (block * block_size + offset), most important first.
+        lists: what the segments visit of their histories.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
-            (summed over queries and heads), tiles, tiles stopped early.
+            (summed over queries and heads), tiles, tiles stopped early, and of every
+            ``ESTIMATE_EVERY``-th segment the estimated softmax mass of what was not visited,
+            summed over queries and heads in ``DROPPED_UNIT``, and how many those are.
         scale: softmax scale.
         stop_threshold: a tile ends once no row's softmax mass grew by this share over the
             last ``stop_step`` tokens; 0 visits whole lists.
@@ -236,10 +286,11 @@ def attend(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     queries_per_tile = tile.block_m // group
+    slots = lists.slots
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
     segment_tiles = -(-work.max_queries // queries_per_tile)
     _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out, work.items, slots, block_table,
+        query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, block_table,
         order if order is not None else work.items, counters,
         scale * LOG2E, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
@@ -250,6 +301,7 @@ def attend(
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
+        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, DROPPED_PER_ROW=1 / DROPPED_UNIT,
         PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

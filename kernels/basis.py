@@ -10,9 +10,10 @@ Two things keep the fit cheap: two steps of subspace iteration from random direc
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
 
 Scores become log2-probabilities when the row's log-sum-exp is taken from them: that of a sample of
-the keys, in the image. What is common to all rows of a list does not matter.
+the history and of the segment's own keys, in the image.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def _moment(x: torch.Tensor) -> torch.Tensor:
 
 def samples(work: WorkList, group: int) -> tuple[int, int]:
     """Return how many queries (each with its group's heads) and how many keys a fit looks at."""
-    return min(work.max_fit_queries, max(1, SAMPLES // group)), min(work.max_fit_history, SAMPLES)
+    return min(work.max_fit_queries, max(1, SAMPLES // group)), min(work.max_fit_tokens, SAMPLES)
 
 
 def fit_work(
@@ -122,14 +123,14 @@ def fit_work(
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
-    first, count, history = work.fits.long().unbind(1)
+    first, count, tokens = work.fits.long().unbind(1)
     of_queries, of_keys = samples(work, group)
     head = torch.arange(kv_heads, device=query.device)[:, None]
     even = torch.arange(of_queries, device=query.device)
     places = (first[:, None] + even * count[:, None] // of_queries)[:, None]
     queries = query.unflatten(1, (kv_heads, group))[places, head].flatten(0, 1).flatten(1, 2)
     even = torch.arange(of_keys, device=query.device)
-    places = even * history[:, None] // of_keys
+    places = even * tokens[:, None] // of_keys
     blocks = block_table[work.row][places // page].long()[:, None]
     keys = kv_cache[..., :head_dim][blocks, head, (places % page)[:, None]].flatten(0, 1)
     fitted = fit(queries, keys, scale, rank)
@@ -150,27 +151,34 @@ def scored_rows(queries: int, group: int, device: torch.device) -> torch.Tensor:
 
 
 def query_images(
-    queries: torch.Tensor, basis: Basis, keys: torch.Tensor, dtype: torch.dtype
+    queries: torch.Tensor,
+    basis: Basis,
+    history: torch.Tensor,
+    own: torch.Tensor,
+    visible: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return images of queries that end with their row shift.
 
     Args:
         queries: ``[..., n, head_dim]``; leading dimensions are those of the basis.
         basis: of at most ``RANK`` directions.
-        keys: images of the history, as :func:`key_images` returns them.
+        history: images of the history, as :func:`key_images` returns them.
+        own: images of the segment's own keys.
+        visible: which own keys a query sees, bool ``[n, own]``.
         dtype: that images are rounded to.
 
     Returns:
         float32 ``[..., n, r + 3]``.
     """
     images = _rounded(queries.float() @ basis.a, dtype)
-    history = keys.shape[-2]
-    samples = max(1, (history + SHIFT_STEP // 2 - 1) // SHIFT_STEP)
-    places = torch.arange(samples, device=keys.device) * SHIFT_STEP + SHIFT_STEP // 2
-    sample = keys[..., places.clamp(max=history - 1), : images.shape[-1]]
-    scores = images @ sample.mT
-    top = scores.amax(-1, keepdim=True)
-    left = top[..., 0] + (scores - top).exp2().mean(-1).log2()
+    rank, count = images.shape[-1], history.shape[-2]
+    samples = max(1, (count + SHIFT_STEP // 2 - 1) // SHIFT_STEP)
+    places = torch.arange(samples, device=history.device) * SHIFT_STEP + SHIFT_STEP // 2
+    sample = history[..., places.clamp(max=count - 1), :rank]
+    scores = images @ sample.mT + math.log2(count / samples)
+    of_own = (images @ own[..., :rank].mT).masked_fill(~visible, float("-inf"))
+    left = (torch.cat([scores, of_own], -1) / LOG2E).logsumexp(-1) * LOG2E
     parts = []
     for factor in SHIFT_FACTORS:
         part = _rounded(left / factor, dtype)

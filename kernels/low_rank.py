@@ -1,8 +1,9 @@
 """Rank by every query against a low-rank image of the keys (ours; see :mod:`basis`).
 
 A token's score in a list is the largest log-probability that any scored row of the segment gives
-it, in the image. A mean query cannot see keys that single queries want; this can. Rows are queries
-x heads of a group, of which every ``ROW_STEP``-th is scored.
+it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
+query cannot see keys that single queries want; this can. Rows are queries x heads of a group, of
+which every ``ROW_STEP``-th is scored.
 """
 
 import torch
@@ -52,6 +53,16 @@ def _project_keys_kernel(
 
 
 @triton.jit
+def _scored_row(o_row, rows, GROUP: tl.constexpr, ROW_STEP: tl.constexpr):
+    """Return which row a scored one is: query and head have numbers that add up to even ones."""
+    tl.static_assert(ROW_STEP == 2, "the chessboard of another step is not written")
+    flat = tl.minimum(o_row, rows - 1) * ROW_STEP
+    if GROUP % 2 == 0:
+        flat += (flat // GROUP) % 2
+    return flat
+
+
+@triton.jit
 def _project_queries_kernel(
     p_q, p_a, p_items, p_rows, stride_q_token, stride_q_head, max_rows,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -69,11 +80,7 @@ def _project_queries_kernel(
     if (i_block * BLOCK >= rows) | (n == 0):
         return
     o_row = i_block * BLOCK + tl.arange(0, BLOCK)
-    # A row is a query's head; those whose numbers add up to something even are scored.
-    flat = tl.minimum(o_row, rows - 1) * ROW_STEP
-    tl.static_assert(ROW_STEP == 2, "the chessboard of another step is not written")
-    if GROUP % 2 == 0:
-        flat += (flat // GROUP) % 2
+    flat = _scored_row(o_row, rows, GROUP, ROW_STEP)
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
     o_q = (start + flat // GROUP) * stride_q_token
@@ -91,6 +98,13 @@ def _project_queries_kernel(
 
 
 @triton.jit
+def _add_mass(s, m, mass):
+    """Fold base-2 scores [M, N] into the running maximum and mass of M rows."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    return m_new, mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+
+
+@triton.jit
 def _shift_kernel(
     p_rows, p_images, p_items, stride_images_fit, stride_images_head, max_rows,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
@@ -98,21 +112,24 @@ def _shift_kernel(
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """End BLOCK_M images of rows with their shift: the log-sum-exp over a sample of the keys.
+    """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
-    A launch of its own that stores the shift's parts alone: while the projection did this too, its
-    rows came out wrong on Hopper (Triton 3.6), and where two products of unlike shapes met in one
-    tile is the suspect.
+    Of the history a sample stands for all; of the own segment every key counts.
+
+    A launch of its own that stores the shift's parts alone. One stage, as for the moments in
+    :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
-    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
+    queries = tl.load(p_item + 2)
+    rows = tl.cdiv(queries * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
     i_fit = tl.load(p_item + 6).to(tl.int64)
     if (i_block * BLOCK_M >= rows) | (n == 0):
         return
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = _scored_row(o_row, rows, GROUP, ROW_STEP) // GROUP
     o_r = tl.arange(0, WIDTH)
     p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
     p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
@@ -121,16 +138,21 @@ def _shift_kernel(
     samples = tl.maximum((n + SHIFT_STEP // 2 - 1) // SHIFT_STEP, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    for o in range(0, samples, BLOCK_N):
+    for o in tl.range(0, samples, BLOCK_N, num_stages=1):
         o_n = o + tl.arange(0, BLOCK_N)
         position = tl.minimum(o_n * SHIFT_STEP + SHIFT_STEP // 2, n - 1)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        s = tl.dot(q, tl.trans(k))
-        s = tl.where((o_n < samples)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        mass = mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
-        m = m_new
-    left = m + tl.log2(mass / samples)
+        s = tl.where((o_n < samples)[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
+        m, mass = _add_mass(s, m, mass)
+    mass *= n.to(tl.float32) / samples.to(tl.float32)
+    p_images += n.to(tl.int64) * WIDTH
+    for o in tl.range(0, queries, BLOCK_N, num_stages=1):
+        o_n = o + tl.arange(0, BLOCK_N)
+        own = tl.minimum(o_n, queries - 1)
+        k = tl.load(p_images + own[:, None] * WIDTH + o_r[None, :])
+        s = tl.where(o_n[None, :] <= query[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
+        m, mass = _add_mass(s, m, mass)
+    left = m + tl.log2(mass)
     kind: tl.constexpr = p_rows.dtype.element_ty
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
@@ -240,7 +262,7 @@ def project_keys(
     """Project the keys that a work list's chunk sees by the fitted bases."""
     fitted, block = space.fit, 64
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
-    _project_keys_kernel[(work.fits.shape[0], -(-work.max_fit_history // block), kv_heads)](
+    _project_keys_kernel[(work.fits.shape[0], -(-work.max_fit_tokens // block), kv_heads)](
         kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         space.images.stride(0), space.images.stride(1), D=head_dim,
@@ -297,14 +319,14 @@ def low_rank_scores(
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
-            ``dense_start``: the largest over the segment's scored rows of the estimated
-            log2-probability, up to a constant.
+            ``dense_start``: the largest log2-probability that any scored row of the segment is
+            estimated to give the token.
         bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale.
         chunk: history tokens of a program.
     """
-    if work.max_fit_history == 0:
+    if work.max_fit_tokens == 0:
         return
     if work.first_of_chunk:
         fit(query, kv_cache, block_table, work, space.fit, scale=scale)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference
+from . import reference, reference_select
 from .plan import (
     FITS,
     LIST_STEP,
@@ -154,10 +154,12 @@ class SparsePrefill:
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
             scores = self.reference(*arguments, scale=self.scale)
-            slots = reference.select(scores, block_table, work, kv_cache.shape[2], self.tiers)
+            lists = reference_select.select(
+                scores, block_table, work, kv_cache.shape[2], self.tiers
+            )
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
             reference.attend(
-                *arguments, slots, out, counters, queries_per_tile=queries_per_tile, **options
+                *arguments, lists, out, counters, queries_per_tile=queries_per_tile, **options
             )
             return
         self.rank(*arguments)

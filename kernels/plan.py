@@ -30,9 +30,22 @@ LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length
 )
 
+LIST_SPREAD = 2  # times the mean of its segment that a list may be long
+
+# A list's score is the largest probability that a row gives a token, its error the mean row's: of
+# what a list leaves out the means add up to about this share of the largest ones.
+MEAN_OF_MAX = 0.1
+
+# The estimate of the dropped mass: of every so many segments, from so many tokens of the history.
+# 256 tell the mass within a factor of 1.5 for 97 % of tiles (`benchmarks/quality/LOG.md`).
+ESTIMATE_EVERY = 8
+ESTIMATE_TOKENS = 256
+NOT_LISTED = 2**30  # place of a token that a list leaves out
+
 # What an attend launch adds to its counters, in this order.
-VISITED, ELIGIBLE, TILES, STOPPED = range(4)
-NUM_COUNTERS = 4
+VISITED, ELIGIBLE, TILES, STOPPED, DROPPED, SAMPLED = range(6)
+NUM_COUNTERS = 6
+DROPPED_UNIT = 1e-6  # of a row's softmax mass: one of DROPPED
 
 
 class PrefillRow(NamedTuple):
@@ -44,6 +57,7 @@ class PrefillRow(NamedTuple):
         num_queries: queries of this chunk.
         context: tokens already in the cache before this chunk.
         budget: share of the history a query may visit, 0 < budget <= 1.
+        target_error: share of softmax mass that a list may leave out; 0 spends the budget.
     """
 
     row: int
@@ -51,6 +65,24 @@ class PrefillRow(NamedTuple):
     num_queries: int
     context: int
     budget: float
+    target_error: float = 0.0
+
+
+class Lists(NamedTuple):
+    """What is selected of a work list's history, best first (ours: the paper sorts positions).
+
+    Attributes:
+        slots: int32 ``[items, kv_heads, >= max_list]``, physical slots
+            (block * block_size + offset).
+        lengths: int32 ``[items, kv_heads]``, slots to visit.
+        samples: int32 ``[ceil(items / ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS]``: for every
+            ``ESTIMATE_EVERY``-th item the places in its list of evenly spaced tokens of its
+            history, ``NOT_LISTED`` for those it leaves out.
+    """
+
+    slots: torch.Tensor
+    lengths: torch.Tensor
+    samples: torch.Tensor
 
 
 class Limits(NamedTuple):
@@ -75,14 +107,16 @@ class WorkList:
 
     Attributes:
         row: the request's row in the block table.
+        target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
         fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
-            chunk: first query, queries, history tokens that their last segment ranks.
+            chunk: first query, queries, tokens that their last segment sees (its own among
+            them; 0 if it ranks none).
         max_fit_queries: most queries of a row of ``fits``.
-        max_fit_history: longest history of a row of ``fits``.
+        max_fit_tokens: most tokens of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
-            queries, history tokens, first position of the dense pass, slots to visit, row of
-            ``fits``. The longest history comes first.
+            queries, history tokens, first position of the dense pass, slots to visit in the
+            mean of the KV heads, row of ``fits``. The longest history comes first.
         groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
             up to ``GROUP_ITEMS`` segments.
         max_history: most tokens that any item ranks.
@@ -91,10 +125,11 @@ class WorkList:
     """
 
     row: int
+    target_error: float
     first_of_chunk: bool
     fits: torch.Tensor
     max_fit_queries: int
-    max_fit_history: int
+    max_fit_tokens: int
     items: torch.Tensor
     groups: torch.Tensor
     max_history: int
@@ -144,6 +179,11 @@ def list_places(length: int) -> int:
     return max(1, -(-length // LIST_STEP)) * LIST_STEP
 
 
+def longest_list(item: Sequence[int]) -> int:
+    """Return how long a list of an item can become."""
+    return min(LIST_SPREAD * item[LIST_LENGTH], item[DENSE_START])
+
+
 def build_work_lists(
     rows: Iterable[PrefillRow],
     segment: int,
@@ -176,40 +216,49 @@ def build_work_lists(
         items = segments(row, segment, min_context)
         for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
-            lists += chunk_lists(row.row, parts, device, limits)
+            lists += chunk_lists(row, parts, device, limits)
     return lists
 
 
 def chunk_lists(
-    row: int, parts: Sequence[Sequence[tuple[int, ...]]], device: torch.device, limits: Limits
+    row: PrefillRow,
+    parts: Sequence[Sequence[tuple[int, ...]]],
+    device: torch.device,
+    limits: Limits,
 ) -> list[WorkList]:
     """Make the lists of a chunk from the items of each of its fits."""
     fits = [
-        (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), part[-1][DENSE_START])
+        (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
     ]
     table = to_device(fits, device)
     ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
     lists: list[WorkList] = []
     while ordered:
-        room = max(1, limits.slots // list_places(ordered[0][LIST_LENGTH]))
+        room = max(1, limits.slots // list_places(longest_list(ordered[0])))
         items = ordered[: min(limits.items, room)]
         ordered = ordered[len(items) :]
         lists.append(
             WorkList(
-                row=row,
+                row=row.row,
+                target_error=row.target_error,
                 first_of_chunk=not lists,
                 fits=table,
                 max_fit_queries=max(queries for _, queries, _ in fits),
-                max_fit_history=max(history for *_, history in fits),
+                max_fit_tokens=max(tokens for *_, tokens in fits),
                 items=to_device(items, device),
                 groups=to_device(ranked_together(len(items)), device),
                 max_history=items[0][DENSE_START],
-                max_list=items[0][LIST_LENGTH],
+                max_list=longest_list(items[0]),
                 max_queries=max(item[NUM_QUERIES] for item in items),
             )
         )
     return lists
+
+
+def seen(item: Sequence[int]) -> int:
+    """Return the tokens that an item's queries see, if it ranks any."""
+    return item[DENSE_START] + item[NUM_QUERIES] if item[DENSE_START] else 0
 
 
 def ranked_together(items: int) -> list[tuple[int, int]]:

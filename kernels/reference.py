@@ -1,34 +1,34 @@
-"""What the kernels compute, in plain PyTorch.
+"""What the kernels of ranking and attention compute, in plain PyTorch.
 
 Written for reading: the tests compare every kernel with these functions, and a machine
 without a GPU serves with them. Each takes the same arguments as its kernel.
 """
 
+import math
+
 import torch
 
 from . import basis
 from .plan import (
-    BUCKETS,
     DENSE_START,
+    DROPPED,
+    DROPPED_UNIT,
+    ESTIMATE_EVERY,
     FIT,
     HISTORY,
-    LIST_LENGTH,
     NUM_QUERIES,
     QUERY_START,
     ROW,
+    SAMPLED,
     STOP_STEP_TOKENS,
-    TIERS,
+    Lists,
     WorkList,
 )
+from .reference_select import physical_slots, sample_positions
 
 LOG2E = 1.4426950408889634
 
 Item = list[int]
-
-
-def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
-    """Translate token positions of one request to slots: block * block_size + offset."""
-    return table_row[positions // page].long() * page + positions % page
 
 
 def load_tokens(
@@ -96,7 +96,7 @@ def low_rank_scores(
     if work.max_history == 0:
         return scores.half()
     fitted = basis.fit_work(query, kv_cache, block_table, work, scale, rank)
-    positions = torch.arange(work.max_history, device=query.device)
+    positions = torch.arange(work.max_fit_tokens, device=query.device)
     keys, _ = load_tokens(
         kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
     )
@@ -104,15 +104,19 @@ def low_rank_scores(
     items = work.items.tolist()
     for fit in {item[FIT] for item in items}:
         own = basis.Basis(*(part[fit] for part in fitted))
-        images = basis.key_images(keys, own, dtype)  # [kv_heads, history, width]
+        images = basis.key_images(keys, own, dtype)  # [kv_heads, tokens, width]
         for number, item in enumerate(items):
             n = item[DENSE_START]
             if n == 0 or item[FIT] != fit:
                 continue
             queries = segment_queries(query, item, kv_heads)
-            scored = basis.scored_rows(queries.shape[2], queries.shape[1], query.device)
-            rows = basis.query_images(queries[:, scored], own, images[:, :n], dtype)
-            scores[number, :, :n] = (rows @ images[:, :n].mT).amax(1)
+            group, count = queries.shape[1:3]
+            scored = basis.scored_rows(count, group, query.device)
+            causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+            visible = causal.expand(group, -1, -1)[scored]
+            past, beside = images[:, :n], images[:, n : n + count]
+            rows = basis.query_images(queries[:, scored], own, past, beside, visible, dtype)
+            scores[number, :, :n] = (rows @ past.mT).amax(1)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
 
@@ -135,70 +139,12 @@ def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Ten
     return part.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def select(
-    scores: torch.Tensor,
-    block_table: torch.Tensor,
-    work: WorkList,
-    page: int,
-    tiers: int = TIERS,
-) -> torch.Tensor:
-    """Turn scores into slot lists; see :func:`select.select`."""
-    slots = torch.zeros(
-        (*scores.shape[:2], max(work.max_list, 1)), dtype=torch.int32, device=scores.device
-    )
-    for number, item in enumerate(work.items.tolist()):
-        n, count = item[DENSE_START], item[LIST_LENGTH]
-        if count == 0:
-            continue
-        table_row = block_table[item[ROW]]
-        for head in range(scores.shape[1]):
-            positions = select_positions(scores[number, head, :n], count, tiers)
-            slots[number, head, :count] = physical_slots(positions, table_row, page)
-    return slots
-
-
-def select_positions(scores: torch.Tensor, count: int, tiers: int = TIERS) -> torch.Tensor:
-    """Return the positions of the ``count`` best of ``n`` scores, in the order of visiting.
-
-    Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
-    buckets are taken from the best on, the last one in address order until the list is
-    full. The order is by tier (the first ``count / 2^i`` tokens, rounded up to whole
-    buckets), and by address inside a tier.
-    """
-    scores = scores.float()
-    bucket = bucket_of(scores, scores.max(), scores.min())
-    cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
-    tier = torch.zeros_like(bucket)
-    for bound in tier_bounds(cumulative, count, tiers):
-        tier += bucket > bound
-    return torch.argsort(tier, stable=True)[:count]
-
-
-def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
-    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
-    width = torch.clamp(best - worst, min=1e-20)
-    return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
-
-
-def tier_bounds(cumulative: torch.Tensor, count: int, tiers: int) -> list[int]:
-    """Return the last bucket of each tier but the last, which holds the rest.
-
-    ``cumulative`` is the number of tokens in buckets 0..b. The last bound is the bucket
-    before the one that fills the list, so that the only bucket which may be cut short is
-    visited last.
-    """
-    goals = [max(1, count >> (tiers - 2 - tier)) for tier in range(tiers - 2)]
-    bounds = [int((cumulative < goal).sum()) for goal in goals]
-    last = int((cumulative < count).sum())
-    return [min(bound, last - 1) for bound in bounds] + [last - 1, last]
-
-
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    slots: torch.Tensor,
+    lists: Lists,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -223,7 +169,9 @@ def attend(
 
     for number, item in enumerate(work.items.tolist()):
         start, count = item[QUERY_START], item[NUM_QUERIES]
-        history, dense_start, listed = item[HISTORY], item[DENSE_START], item[LIST_LENGTH]
+        history, dense_start = item[HISTORY], item[DENSE_START]
+        lengths = lists.lengths[number]
+        listed = int(lengths.max())
         queries = segment_queries(query, item, kv_heads)
         device = query.device
 
@@ -237,14 +185,16 @@ def attend(
         s_own = s_own.masked_fill(positions > own[:, None], float("-inf"))
 
         # Pass 2: the listed slots, visible to every query, in the list's order.
-        k_list, v_list = load_tokens(kv_cache, slots[number, :, :listed], head_dim)
+        place = torch.arange(listed, device=device)
+        slots = lists.slots[number, :, :listed] * (place < lengths[:, None])
+        k_list, v_list = load_tokens(kv_cache, slots, head_dim)
         s_list = scores(queries, k_list)
+        s_list = s_list.masked_fill(place >= lengths[:, None, None, None], float("-inf"))
         visited = visited_tokens(
-            s_own, s_list, queries_per_tile, stop_threshold, stop_step,
+            s_own, s_list, lengths, queries_per_tile, stop_threshold, stop_step,
             order[number, :, :count].long() if order is not None else None,
         )  # fmt: skip  # [kv_heads, queries]
-        beyond = torch.arange(listed, device=device) >= visited[:, None, :, None]
-        s_list = s_list.masked_fill(beyond, float("-inf"))
+        s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
         p = torch.softmax(torch.cat([s_own, s_list], -1), -1)
         result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list], 1))
@@ -263,10 +213,27 @@ def attend(
                 (int(visited.sum()) + dense) * group,
                 history * count * kv_heads * group,
                 tiles * kv_heads,
-                int((stopped < listed).sum()),
+                int((stopped < lengths[:, None]).sum()),
+                0,
+                0,
             ],
             device=counters.device,
         )
+        if number % ESTIMATE_EVERY:
+            continue
+        counters[SAMPLED] += count * kv_heads * group
+        if dense_start > 0:
+            sample = sample_positions(dense_start, device)
+            k, _ = load_tokens(
+                kv_cache, physical_slots(sample, block_table[item[ROW]], page), head_dim
+            )
+            places = lists.samples[number // ESTIMATE_EVERY, :, None, : len(sample)]
+            skipped = (places >= visited[..., None]) | (visited[..., None] == 0)
+            lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
+            lost += math.log(dense_start / len(sample))
+            mass = torch.cat([s_own, s_list], -1).logsumexp(-1)
+            dropped = float(torch.sigmoid(lost - mass).sum())
+            counters[DROPPED] += round(dropped / DROPPED_UNIT)
 
 
 def tile_firsts(values: torch.Tensor, order: torch.Tensor, queries_per_tile: int) -> torch.Tensor:
@@ -277,6 +244,7 @@ def tile_firsts(values: torch.Tensor, order: torch.Tensor, queries_per_tile: int
 def visited_tokens(
     s_own: torch.Tensor,
     s_list: torch.Tensor,
+    lengths: torch.Tensor,
     queries_per_tile: int,
     stop_threshold: float,
     stop_step: int,
@@ -290,7 +258,9 @@ def visited_tokens(
 
     Args:
         s_own: ``[kv_heads, group, queries, own]`` scores of pass 1, -inf where masked.
-        s_list: ``[kv_heads, group, queries, listed]`` scores in the order of visiting.
+        s_list: ``[kv_heads, group, queries, listed]`` scores in the order of visiting, -inf
+            behind a list's end.
+        lengths: ``[kv_heads]``, tokens of the lists.
         queries_per_tile: queries that stop together.
         stop_threshold: relative gain of mass, 0 for no stop.
         stop_step: tokens a step.
@@ -300,7 +270,7 @@ def visited_tokens(
         int64 ``[kv_heads, queries]``.
     """
     kv_heads, _, count, listed = s_list.shape
-    visited = torch.full((kv_heads, count), listed, device=s_list.device)
+    visited = lengths.long()[:, None].repeat(1, count)
     if stop_threshold <= 0 or listed == 0:
         return visited
     places = torch.arange(count, device=s_list.device).expand(kv_heads, -1)
@@ -314,7 +284,7 @@ def visited_tokens(
         total = torch.logaddexp(mass, step)
         gains = (1 - torch.exp(mass - total)).amax(1)  # over the group: [kv_heads, queries]
         tile_gain = torch.zeros_like(gains).scatter_reduce_(1, tile, gains, "amax")
-        ends = running & (tile_gain.gather(1, tile) < stop_threshold)
+        ends = running & (tile_gain.gather(1, tile) < stop_threshold) & (stop <= lengths[:, None])
         visited[ends] = stop
         running &= ~ends
         mass = total

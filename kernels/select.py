@@ -1,16 +1,33 @@
 """Select: from scores to a list of physical slots, without a sort.
 
-Three launches: a histogram of every chunk of a list, one program a list that turns them into
-tier bounds and write positions, and the emission. Whole
+Four launches: a histogram of every chunk of a list; one program a segment that shares the budget
+among its heads; one a list that finds tier bounds and write positions; and the emission. Whole
 buckets are taken from the best on; importance orders the tiers, address orders a tier, so
 the gather that follows reads memory in runs. Ours; the paper sorts.
+
+Half of the budget is dealt equally, half by one level of probability for all heads of a segment. A
+list ends earlier where the scores say that what it leaves out holds less softmax mass than the
+request's target error.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .plan import BUCKETS, CHUNK, COLUMNS, TIERS, WorkList, list_places
+from .plan import (
+    BUCKETS,
+    CHUNK,
+    COLUMNS,
+    ESTIMATE_EVERY,
+    ESTIMATE_TOKENS,
+    LIST_SPREAD,
+    MEAN_OF_MAX,
+    NOT_LISTED,
+    TIERS,
+    Lists,
+    WorkList,
+    list_places,
+)
 
 TIERS_PAD = triton.next_power_of_2(TIERS)
 
@@ -56,20 +73,81 @@ def _histogram_kernel(
 
 
 @triton.jit
+def _length_kernel(
+    p_items, p_bounds, p_histograms, p_lengths, target_error, heads, max_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, HEADS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    LIST_SPREAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr, ROWS: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Share the budget of a segment among its heads' lists."""
+    i_item = tl.program_id(0).to(tl.int64)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
+    count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
+    o_h = tl.arange(0, HEADS_PAD)
+    m_h = o_h < heads
+    i_list = i_item * heads + o_h
+    if count == 0:
+        tl.store(p_lengths + i_list, tl.zeros([HEADS_PAD], tl.int32), m_h)
+        return
+    chunks = tl.cdiv(n, CHUNK)
+    o_b = tl.arange(0, BUCKETS)
+    total = tl.zeros([HEADS_PAD, BUCKETS], tl.int32)
+    for first in range(0, chunks, ROWS):
+        o_chunk = first + tl.arange(0, ROWS)
+        o_histogram = (i_list[None, :] * max_chunks + o_chunk[:, None])[:, :, None] * BUCKETS
+        m_histogram = (m_h[None, :] & (o_chunk < chunks)[:, None])[:, :, None]
+        counts = tl.load(p_histograms + o_histogram + o_b[None, None, :], m_histogram, 0)
+        total += tl.sum(counts.to(tl.int32), 0)
+    o_c = tl.arange(0, CHUNKS_PAD)
+    o_bound = 2 * (i_list[:, None] * max_chunks + o_c[None, :])
+    m_bound = m_h[:, None] & (o_c < chunks)[None, :]
+    best = tl.max(tl.load(p_bounds + o_bound, m_bound, float("-inf")), 1)
+    worst = tl.min(tl.load(p_bounds + o_bound + 1, m_bound, float("inf")), 1)
+    above, below = tl.max(best) + 1.0, tl.min(worst) - 1.0
+    best, worst = tl.where(m_h, best, 0.0), tl.where(m_h, worst, 0.0)
+    width = (tl.maximum(best - worst, 1e-20) / BUCKETS)[:, None]
+    edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width
+
+    # The lowest level whose lists fit the budget, by bisection: below it they do not.
+    least = tl.where(m_h, (count + 1) // 2, 0)
+    most = tl.where(m_h, tl.minimum(LIST_SPREAD * count, n), 0)
+    for _ in range(40):
+        level = 0.5 * (above + below)
+        taken = tl.sum(tl.where(edge >= level, total, 0), 1)
+        fits = tl.sum(tl.minimum(tl.maximum(taken, least), most)) <= heads * count
+        above = tl.where(fits, level, above)
+        below = tl.where(fits, below, level)
+    taken = tl.sum(tl.where(edge >= above, total, 0), 1)
+    lengths = tl.minimum(tl.maximum(taken, least), most)
+    taken = tl.sum(tl.where(edge >= below, total, 0), 1)
+    extra = tl.minimum(tl.maximum(taken, least), most) - lengths
+    left = (heads * count - tl.sum(lengths)).to(tl.int64)
+    lengths += (extra * left // tl.maximum(tl.sum(extra), 1)).to(tl.int32)
+
+    if target_error > 0:
+        mass = total * tl.exp2(edge + 0.5 * width) * MEAN_OF_MAX
+        beyond = tl.sum(mass, 1)[:, None] - tl.cumsum(mass, 1)
+        needed = tl.sum((beyond > target_error).to(tl.int32), 1)  # the last bucket that is needed
+        whole = tl.sum(tl.where(o_b[None, :] <= needed[:, None], total, 0), 1)
+        lengths = tl.minimum(lengths, whole)
+    tl.store(p_lengths + i_list, lengths, m_h)
+
+
+@triton.jit
 def _place_kernel(
-    p_items, p_histograms, p_tier_bounds, p_places, max_chunks,
+    p_items, p_histograms, p_lengths, p_tier_bounds, p_places, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, TIERS: tl.constexpr, TIERS_PAD: tl.constexpr,
     ROWS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Turn a list's histograms into tier bounds and each chunk's first place per tier."""
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
+    i_list = i_item * tl.num_programs(0) + i_head
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
+    count = tl.load(p_lengths + i_list)
     if count == 0:
         return
     chunks = tl.cdiv(n, CHUNK)
-    i_list = i_item * tl.num_programs(0) + i_head
     p_histograms += i_list * max_chunks * BUCKETS
     p_places += i_list * max_chunks * TIERS_PAD
     o_b = tl.arange(0, BUCKETS)
@@ -109,10 +187,11 @@ def _place_kernel(
 
 @triton.jit
 def _emit_kernel(
-    p_scores, p_items, p_bounds, p_tier_bounds, p_places, p_table, p_slots,
+    p_scores, p_items, p_bounds, p_lengths, p_tier_bounds, p_places, p_table, p_slots, p_samples,
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head, max_chunks,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr,
     TIERS: tl.constexpr, TIERS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    EVERY: tl.constexpr, SAMPLES: tl.constexpr, NOT_LISTED: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a chunk's selected tokens to their places."""
@@ -120,10 +199,10 @@ def _emit_kernel(
     i_item = tl.program_id(2).to(tl.int64)
     row = tl.load(p_items + i_item * ITEM_COLUMNS).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
+    i_list = i_item * tl.num_programs(1) + i_head
+    count = tl.load(p_lengths + i_list)
     if (i_chunk * CHUNK >= n) | (count == 0):
         return
-    i_list = i_item * tl.num_programs(1) + i_head
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
     p_tier_bounds += i_list * TIERS_PAD
     p_places += (i_list * max_chunks + i_chunk) * TIERS_PAD
@@ -149,6 +228,13 @@ def _emit_kernel(
     page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
     p_slots += i_item * stride_slots_item + i_head * stride_slots_head
     tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
+    if i_item % EVERY == 0:
+        samples = tl.minimum(n, SAMPLES)
+        before = o_n - n // (2 * samples)
+        number = (before * samples + n - 1) // n
+        m_sample = (before >= 0) & (number < samples) & (number * n // samples == before)
+        p_samples += (i_item // EVERY * tl.num_programs(1) + i_head) * SAMPLES
+        tl.store(p_samples + number, tl.where(taken, place, NOT_LISTED), m_sample & (o_n < n))
 
 
 class SelectWorkspace:
@@ -179,15 +265,19 @@ class SelectWorkspace:
 
         self.scores = empty(items, heads, self.chunks * chunk, dtype=torch.float16)
         self.slots = empty(heads * places, dtype=torch.int32)
+        self.lengths = empty(items, heads, dtype=torch.int32)
+        sampled = -(-items // ESTIMATE_EVERY)
+        self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.histograms = empty(lists, self.chunks, BUCKETS, dtype=torch.int16)
         self.tier_bounds = empty(lists, TIERS_PAD, dtype=torch.int32)
         self.places = empty(lists, self.chunks, TIERS_PAD, dtype=torch.int32)
 
-    def lists(self, work: WorkList) -> torch.Tensor:
-        """Return where a work list's slots are: int32 ``[items, heads, >= max_list]``."""
+    def lists(self, work: WorkList) -> Lists:
+        """Return where the lists of a work list are."""
         heads, places = self.scores.shape[1], list_places(work.max_list)
-        return self.slots[: work.num_items * heads * places].view(-1, heads, places)
+        slots = self.slots[: work.num_items * heads * places].view(-1, heads, places)
+        return Lists(slots, self.lengths[: work.num_items], self.samples)
 
 
 def select(
@@ -197,38 +287,46 @@ def select(
     space: SelectWorkspace,
     tiers: int = TIERS,
 ) -> None:
-    """Select the ``list_length`` best history tokens of every list.
+    """Select the best history tokens of every list.
 
     Args:
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments; ``space.scores[i, h, :dense_start]`` holds the scores of item i, and
             ``space.bounds`` their bounds.
         page: tokens per block of the cache.
-        space: scratch; ``space.lists(work)`` receives the lists.
+        space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
 
-    See :func:`reference.select_positions` for exactly what is chosen and in which order.
+    :mod:`reference_select` says exactly how many are chosen, which and in which order.
     """
+    heads, (slots, lengths, samples) = space.scores.shape[1], space.lists(work)
     if work.max_list == 0:
+        lengths.zero_()
         return
-    heads, slots = space.scores.shape[1], space.lists(work)
     strides = (space.scores.stride(0), space.scores.stride(1))
     chunks = -(-work.max_history // space.chunk)
     grid = (chunks, heads, work.num_items)
     shape = {"CHUNK": space.chunk, "ITEM_COLUMNS": COLUMNS}
-    options = {"TIERS": tiers, "TIERS_PAD": TIERS_PAD, "BUCKETS": BUCKETS, **shape}
     chunks_pad = triton.next_power_of_2(space.chunks)
+    options = {"TIERS": tiers, "TIERS_PAD": TIERS_PAD, "BUCKETS": BUCKETS, **shape}
     _histogram_kernel[grid](
         space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
         BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=4, **shape,
     )  # fmt: skip
+    _length_kernel[(work.num_items,)](
+        work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
+        space.chunks, BUCKETS=BUCKETS, HEADS_PAD=triton.next_power_of_2(heads),
+        CHUNKS_PAD=chunks_pad, LIST_SPREAD=LIST_SPREAD, MEAN_OF_MAX=MEAN_OF_MAX, ROWS=4,
+        num_warps=8, **shape,
+    )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
-        work.items, space.histograms, space.tier_bounds, space.places, space.chunks,
+        work.items, space.histograms, lengths, space.tier_bounds, space.places, space.chunks,
         ROWS=8, **options,
     )  # fmt: skip
     _emit_kernel[grid](
-        space.scores, work.items, space.bounds, space.tier_bounds, space.places,
-        block_table, slots, *strides, block_table.stride(0),
-        slots.stride(0), slots.stride(1), space.chunks,
-        PAGE=page, CHUNKS_PAD=chunks_pad, num_warps=8, **options,
+        space.scores, work.items, space.bounds, lengths, space.tier_bounds, space.places,
+        block_table, slots, samples, *strides, block_table.stride(0),
+        slots.stride(0), slots.stride(1), space.chunks, PAGE=page, CHUNKS_PAD=chunks_pad,
+        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, NOT_LISTED=NOT_LISTED, num_warps=8,
+        **options,
     )  # fmt: skip

@@ -3,21 +3,20 @@
 ``python -m s2o_vllm.benchmarks.quality.dropped_mass`` takes the options of ``s2o eval attention``.
 A list leaves out few large probabilities and many small ones, so a few hundred of the skipped
 tokens, evenly spaced, say what all of them weigh. Judged per head and unit: the mean over its
-queries, which is what a server would report. Ours; what serves does not estimate it yet.
+queries, as the server's metric `s2o:dropped_mass` reports it. Ours.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .attention import Segment
-from .evaluate import build_parser, read_arguments, run, segments
+from .evaluate import build_parser, judge_all, run
 from .ranking import Method
-from .results import Row, write_rows
+from .results import Row
 
 SAMPLES = (128, 256, 512, 1024)
 FACTOR = 1.5  # an estimate within this factor of the truth is good
@@ -84,24 +83,15 @@ def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Ro
     return rows
 
 
-def evaluate(arguments: argparse.Namespace) -> list[Row]:
-    """Measure every layer, position and method and write the result file."""
-    spec, methods = read_arguments(arguments)
-    rows: list[Row] = []
-    with torch.device(arguments.device):
-        for place, segment in tqdm(segments(arguments, spec), desc="dropped mass", unit="segment"):
-            for method in methods:
-                named = place | {"method": method.name, "unit": method.unit}
-                rows += [named | row for row in judge(segment, method, arguments.densities)]
-    write_rows(arguments.out, rows)
-    return rows
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = build_parser()
     parser.set_defaults(methods=["served"])
-    return run("dropped mass", parser.parse_args(argv), evaluate)
+    return run(
+        "dropped mass",
+        parser.parse_args(argv),
+        partial(judge_all, judge=judge, name="dropped mass"),
+    )
 
 
 if __name__ == "__main__":

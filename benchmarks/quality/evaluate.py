@@ -126,6 +126,23 @@ def segments(arguments: argparse.Namespace, spec: CaptureSpec) -> Iterator[tuple
         yield place, Segment(data, segment_start(arguments, position), arguments.segment)
 
 
+def judge_all(
+    arguments: argparse.Namespace,
+    judge: Callable[[Segment, Method, Sequence[float]], list[Row]],
+    name: str,
+) -> list[Row]:
+    """Judge every method on every segment at all densities, and write the result file."""
+    spec, methods = read_arguments(arguments)
+    rows: list[Row] = []
+    with torch.device(arguments.device):
+        for place, segment in tqdm(segments(arguments, spec), desc=name, unit="segment"):
+            for method in methods:
+                named = place | {"method": method.name, "unit": method.unit}
+                rows += [named | row for row in judge(segment, method, arguments.densities)]
+    write_rows(arguments.out, rows)
+    return rows
+
+
 def missing_rows(
     place: Row, method: Method, arguments: argparse.Namespace, known: set[str]
 ) -> list[Row]:

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from s2o_vllm.kernels.reference_select import list_lengths
+
 from .attention import Segment
 from .units import Rows
 
@@ -108,6 +110,18 @@ def counts_half(ordered: Tensor, wanted: int) -> Tensor:
     return floor + _by_threshold(-ordered[:, floor:], wanted - floor)
 
 
+def counts_heads(ordered: Tensor, wanted: int, heads: int) -> Tensor:
+    """Share the budget of a tile among the lists of its heads, as the kernels do (ours).
+
+    Args:
+        ordered: log2-probabilities, best first [U, C], head by head.
+        wanted: candidates per unit on average.
+        heads: lists of a tile.
+    """
+    tiles = ordered.unflatten(0, (heads, -1)).transpose(0, 1)
+    return torch.stack([list_lengths(tile, wanted) for tile in tiles], 1).flatten()
+
+
 def counts_mass(ordered: Tensor, wanted: int) -> Tensor:
     """Take the fewest that hold one share of the estimated mass (FlexPrefill, XAttention, PBS).
 
@@ -126,6 +140,7 @@ RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "half": counts_half,
     "mass": counts_mass,
 }
+HEADS = "heads"  # `counts_heads`, for lists of a KV head
 CORRECTIONS = ("none", "tiers", "blocks")
 
 
@@ -133,8 +148,8 @@ class Selector:
     """A ranking, sorted once, from which selections of any density are read."""
 
     def __init__(self, segment: Segment, ranking: Ranking, rule: str, correction: str = "none"):
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule}")
+        if rule not in (*RULES, HEADS):
+            raise ValueError(f"rule must be one of {', '.join((*RULES, HEADS))}, not {rule}")
         if correction not in CORRECTIONS:
             raise ValueError(
                 f"correction must be one of {', '.join(CORRECTIONS)}, not {correction}"
@@ -147,7 +162,11 @@ class Selector:
         """Return the selection that visits this share of the history on average."""
         candidates = self.ordered.shape[1]
         wanted = min(max(round(density * candidates), 1), candidates)
-        counts = RULES[self.rule](self.ordered, wanted).clamp(min=1)
+        if self.rule == HEADS:
+            counts = counts_heads(self.ordered, wanted, self.segment.kv_heads)
+        else:
+            counts = RULES[self.rule](self.ordered, wanted)
+        counts = counts.clamp(min=1)
         units, history = range(len(counts)), self.segment.history
         tokens = [self.ranking.tokens(u, self.order[u, : counts[u]], history) for u in units]
         selection = Selection(self.ranking.rows, tokens)

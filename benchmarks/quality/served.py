@@ -10,7 +10,7 @@ from s2o_vllm.kernels.plan import FIT_QUERIES, ROW_STEP
 
 from .attention import Segment
 from .ranking import Method
-from .selection import Ranking
+from .selection import HEADS, Ranking
 from .units import FINE, Unit
 
 
@@ -19,10 +19,12 @@ class Served(Method):
     """The default ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
     One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
-    queries, as in a full work list, and to the whole history.
+    queries, as in a full work list, and to the whole history. The heads of a tile share its
+    budget, see `selection.counts_heads`.
     """
 
     unit: str = "64xkv"
+    rule: str = HEADS
 
     name: ClassVar[str] = "served"
 
@@ -34,16 +36,21 @@ class Served(Method):
         queries = recent[:, :: -(-recent.shape[1] // basis.SAMPLES)]
         keys = segment.k[:, :: -(-segment.history // basis.SAMPLES)]
         fitted = basis.fit(queries, keys, segment.scale)
-        seen = basis.key_images(segment.k, fitted, torch.float8_e4m3fn)
+        seen, beside = (
+            basis.key_images(keys, fitted, torch.float8_e4m3fn)
+            for keys in (segment.k, segment.own_k)
+        )
         own = segment.q.unflatten(0, (segment.kv_heads, segment.group)).float()
+        causal = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
         fine = []
         for head in range(segment.heads):
-            of_head = basis.Basis(*(part[head // segment.group] for part in fitted))
-            scored = basis.scored_rows(segment.length, segment.group, own.device)
-            rows = own[head // segment.group, head % segment.group][scored[head % segment.group]]
-            keys = seen[head // segment.group]
-            images = basis.query_images(rows, of_head, keys, torch.float8_e4m3fn)
-            scores = images @ keys.T
-            fine.append(scores.unflatten(0, (-1, FINE // ROW_STEP)).amax(1))
+            kv, member = divmod(head, segment.group)
+            of_head = basis.Basis(*(part[kv] for part in fitted))
+            scored = basis.scored_rows(segment.length, segment.group, own.device)[member]
+            rows = basis.query_images(
+                own[kv, member][scored], of_head, seen[kv], beside[kv], causal[scored],
+                torch.float8_e4m3fn,
+            )  # fmt: skip
+            fine.append((rows @ seen[kv].T).unflatten(0, (-1, FINE // ROW_STEP)).amax(1))
         scores = unit.pool(torch.stack(fine), segment.group, "max")
         return Ranking(unit.rows(segment), scores)

@@ -12,9 +12,20 @@ from cases import (
     make_batch,
     nan_like,
     relative_error,
+    tokens_of,
 )
 from s2o_vllm.kernels import attend, reference
-from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, STOPPED, VISITED
+from s2o_vllm.kernels.plan import (
+    DROPPED,
+    DROPPED_UNIT,
+    ESTIMATE_TOKENS,
+    LIST_LENGTH,
+    NUM_COUNTERS,
+    SAMPLED,
+    STOPPED,
+    TILES,
+    VISITED,
+)
 from s2o_vllm.kernels.tiles import attend_tile
 
 GQA_AND_SIZES = [
@@ -36,7 +47,7 @@ LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
 def run(batch, lists, function=attend.attend, orders=None, **options):
-    """Attend to every request; ``lists`` pairs each work list with its slots."""
+    """Attend to every request; ``lists`` pairs each work list with its lists."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     tile = attend_tile(batch.query.shape[2], out.device)
@@ -45,12 +56,20 @@ def run(batch, lists, function=attend.attend, orders=None, **options):
         options["queries_per_tile"] = tile.block_m // group
     else:
         options["tile"] = tile
-    for number, (work, slots) in enumerate(lists):
+    for number, (work, own) in enumerate(lists):
         function(
-            batch.query, batch.kv_cache, batch.block_table, work, slots, out, counters,
+            batch.query, batch.kv_cache, batch.block_table, work, own, out, counters,
             scale=batch.scale, order=orders[number] if orders else None, **options,
         )  # fmt: skip
     return out, counters
+
+
+def assert_same_counters(counters, wanted):
+    """Equal, but for the dropped mass: it is a sum of rounded sums."""
+    exact = [place for place in range(NUM_COUNTERS) if place != DROPPED]
+    assert counters[exact].tolist() == wanted[exact].tolist()
+    near = TOLERANCE * int(wanted[SAMPLED]) / DROPPED_UNIT
+    assert abs(int(counters[DROPPED] - wanted[DROPPED])) <= int(wanted[TILES]) + near
 
 
 def query_orders(batch, lists):
@@ -87,6 +106,7 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
     assert counters[VISITED] == counters[1], "a full list visits all that is eligible"
+    assert counters[DROPPED] == 0, "nothing is left out"
 
 
 # Relative room that a threshold needs on both sides. Gains are made of fp32 sums on every
@@ -94,7 +114,7 @@ def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, h
 STOP_MARGIN = 1e-3
 
 
-def stopping_case(device, stop_threshold, permuted=False, softcap=0.0, **shape):
+def stopping_case(device, stop_threshold, permuted=False, softcap=0.0, uneven=False, **shape):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 
     The higher the threshold, the earlier every tile stops: if as much is visited a little
@@ -102,7 +122,7 @@ def stopping_case(device, stop_threshold, permuted=False, softcap=0.0, **shape):
     """
     for _ in range(20):
         batch = make_batch(device, spread=3.0, **shape)
-        lists = full_lists(batch)
+        lists = full_lists(batch, uneven=uneven)
         options = {"stop_step": stop_step(batch), "softcap": softcap}
         options["orders"] = query_orders(batch, lists) if permuted else None
         (_, under), (wanted, over) = (
@@ -119,11 +139,11 @@ def stopping_case(device, stop_threshold, permuted=False, softcap=0.0, **shape):
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_matches_the_reference(device, stop_threshold, permuted, softcap):
     chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
-    case = stopping_case(device, stop_threshold, permuted, softcap, chunks=chunks)
+    case = stopping_case(device, stop_threshold, permuted, softcap, uneven=True, chunks=chunks)
     batch, lists, options, wanted, wanted_counters = case
     out, counters = run(batch, lists, stop_threshold=stop_threshold, **options)
     assert relative_error(out, wanted) < TOLERANCE
-    assert counters.tolist() == wanted_counters.tolist()
+    assert_same_counters(counters, wanted_counters)
     if stop_threshold:
         assert counters[STOPPED] > 0, "the case must exercise early stop"
 
@@ -139,13 +159,13 @@ def test_order_of_visiting_does_not_change_the_result(device):
     batch = make_batch(device, budget=0.5)
     lists = full_lists(batch)
     one, _ = run(batch, lists)
-    shuffled = [(work, slots.clone()) for work, slots in lists]
-    for work, slots in shuffled:
+    shuffled = [(work, own._replace(slots=own.slots.clone())) for work, own in lists]
+    for work, (slots, *_) in shuffled:
         for number, item in enumerate(work.items.tolist()):
             count = item[LIST_LENGTH]
             order = torch.randperm(count, device=device)
             slots[number, :, :count] = slots[number, :, order]
-    assert not torch.equal(lists[0][1], shuffled[0][1])
+    assert not torch.equal(lists[0][1].slots, shuffled[0][1].slots)
     assert relative_error(one, run(batch, shuffled)[0]) < TOLERANCE
 
 
@@ -166,7 +186,7 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
         device, threshold, chunks=((500 * LONG, 16),), heads=2, kv_heads=1, budget=1.0
     )
     step = options["stop_step"]
-    ((work, slots),) = lists
+    ((work, (slots, *_)),) = lists
     out, counters = run(batch, lists, stop_threshold=threshold, **options)
     assert counters[STOPPED] > 0
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
@@ -225,3 +245,39 @@ def test_empty_list_attends_to_the_own_segment(device):
 def test_unknown_head_dim_is_refused(device):
     with pytest.raises(ValueError, match="head_dim is 80, must be one of"):
         attend_tile(80, device)
+
+
+@pytest.mark.parametrize("stop_threshold", [0.0, 1 - 1e-6])  # which ends every tile at once
+@pytest.mark.parametrize("budget", [1e-9, 0.3])
+def test_the_dropped_mass_is_that_of_what_was_not_visited(device, budget, stop_threshold):
+    """A history that the sample holds whole: the estimate is the truth, early stop included."""
+    batch = make_batch(device, chunks=((ESTIMATE_TOKENS, 20),), budget=budget, spread=2.0)
+    ((work, own),) = lists = full_lists(batch)
+    assert work.num_items == 1
+    _, counters = run(batch, lists, stop_threshold=stop_threshold, stop_step=stop_step(batch))
+    _, visited = run(batch, lists, reference.attend, stop_threshold=stop_threshold,
+                     stop_step=stop_step(batch))  # fmt: skip
+    assert counters[:DROPPED].tolist() == visited[:DROPPED].tolist()
+    count = int(own.lengths.max())
+    if stop_threshold and count:
+        assert counters[STOPPED] == counters[TILES]
+        count = stop_step(batch)
+    keys, _ = tokens_of(batch, batch.rows[0])
+    queries = batch.query.double().unflatten(1, (2, 2))
+    scores = torch.einsum("qhgd,hnd->qhgn", queries, keys.double()) * batch.scale
+    future = torch.arange(276, device=device) > 256 + torch.arange(20, device=device)[:, None]
+    p = scores.masked_fill(future[:, None, None], float("-inf")).softmax(-1)
+    position = {int(slot): place for place, slot in enumerate(all_slots(batch, 256))}
+    dropped = 0.0
+    for head in range(2):
+        left = torch.ones(256, dtype=torch.bool, device=device)
+        left[[position[slot] for slot in own.slots[0, head, :count].tolist()]] = False
+        dropped += float(p[:, head, :, :256][..., left].sum())
+    assert counters[SAMPLED] == 20 * 4
+    assert counters[DROPPED] * DROPPED_UNIT == pytest.approx(dropped, rel=20 * TOLERANCE, abs=1e-4)
+
+
+def all_slots(batch, count):
+    """The slots of the first tokens of the first request."""
+    positions = torch.arange(count, device=batch.query.device)
+    return reference.physical_slots(positions, batch.block_table[0], batch.kv_cache.shape[2])

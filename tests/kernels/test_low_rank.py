@@ -22,9 +22,10 @@ SHAPES = [
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
 
 
-@pytest.fixture(params=SHAPES, ids=str)
-def ranked(request, device):
-    """A batch of one request and what the kernels made of it."""
+@pytest.fixture(params=SHAPES, ids=str, scope="module")
+def ranked(request, device, fresh_seed):
+    """A batch of one request and what the kernels made of it; the tests only read it."""
+    fresh_seed()
     heads, kv_heads, head_dim, segment = request.param
     batch = make_batch(
         device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -60,14 +61,14 @@ def assert_rounded(got, wanted):
 def test_images_of_keys(ranked):
     batch, work, space, _ = ranked
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
-    history = work.max_fit_history
-    positions = torch.arange(history, device=batch.query.device)
+    seen = work.max_fit_tokens
+    positions = torch.arange(seen, device=batch.query.device)
     slots = reference.physical_slots(positions, batch.block_table[work.row], page)
     keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
     wanted = keys @ space.fit.b[0].float() - space.fit.offset[0, :, None]
-    assert_rounded(space.images[0, :, :history], wanted)
+    assert_rounded(space.images[0, :, :seen], wanted)
     factors = torch.tensor(basis.SHIFT_FACTORS, device=keys.device)
-    assert (space.images[0, :, :history, basis.RANK :].float() == factors).all()
+    assert (space.images[0, :, :seen, basis.RANK :].float() == factors).all()
 
 
 def test_images_of_rows(ranked):
@@ -86,14 +87,17 @@ def test_shifts_of_rows(ranked):
     batch, work, space, _ = ranked
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
-    for number, _, history, scored in each_item(work, group):
+    for number, item, history, scored in each_item(work, group):
         rows = space.rows[number, :, : int(scored.sum())].float()
-        sample = space.images[0, :, basis.SHIFT_STEP // 2 : history : basis.SHIFT_STEP].float()
-        scores = rows[..., : basis.RANK] @ sample[..., : basis.RANK].mT
-        ln2 = torch.tensor(2.0).log()
-        wanted = torch.logsumexp(scores * ln2, -1) / ln2 - torch.tensor(sample.shape[1]).log2()
+        images = space.images[0, ..., : basis.RANK].float()
+        places = range(basis.SHIFT_STEP // 2, history, basis.SHIFT_STEP)
+        scores = rows[..., : basis.RANK] @ images[:, places].mT
+        own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
+        query = scored.T.nonzero()[:, 0].to(own.device)  # of each row
+        own[:, torch.arange(item[2], device=own.device) > query[:, None]] = float("-inf")
+        mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
         got = -(rows[..., basis.RANK :] @ factors)
-        torch.testing.assert_close(got, wanted, atol=2e-2, rtol=0)
+        torch.testing.assert_close(got, mass.log2().float(), atol=2e-2, rtol=0)
 
 
 def test_scores_are_the_largest_products(ranked):

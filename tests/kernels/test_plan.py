@@ -45,21 +45,21 @@ def test_each_request_has_its_lists_longest_history_first():
     histories = [item[plan.HISTORY] for item in one.items.tolist()]
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
-    assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16, 32)
-    assert (one.row, one.fits.tolist()) == (4, [[0, 1280, 39 * 32]])
-    assert (other.row, other.fits.tolist()) == (1, [[1280, 32, 320]])
+    assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 32, 32)
+    assert (one.row, one.fits.tolist()) == (4, [[0, 1280, 40 * 32]])
+    assert (other.row, other.fits.tolist()) == (1, [[1280, 32, 352]])
 
 
 def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
     rows = [PrefillRow(0, 5, 2176, 1984, 0.5)]  # up to 4,160: fits end at 2,048 and 4,096
     (one,) = build_work_lists(rows, 32, 0, CPU, MANY)
     assert int(one.fits[0, 0]) == 5
-    assert one.fits.tolist() == [[5, 64, 2016], [69, 2048, 4064], [2117, 64, 4128]]
-    assert (one.max_fit_queries, one.max_fit_history) == (2048, 4128)
+    assert one.fits.tolist() == [[5, 64, 2048], [69, 2048, 4096], [2117, 64, 4160]]
+    assert (one.max_fit_queries, one.max_fit_tokens) == (2048, 4160)
     for item in one.items.tolist():
-        first, queries, history = one.fits[item[plan.FIT]].tolist()
+        first, queries, tokens = one.fits[item[plan.FIT]].tolist()
         assert first <= item[plan.QUERY_START] < first + queries
-        assert item[plan.HISTORY] <= history
+        assert item[plan.HISTORY] + item[plan.NUM_QUERIES] <= tokens
     starts = [item[plan.QUERY_START] for item in one.items.tolist()]
     assert starts == list(range(5 + 2176 - 32, 4, -32)), "the longest history first"
 
@@ -68,7 +68,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
     rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
     by_items = build_work_lists(rows, 32, 0, CPU, Limits(4, 10**6))
     assert [one.num_items for one in by_items] == [4, 4, 2]
-    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(176)))
+    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(352)))
     assert by_slots[0].num_items == 2
     for lists in (by_items, by_slots):
         assert [one.first_of_chunk for one in lists] == [True] + [False] * (len(lists) - 1)
@@ -76,7 +76,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
         starts = [item[plan.QUERY_START] for one in lists for item in one.items.tolist()]
         assert starts == list(range(9 * 32, -1, -32))
     for one in by_slots:
-        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(176)
+        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(352)
     alone = build_work_lists(rows, 32, 0, CPU, Limits(100, 1))
     assert [one.num_items for one in alone] == [1] * 10, "an item that is too long goes alone"
 

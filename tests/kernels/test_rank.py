@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def mean_query(batch, works, chunk=64):
 def every_query(batch, works, chunk=64):
     heads, head_dim = batch.query.shape[1:]
     kv_heads = batch.kv_cache.shape[1]
-    history = max(work.max_fit_history for work in works)
+    history = max(work.max_fit_tokens for work in works)
     items, segment = max(work.num_items for work in works), max(work.max_queries for work in works)
     space = low_rank.LowRankWorkspace(
         heads, kv_heads, head_dim, history, items, segment, batch.query.dtype, batch.query.device
@@ -152,8 +154,9 @@ def test_basis_is_nearly_the_best_of_its_rank():
     spectrum = 0.9 ** torch.arange(64.0)
     queries = torch.randn(1, 2000, 64) * spectrum
     keys = torch.randn(1, 2000, 64)
-    scores = queries[0] @ (keys - keys.mean(1, keepdim=True))[0].T
-    values = torch.linalg.svdvals(scores)
+    # Singular values of their product, from what is left of each without a rotation.
+    parts = (torch.linalg.qr(one[0], "r").R for one in (queries, keys - keys.mean(1, keepdim=True)))
+    values = torch.linalg.svdvals(next(parts) @ next(parts).T)
     best = float(values[32:].norm() / values.norm())
     assert image_error(queries, keys, basis.fit(queries, keys, 1.0, rank=32)) < 3 * best
     eight = basis.fit(queries, keys, 1.0, rank=8)
@@ -166,18 +169,31 @@ def test_basis_of_degenerate_samples_is_finite():
         assert all(torch.isfinite(part).all() for part in fitted)
 
 
-def test_shift_is_the_log_sum_exp_of_a_sample():
+def log2_mass(scores, visible=True):
+    """Log2 of the mass that scores in bits hold, of what is visible."""
+    scores = scores.double().masked_fill(~torch.as_tensor(visible), float("-inf"))
+    return (scores * math.log(2)).logsumexp(-1) / math.log(2)
+
+
+def test_scores_are_log_probabilities_over_a_sample_and_the_own_segment():
     queries, keys = torch.randn(1, 50, 64), torch.randn(1, 20_000, 64)
     fitted = basis.fit(queries, keys, 0.125, rank=basis.RANK)
     images = basis.key_images(keys, fitted, torch.float32)
-    scores = (queries @ fitted.a) @ (keys @ fitted.b - fitted.offset[:, None]).mT
-    shifted = basis.query_images(queries, fitted, images, torch.float32) @ images.mT
-    exact = torch.log2(torch.exp2(scores).mean(2, keepdim=True))
-    assert (shifted - (scores - exact)).abs().median() < 0.2, "1,250 of 20,000 keys"
+    own = basis.key_images(torch.randn(1, 50, 64) * 2, fitted, torch.float32)
+    causal = torch.ones(50, 50, dtype=torch.bool).tril()
+    scores, beside = ((queries @ fitted.a) @ k[..., : basis.RANK].mT for k in (images, own))
+
+    def shifts(history):
+        rows = basis.query_images(queries, fitted, history, own, causal, torch.float32)
+        return -(rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)).double()
+
+    exact = torch.logaddexp2(log2_mass(scores), log2_mass(beside, causal))
+    assert (shifts(images) - exact).abs().median() < 0.2, "1,250 of 20,000 keys"
     repeated = images[:, :40].repeat_interleave(basis.SHIFT_STEP, 1)
-    shifted = basis.query_images(queries, fitted, repeated, torch.float32) @ images[:, :40].mT
-    exact = torch.log2(torch.exp2(scores[..., :40]).mean(2, keepdim=True))
-    assert (shifted - (scores[..., :40] - exact)).abs().max() < 1e-3
+    history = log2_mass(scores[..., :40]) + math.log2(basis.SHIFT_STEP)
+    exact = torch.logaddexp2(history, log2_mass(beside, causal))
+    assert (shifts(repeated) - exact).abs().max() < 1e-3
+    assert (exact - history).mean() > 0.05, "the own segment must matter here"
 
 
 def test_large_shifts_survive_fp8():
@@ -185,10 +201,10 @@ def test_large_shifts_survive_fp8():
     keys = torch.randn(1, 2000, 64)
     fitted = basis.fit(queries, keys, 0.125)
     images = basis.key_images(keys, fitted, torch.float8_e4m3fn)
-    rows = basis.query_images(queries, fitted, images, torch.float8_e4m3fn)
-    scores = rows[..., : basis.RANK] @ images[:, 8 :: basis.SHIFT_STEP, : basis.RANK].mT
-    wanted = torch.logsumexp(scores * 0.6931471805599453, -1) / 0.6931471805599453
-    wanted -= torch.tensor(float(scores.shape[-1])).log2()
+    own, visible = images[:, :1], torch.zeros(500, 1, dtype=torch.bool)
+    rows = basis.query_images(queries, fitted, images, own, visible, torch.float8_e4m3fn)
+    sample = images[:, 8 :: basis.SHIFT_STEP, : basis.RANK]
+    wanted = log2_mass(rows[..., : basis.RANK] @ sample.mT) + math.log2(2000 / sample.shape[1])
     assert wanted.max() > 50
     got = -rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)
     assert (got - wanted).abs().max() < 0.05

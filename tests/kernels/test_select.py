@@ -2,12 +2,15 @@ import pytest
 import torch
 
 from cases import make_batch
-from s2o_vllm.kernels import reference, select
+from s2o_vllm.kernels import reference_select, select
 from s2o_vllm.kernels.plan import (
     BUCKETS,
     CHUNK,
     DENSE_START,
+    ESTIMATE_EVERY,
+    ESTIMATE_TOKENS,
     LIST_LENGTH,
+    MEAN_OF_MAX,
     TIERS,
     TIERS_UNORDERED,
     list_places,
@@ -25,7 +28,8 @@ def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS):
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
-    space.slots.fill_(-7)
+    for part in (space.slots, space.lengths, space.samples):
+        part.fill_(-7)
     select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers)
     return space.lists(work)
 
@@ -60,12 +64,70 @@ def test_lists_match_the_reference(device, kind, budget, page, tiers):
     batch = make_batch(device, budget=budget, page=page, chunks=((400, 40), (0, 10), (129, 3)))
     for work in batch.work():
         scores = random_scores(work, 2, device, kind)
-        slots = select_with_kernel(batch, work, scores, tiers=tiers)
-        wanted = reference.select(scores, batch.block_table, work, page, tiers)
-        for number, item in enumerate(work.items.tolist()):
-            count = item[LIST_LENGTH]
-            torch.testing.assert_close(slots[number, :, :count], wanted[number, :, :count])
-            assert (slots[number, :, count:] == -7).all(), "wrote beyond the list"
+        got = select_with_kernel(batch, work, scores, tiers=tiers)
+        wanted = reference_select.select(scores, batch.block_table, work, page, tiers)
+        assert_same_lists(work, got, wanted)
+
+
+def assert_same_lists(work, got, wanted):
+    assert got.lengths.tolist() == wanted.lengths.tolist()
+    for number, lengths in enumerate(wanted.lengths.tolist()):
+        for head, count in enumerate(lengths):
+            slots = got.slots[number, head]
+            assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
+            assert (slots[count:] == -7).all(), "wrote beyond the list"
+            if count and number % ESTIMATE_EVERY == 0:
+                samples = min(int(work.items[number, DENSE_START]), ESTIMATE_TOKENS)
+                one = got.samples[number // ESTIMATE_EVERY, head]
+                other = wanted.samples[number // ESTIMATE_EVERY, head]
+                assert one[:samples].tolist() == other[:samples].tolist()
+                assert (one[samples:] == -7).all(), "wrote beyond the samples"
+
+
+@pytest.mark.parametrize("target", [0.5, 0.02, 1e-6])
+def test_a_target_error_ends_lists_where_the_reference_does(device, target):
+    batch = make_batch(device, budget=0.6, chunks=((400, 40),), kv_heads=4)
+    batch.rows = [row._replace(target_error=target) for row in batch.rows]
+    (work,) = batch.work()
+    scores = torch.randn(work.num_items, 4, work.max_history, device=device) * 3 - 9
+    scores += torch.linspace(0, 4, 4, device=device)[:, None]
+    got = select_with_kernel(batch, work, scores.half())
+    wanted = reference_select.select(scores.half(), batch.block_table, work, 16)
+    assert_same_lists(work, got, wanted)
+
+
+def test_lists_of_likelier_tokens_are_longer(device):
+    """Heads share the budget of a segment by probability, within bounds."""
+    batch = make_batch(device, budget=0.2, chunks=((704, 32),), kv_heads=4)
+    (work,) = batch.work()
+    count = int(work.items[0, LIST_LENGTH])
+    scores = torch.randn(1, 4, 704, device=device)
+    scores[0, 0] += 3
+    scores[0, 1] += 1
+    scores[0, 3] -= 5
+    lengths = select_with_kernel(batch, work, scores.half()).lengths[0].tolist()
+    assert lengths[0] == 2 * count > lengths[1] > lengths[2]
+    assert lengths[3] == (count + 1) // 2
+    assert 4 * count - 4 <= sum(lengths) <= 4 * count
+
+
+def test_equal_heads_have_equal_lists(device):
+    batch = make_batch(device, budget=0.2, chunks=((704, 32),))
+    (work,) = batch.work()
+    scores = torch.randn(1, 1, 704, device=device).half().expand(-1, 2, -1)
+    lengths = select_with_kernel(batch, work, scores).lengths[0].tolist()
+    assert lengths == 2 * [int(work.items[0, LIST_LENGTH])]
+
+
+@pytest.mark.parametrize("target", [0.05, 0.01])
+def test_a_target_error_leaves_out_no_more_mass(target):
+    """Scores that are a row's log-probabilities: as much as stands for the target, hardly less."""
+    p = torch.randn(2, 3000).mul(2).softmax(-1).sort(descending=True).values
+    lengths = reference_select.list_lengths(p.log2(), 2900, target).tolist()
+    for row, count in zip(p, lengths, strict=True):
+        assert 0 < count < 2900
+        assert row[count:].sum() <= 1.1 * target / MEAN_OF_MAX
+        assert row[int(0.8 * count) :].sum() > target / MEAN_OF_MAX
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
@@ -75,9 +137,9 @@ def test_chunks_of_a_servers_size(device, kind, tiers):
     batch = make_batch(device, budget=0.97, chunks=((2 * CHUNK + 100, 3),))
     (work,) = batch.work()
     scores = random_scores(work, 2, device, kind)
-    slots = select_with_kernel(batch, work, scores, CHUNK, tiers)
-    wanted = reference.select(scores, batch.block_table, work, 16, tiers)
-    torch.testing.assert_close(slots[..., : work.max_list], wanted)
+    got = select_with_kernel(batch, work, scores, CHUNK, tiers)
+    wanted = reference_select.select(scores, batch.block_table, work, 16, tiers)
+    assert_same_lists(work, got, wanted)
 
 
 def test_page_table_is_the_only_indirection(device):
@@ -89,11 +151,11 @@ def test_page_table_is_the_only_indirection(device):
     page = batch.kv_cache.shape[2]
     position = {}
     for name, one in (("a", batch), ("b", moved)):
-        slots = select_with_kernel(one, work, scores)
+        slots, lengths, _ = select_with_kernel(one, work, scores)
         table = one.block_table[0].tolist()
-        count = work.items[0, LIST_LENGTH]
         position[name] = [
-            table.index(slot // page) * page + slot % page for slot in slots[0, 0, :count].tolist()
+            table.index(slot // page) * page + slot % page
+            for slot in slots[0, 0, : lengths[0, 0]].tolist()
         ]
     assert not torch.equal(batch.block_table, moved.block_table)
     assert position["a"] == position["b"]
@@ -101,7 +163,7 @@ def test_page_table_is_the_only_indirection(device):
 
 def test_selection_keeps_the_best_up_to_one_bucket():
     scores = torch.randn(5000)
-    taken = reference.select_positions(scores, 500)
+    taken = reference_select.select_positions(scores, 500)
     assert len(set(taken.tolist())) == 500
     width = float(scores.max() - scores.min()) / BUCKETS
     left = torch.ones(5000, dtype=torch.bool)
@@ -111,7 +173,7 @@ def test_selection_keeps_the_best_up_to_one_bucket():
 
 def test_order_is_by_tier_and_by_address_inside_one():
     scores = torch.tensor([0.0, 9.0, 1.0, 10.0, 2.0, 8.0, 3.0, 9.5])
-    taken = reference.select_positions(scores, 4).tolist()
+    taken = reference_select.select_positions(scores, 4).tolist()
     assert set(taken) == {1, 3, 5, 7}
     assert taken[0] == 3, "the best comes first"
     assert taken[-1] == 5, "the bucket that fills the list comes last"
@@ -120,9 +182,11 @@ def test_order_is_by_tier_and_by_address_inside_one():
 def test_every_list_is_full_and_without_repeats(device):
     batch = make_batch(device, budget=0.3, chunks=((400, 64),))
     (work,) = batch.work()
-    slots = select_with_kernel(batch, work, random_scores(work, 2, device, "few values"))
-    for number, item in enumerate(work.items.tolist()):
-        assert item[DENSE_START] > 0
-        for head in range(2):
-            chosen = slots[number, head, : item[LIST_LENGTH]].tolist()
-            assert len(set(chosen)) == item[LIST_LENGTH]
+    slots, lengths, _ = select_with_kernel(
+        batch, work, random_scores(work, 2, device, "few values")
+    )
+    assert lengths.min() > 0
+    for number, of_item in enumerate(lengths.tolist()):
+        for head, count in enumerate(of_item):
+            chosen = slots[number, head, :count].tolist()
+            assert len(set(chosen)) == count

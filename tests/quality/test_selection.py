@@ -6,6 +6,7 @@ from s2o_vllm.benchmarks.quality.selection import (
     Selector,
     counts_gap,
     counts_half,
+    counts_heads,
     counts_level,
     counts_mass,
     counts_top,
@@ -28,6 +29,14 @@ LOGS = torch.tensor([[9.0, 2.0, 1.0, 0.0], [4.0, 3.9, 3.8, 3.7]])
 def test_rules_share_the_budget(rule, wanted):
     assert rule(LOGS, 2).tolist() == wanted
     assert rule(LOGS, 4).tolist() == [4, 4]
+
+
+def test_heads_of_a_tile_share_its_budget():
+    """Two heads of two tiles: each tile spends what its heads have together."""
+    flat = torch.linspace(0, -1, 40)
+    peaked = torch.cat([torch.full((2,), 3.0), torch.linspace(-20, -30, 38)])
+    ordered = torch.stack([flat, flat, peaked, flat])  # head by head
+    assert counts_heads(ordered, 8, 2).tolist() == [12, 8, 4, 8]
 
 
 def test_mass_rule_takes_the_fewest_that_hold_a_share():

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from s2o_vllm.kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
+from s2o_vllm.kernels.plan import (
+    ESTIMATE_EVERY,
+    ESTIMATE_TOKENS,
+    NOT_LISTED,
+    Limits,
+    Lists,
+    PrefillRow,
+    WorkList,
+    build_work_lists,
+)
+from s2o_vllm.kernels.reference_select import sample_positions
 
 SEGMENT = 32
 LIMITS = Limits(1000, 10**7)
@@ -102,18 +112,35 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     return out
 
 
-def full_lists(batch: Batch) -> list[tuple[WorkList, torch.Tensor]]:
-    """Each request's work with lists of random history tokens, as many as its budget allows."""
+def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Lists]]:
+    """Each request's work with lists of random history tokens, as many as its budget allows.
+
+    ``uneven`` shortens the lists of all heads but the first, each by a random share.
+    """
     page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
     for work in batch.work():
+        sampled = -(-work.num_items // ESTIMATE_EVERY)
         slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+        lengths = torch.zeros(work.num_items, kv_heads, dtype=torch.int32)
+        samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
         for number, item in enumerate(work.items.tolist()):
             for head in range(kv_heads):
-                positions = torch.randperm(item[4])[: item[5]]
-                slots[number, head, : item[5]] = table[positions // page] * page + positions % page
-        lists.append((work, slots.to(batch.query.device)))
+                count = item[5]
+                if uneven and head:
+                    count -= int(torch.randint(count + 1, ()))
+                order = torch.randperm(item[4])
+                positions = order[:count]
+                slots[number, head, :count] = table[positions // page] * page + positions % page
+                lengths[number, head] = count
+                if number % ESTIMATE_EVERY == 0 and count:
+                    places = order.argsort()
+                    places[places >= count] = NOT_LISTED
+                    places = places[sample_positions(item[4], places.device)]
+                    samples[number // ESTIMATE_EVERY, head, : len(places)] = places
+        device = batch.query.device
+        lists.append((work, Lists(*(part.to(device) for part in (slots, lengths, samples)))))
     return lists
 
 

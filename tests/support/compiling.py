@@ -32,6 +32,7 @@ class Compiled:
     spills: int
     registers: int
     asm: str
+    unfenced: bool
 
 
 class CompileOnly:
@@ -98,19 +99,33 @@ def describe(name: str, result) -> Compiled:
         ).stdout  # fmt: skip
     registers = int(re.search(r"REG:(\d+)", text)[1])
     spills = int(re.search(r"STACK:(\d+)", text)[1]) + int(re.search(r"LOCAL:(\d+)", text)[1])
-    return Compiled(name, result.metadata.shared, spills, registers, result.asm["ptx"])
+    ptx = result.asm["ptx"]
+    return Compiled(name, result.metadata.shared, spills, registers, ptx, unfenced(ptx))
+
+
+def unfenced(ptx: str) -> bool:
+    """Tell whether wgmma may read what asynchronous copies wrote without a proxy fence between.
+
+    PTX asks for one (Asynchronous Operations and Proxies); Triton sets it from 3.7.1 on.
+    """
+    waited = False
+    for event in re.findall(r"cp\.async\.wait_group|fence\.proxy\.async|wgmma\.mma_async", ptx):
+        if event.startswith("wgmma") and waited:
+            return True
+        waited = event.startswith("cp.")
+    return False
 
 
 def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) -> Compiled:
     """Compile the attend kernel with a tile of the table."""
-    from s2o_vllm.kernels import attend, plan
+    from s2o_vllm.kernels import attend, plan, select
 
     q, kv, table, work = launch_arguments(head_dim)
-    slots = torch.empty(work.num_items, 8, 131072, dtype=torch.int32, device="meta")
+    lists = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, "meta").lists(work)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
     with compiling_for(capability) as compiled:
         attend.attend(
-            q, kv, table, work, slots, q, counters, scale=0.1, stop_threshold=stop_threshold,
+            q, kv, table, work, lists, q, counters, scale=0.1, stop_threshold=stop_threshold,
             tile=tile,
         )  # fmt: skip
     return compiled[0]

@@ -1,0 +1,55 @@
+"""What a target error makes of lists: their density, the mass they really leave out, the error.
+
+``python -m s2o_vllm.benchmarks.quality.target_error`` takes the options of ``s2o eval attention``;
+``--densities`` are the targets. A list ends where the ranking's own scores say that what it leaves
+out holds less than the target. Scores are the largest probability of any row, a target is about
+the mean row: one constant stands between them (`plan.MEAN_OF_MAX`), and this says how well. Ours.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from s2o_vllm.kernels.reference_select import list_lengths
+
+from .attention import Segment
+from .evaluate import build_parser, judge_all, run
+from .measure import measure
+from .ranking import Method
+from .results import Row
+from .selection import Selection
+
+
+@torch.inference_mode()
+def judge(segment: Segment, method: Method, targets: Sequence[float]) -> list[Row]:
+    """Measure what every target gives, with the whole history as the budget."""
+    ranking = method.ranking(segment)
+    order = ranking.scores.argsort(dim=1, descending=True, stable=True)
+    tiles = ranking.scores.unflatten(0, (segment.kv_heads, -1)).transpose(0, 1)
+    rows: list[Row] = []
+    for target in targets:
+        lengths = [list_lengths(tile, segment.history, target) for tile in tiles]
+        counts = torch.stack(lengths, 1).flatten().tolist()
+        tokens = [of_unit[:count] for of_unit, count in zip(order, counts, strict=True)]
+        errors = measure(segment, Selection(ranking.rows, tokens))
+        rows.append(
+            {"target_error": target} | {k: round(v, 4) for k, v in errors._asdict().items()}
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = build_parser()
+    parser.set_defaults(methods=["served"], densities=(0.02, 0.05, 0.1, 0.2))
+    return run(
+        "target error",
+        parser.parse_args(argv),
+        partial(judge_all, judge=judge, name="target error"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

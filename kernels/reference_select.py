@@ -1,0 +1,147 @@
+"""What the kernels of the selection compute, in plain PyTorch; see :mod:`reference`."""
+
+from bisect import bisect_right
+
+import torch
+
+from .plan import (
+    BUCKETS,
+    DENSE_START,
+    ESTIMATE_EVERY,
+    ESTIMATE_TOKENS,
+    LIST_LENGTH,
+    LIST_SPREAD,
+    MEAN_OF_MAX,
+    NOT_LISTED,
+    ROW,
+    TIERS,
+    Lists,
+    WorkList,
+)
+
+
+def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
+    """Translate token positions of one request to slots: block * block_size + offset."""
+    return table_row[positions // page].long() * page + positions % page
+
+
+def select(
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    page: int,
+    tiers: int = TIERS,
+) -> Lists:
+    """Turn scores into lists; see :func:`select.select`."""
+    items, heads = scores.shape[:2]
+    sampled = -(-items // ESTIMATE_EVERY)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=scores.device)
+
+    lists = Lists(
+        empty(items, heads, max(work.max_list, 1)),
+        empty(items, heads),
+        empty(sampled, heads, ESTIMATE_TOKENS),
+    )
+    for number, item in enumerate(work.items.tolist()):
+        n = item[DENSE_START]
+        if item[LIST_LENGTH] == 0:
+            continue
+        table_row = block_table[item[ROW]]
+        of_item = scores[number, :, :n].float()
+        lengths = list_lengths(of_item, item[LIST_LENGTH], work.target_error)
+        lists.lengths[number] = lengths
+        for head, count in enumerate(lengths.tolist()):
+            positions = select_positions(of_item[head], count, tiers)
+            lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
+            if number % ESTIMATE_EVERY == 0:
+                places = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
+                places[positions] = torch.arange(count, dtype=torch.int32, device=scores.device)
+                sample = sample_positions(n, scores.device)
+                lists.samples[number // ESTIMATE_EVERY, head, : len(sample)] = places[sample]
+    return lists
+
+
+def sample_positions(history: int, device: torch.device) -> torch.Tensor:
+    """Return the positions, evenly spaced, of which the dropped mass is estimated."""
+    samples = min(history, ESTIMATE_TOKENS)
+    return torch.arange(samples, device=device) * history // samples + history // (2 * samples)
+
+
+def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) -> torch.Tensor:
+    """Share a segment's budget among the lists of its heads (ours).
+
+    Half of it is dealt equally. The rest goes to what lies above one level of probability, the
+    lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
+    a target error a list ends once what lies in the buckets beyond holds no more mass than that.
+
+    Args:
+        scores: float32 ``[heads, n]``, log2-probabilities.
+        count: the mean list's length.
+        target_error: share of softmax mass that a list may leave out; 0 for no target.
+
+    Returns:
+        int64 ``[heads]``: together at most ``heads * count``, none above ``LIST_SPREAD * count``.
+    """
+    heads, n = scores.shape
+    best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
+    width = torch.clamp(best - worst, min=1e-20) / BUCKETS
+    bucket = torch.stack([bucket_of(*one) for one in zip(scores, best, worst, strict=True)])
+    totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
+    totals.scatter_add_(1, bucket, torch.ones_like(bucket))
+    edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
+
+    def above(level: float) -> torch.Tensor:
+        taken = (totals * (edges >= level)).sum(1)
+        return taken.clamp((count + 1) // 2, min(LIST_SPREAD * count, n))
+
+    levels = [float("inf"), *edges.unique().flip(0).tolist()]  # from the highest
+    fitting = bisect_right(levels, heads * count, key=lambda level: int(above(level).sum())) - 1
+    lengths = above(levels[fitting])
+    extra = above(levels[min(fitting + 1, len(levels) - 1)]) - lengths
+    left = heads * count - int(lengths.sum())
+    lengths = lengths + extra * left // max(int(extra.sum()), 1)
+
+    if target_error > 0:
+        mass = totals * torch.exp2(edges + 0.5 * width) * MEAN_OF_MAX
+        beyond = mass.sum(1, keepdim=True) - mass.cumsum(1)
+        needed = (beyond > target_error).sum(1, keepdim=True)
+        lengths = lengths.minimum(totals.cumsum(1).gather(1, needed.clamp(max=BUCKETS - 1))[:, 0])
+    return lengths
+
+
+def select_positions(scores: torch.Tensor, count: int, tiers: int = TIERS) -> torch.Tensor:
+    """Return the positions of the ``count`` best of ``n`` scores, in the order of visiting.
+
+    Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
+    buckets are taken from the best on, the last one in address order until the list is
+    full. The order is by tier (the first ``count / 2^i`` tokens, rounded up to whole
+    buckets), and by address inside a tier.
+    """
+    scores = scores.float()
+    bucket = bucket_of(scores, scores.max(), scores.min())
+    cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
+    tier = torch.zeros_like(bucket)
+    for bound in tier_bounds(cumulative, count, tiers):
+        tier += bucket > bound
+    return torch.argsort(tier, stable=True)[:count]
+
+
+def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
+    width = torch.clamp(best - worst, min=1e-20)
+    return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
+
+
+def tier_bounds(cumulative: torch.Tensor, count: int, tiers: int) -> list[int]:
+    """Return the last bucket of each tier but the last, which holds the rest.
+
+    ``cumulative`` is the number of tokens in buckets 0..b. The last bound is the bucket
+    before the one that fills the list, so that the only bucket which may be cut short is
+    visited last.
+    """
+    goals = [max(1, count >> (tiers - 2 - tier)) for tier in range(tiers - 2)]
+    bounds = [int((cumulative < goal).sum()) for goal in goals]
+    last = int((cumulative < count).sum())
+    return [min(bound, last - 1) for bound in bounds] + [last - 1, last]
