@@ -257,23 +257,21 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
     if settings is None:
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
-        budget = config.request_budget(
-            getattr(params, "extra_args", None), settings.max_request_budget
-        )
+        asked = config.request_settings(getattr(params, "extra_args", None), settings)
     except config.ConfigError as error:
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None  # HTTP 400
     request = original(self, request_id, prompt, params, *args, **kwargs)
-    request.cache_salt = config.cache_salt(request.cache_salt, settings, budget)
+    request.cache_salt = config.cache_salt(request.cache_salt, settings, asked)
     return request
 
 
 # -- requests: which row of a step belongs to which ---------------------------------------------
 
 
-class RequestBudgets:
-    """The budget that each row of a step asked for; both of vLLM's model runners feed it.
+class RequestSettings:
+    """What the request of each row asked for; both of vLLM's model runners feed it.
 
     The metadata builder is given no request handles. Runner V1 keeps its rows in
     ``input_batch.req_ids``; runner V2 names them by ``CommonAttentionMetadata.req_idx``.
@@ -281,30 +279,30 @@ class RequestBudgets:
 
     def __init__(self) -> None:
         self.runner_v1: Any = None
-        self.by_index: dict[int, float] = {}
+        self.by_index: dict[int, dict[str, float]] = {}
 
-    def of_rows(self, common: Any, count: int, default: float) -> list[float]:
-        """Return the budgets of the first ``count`` rows."""
+    def of_rows(self, common: Any, count: int, server: config.S2OConfig) -> list[config.Spending]:
+        """Return what the first ``count`` rows may spend."""
+        asked: list[dict[str, float]] = []
         if common.req_idx is not None:
-            return [self.by_index.get(int(index), default) for index in common.req_idx[:count]]
-        if self.runner_v1 is None:
-            return [default] * count
-        requests, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
-        budgets = [_budget_of(requests[request_id]) for request_id in ids[:count]]
-        budgets += [None] * (count - len(budgets))  # padding
-        return [default if budget is None else budget for budget in budgets]
+            asked = [self.by_index.get(int(index), {}) for index in common.req_idx[:count]]
+        elif self.runner_v1 is not None:
+            known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
+            asked = [_asked_by(known[request_id]) for request_id in ids[:count]]
+        asked += [{}] * (count - len(asked))  # padding
+        return [server.spending(one) for one in asked]
 
 
-budgets = RequestBudgets()
+requests = RequestSettings()
 
 
-def _budget_of(request: Any) -> float | None:
+def _asked_by(request: Any) -> dict[str, float]:
     params = request.sampling_params
-    return config.request_budget(params.extra_args) if params is not None else None
+    return config.request_settings(params.extra_args) if params is not None else {}
 
 
 def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> Any:
-    budgets.runner_v1 = self
+    requests.runner_v1 = self
     return original(self, scheduler_output)
 
 
@@ -312,11 +310,7 @@ def _add_requests_v2(original: Callable, self: Any, scheduler_output: Any) -> An
     result = original(self, scheduler_output)
     for request in scheduler_output.scheduled_new_reqs:
         index = self.req_states.req_id_to_index[request.req_id]
-        budget = _budget_of(request)
-        if budget is None:
-            budgets.by_index.pop(index, None)
-        else:
-            budgets.by_index[index] = budget
+        requests.by_index[index] = _asked_by(request)
     return result
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 KEY = "s2o"  # the settings' place in vLLM's additional_config
 ENV_PREFIX = "S2O_"
@@ -16,6 +16,13 @@ REQUEST_PREFIX = "s2o_"
 # What ranks the history, and how many queries share a list by default: the paper's mean query
 # in its segments of 512, or every query against a low-rank image of the keys.
 RANKINGS = {"low_rank": 64, "mean_query": 512}
+
+
+class Spending(NamedTuple):
+    """What a request's lists may visit: settings of the same names, its own or the server's."""
+
+    sparsity_budget: float
+    target_error: float
 
 
 class ConfigError(ValueError):
@@ -37,6 +44,8 @@ class S2OConfig:
     Attributes:
         sparsity_budget: largest share of its history that a prefill query may visit, averaged
             over a layer's heads; 1.0 is stock attention.
+        target_error: share of softmax mass that a list may leave out: it ends there, or where the
+            budget does; 0 is off. Needs the low-rank ranking, whose scores are probabilities.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
         ranking: how the history is ranked, one of ``RANKINGS``.
@@ -52,6 +61,7 @@ class S2OConfig:
     """
 
     sparsity_budget: float = 0.1
+    target_error: float = 0.0
     stop_threshold: float = 0.0
     min_context: int = 8192
     ranking: str = "low_rank"
@@ -62,6 +72,7 @@ class S2OConfig:
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
+        check_target("target_error", self.target_error, self.ranking)
         value = self.stop_threshold
         if not _number(value) or not 0 <= value < 1:
             raise _refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
@@ -89,6 +100,10 @@ class S2OConfig:
         """Queries per segment."""
         return self.segment_size or RANKINGS[self.ranking]
 
+    def spending(self, asked: Mapping[str, float]) -> Spending:
+        """Return what a request may spend that asks for some of it."""
+        return Spending(self.sparsity_budget, self.target_error)._replace(**asked)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
         return asdict(self) | {"dense_layers": list(self.dense_layers)}
@@ -111,6 +126,8 @@ class S2OConfig:
 HELP = {
     "sparsity_budget": "Largest share of its history that a prefill query may visit "
     "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
+    "target_error": "Share of softmax mass that a list may leave out: it ends where its scores say "
+    "so, at the latest where the budget does (low_rank only). 0 switches it off. Default: 0.",
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
@@ -139,6 +156,20 @@ def check_budget(key: str, value: Any) -> float:
     """
     if not _number(value) or not math.isfinite(value) or not 0 < value <= 1:
         raise _refusal(key, value, "a number greater than 0 and at most 1")
+    return float(value)
+
+
+def check_target(key: str, value: Any, ranking: str) -> float:
+    """Return a target error as a float.
+
+    Raises:
+        ConfigError: unless it is a number with 0 <= value < 1, and 0 for a ranking whose scores
+            are no probabilities of single queries.
+    """
+    if not _number(value) or not 0 <= value < 1:
+        raise _refusal(key, value, "a number from 0 (off) up to, not including, 1")
+    if value > 0 and ranking == "mean_query":
+        raise _refusal(key, value, "0 with ranking mean_query")
     return float(value)
 
 
@@ -205,40 +236,49 @@ def resolve(
     return result
 
 
-def request_budget(extra_args: Mapping[str, Any] | None, largest: float = 1.0) -> float | None:
-    """Return the budget that a request asks for in its ``vllm_xargs``, or None.
+def request_settings(
+    extra_args: Mapping[str, Any] | None, server: S2OConfig | None = None
+) -> dict[str, float]:
+    """Return the settings that a request asks for in its ``vllm_xargs``: those of `Spending`.
 
     Args:
         extra_args: all that the request asks for beside vLLM's own settings.
-        largest: the server's ``max_request_budget``.
+        server: the server's settings, which bound them. Default: everything is allowed.
 
     Raises:
-        ConfigError: if it is not a number in range, is more than the server allows, or another
-            ``s2o_`` key is given.
+        ConfigError: if one is malformed or more than the server allows, or another ``s2o_`` key
+            is given.
     """
-    budget = None
+    server = server or S2OConfig()
+    asked = {}
     for key, value in (extra_args or {}).items():
         if key == REQUEST_PREFIX + "sparsity_budget":
-            budget = check_budget(key, value)
-            if largest == 0:
+            asked["sparsity_budget"] = check_budget(key, value)
+            if server.max_request_budget == 0:
                 raise _refusal(key, value, "left out: this server allows no budget of a request's")
-            if budget > largest:
-                raise _refusal(key, value, f"at most {largest} on this server")
+            if value > server.max_request_budget:
+                raise _refusal(key, value, f"at most {server.max_request_budget} on this server")
+        elif key == REQUEST_PREFIX + "target_error":
+            asked["target_error"] = check_target(key, value, server.ranking)
         elif key.startswith(REQUEST_PREFIX):
-            raise ConfigError(
-                f"s2o: unknown request setting {key!r}, must be {REQUEST_PREFIX}sparsity_budget"
-            )
-    return budget
+            known = " or ".join(REQUEST_PREFIX + name for name in Spending._fields)
+            raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
+    return asked
 
 
-def cache_salt(salt: str | None, config: S2OConfig, budget: float | None) -> str:
+def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) -> str:
     """Return the prefix-cache salt of a request.
 
     Keys and values above the first layer depend on how sparsely the layers below attended,
     and block hashes cover tokens only: blocks computed under different settings must differ
     in their salt. The user's own salt is kept.
+
+    Args:
+        salt: the user's own.
+        config: the server's settings.
+        asked: the request's, as `request_settings` returns them.
     """
-    settings = config.as_dict() | {"sparsity_budget": budget or config.sparsity_budget}
+    settings = config.as_dict() | dict(asked)
     del settings["max_request_budget"]  # decides what is served, not how
     if settings["sparsity_budget"] == 1:
         mark = "dense"

@@ -18,6 +18,7 @@ class SparseImpl:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
         s2o_limits: what one launch of this layer handles.
         s2o_placed: whether the layer's name is known.
+        s2o_layer: its number in the model, if its name has one.
     """
 
     s2o_reason: str | None = None
@@ -25,6 +26,7 @@ class SparseImpl:
     _s2o_published: Any = None  # where it is read
     s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
+    s2o_layer: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -42,8 +44,8 @@ class SparseImpl:
 
     def place(self, layer_name: str) -> None:
         """Learn which layer this is; vLLM does not say so when it makes the implementation."""
-        self.s2o_placed = True
-        if self.s2o_reason is None and compat.layer_number(layer_name) in self._s2o.dense_layers:
+        self.s2o_placed, self.s2o_layer = True, compat.layer_number(layer_name)
+        if self.s2o_reason is None and self.s2o_layer in self._s2o.dense_layers:
             self.s2o_reason = "dense_layer"
 
     def reserve(self, query: torch.Tensor) -> None:
@@ -60,7 +62,7 @@ class SparseImpl:
             permute_queries=self._s2o.permute_queries,
         )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
-        self._s2o_published = metrics.worker.watch(self._s2o_counters)
+        self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
 
     def warm_up(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> None:
         """Compile every kernel before the server is ready.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import compat, metrics
-from .config import S2OConfig
+from .config import S2OConfig, Spending
 from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
 
@@ -44,7 +44,7 @@ def split_rows(
     starts: list[int],
     seq_lens: list[int],
     prefilling: list[bool],
-    budgets: list[float],
+    spending: list[Spending],
     min_context: int,
 ) -> tuple[list[PrefillRow], list[tuple[int, int]], list[str]]:
     """Split a batch into sparse rows and runs of dense rows.
@@ -53,7 +53,7 @@ def split_rows(
         starts: first query token of each row, and the end of the last one.
         seq_lens: tokens of each row including this chunk.
         prefilling: whether a row is still reading its prompt.
-        budgets: sparsity budget of each row.
+        spending: what each row may visit.
         min_context: a row none of whose segments has that much history is dense.
 
     Returns:
@@ -70,12 +70,12 @@ def split_rows(
         reason = None
         if not prefilling[row] or count == 1:
             reason = ""  # decode
-        elif budgets[row] >= 1:
+        elif spending[row].sparsity_budget >= 1:
             reason = "budget_is_one"
         elif total <= max(min_context, 1):
             reason = "short_history"
         if reason is None:
-            sparse.append(PrefillRow(row, starts[row], count, total - count, budgets[row]))
+            sparse.append(PrefillRow(row, starts[row], count, total - count, *spending[row]))
             continue
         if reason:
             reasons.append(reason)
@@ -133,9 +133,9 @@ class SparseBuilder:
         if seq_lens is None or prefilling is None:
             return None
         prefill = prefilling[:count].tolist()
-        budgets = compat.budgets.of_rows(common, count, settings.sparsity_budget)
+        spending = compat.requests.of_rows(common, count, settings)
         sparse, runs, reasons = split_rows(
-            starts, seq_lens[:count].tolist(), prefill, budgets, settings.min_context
+            starts, seq_lens[:count].tolist(), prefill, spending, settings.min_context
         )
         dense_reason = self.s2o_reason or compat.dense_step_reason(common)
         if dense_reason is not None:

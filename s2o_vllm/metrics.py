@@ -14,15 +14,22 @@ from typing import Any
 
 import torch
 
+from .kernels.plan import DROPPED_UNIT
+
 METRICS = {
     "s2o:history_tokens_visited": "History tokens that prefill queries visited, over all heads.",
     "s2o:history_tokens_eligible": "History tokens that prefill queries could have visited.",
     "s2o:tiles": "Query tiles that ran on the sparse path.",
     "s2o:tiles_stopped_early": "Query tiles that stopped before the end of their list.",
+    "s2o:dropped_mass": "Estimated softmax mass on history that was not visited, summed over the "
+    "rows (queries and heads) that it was estimated for, by layer.",
+    "s2o:dropped_mass_rows": "Rows that the dropped mass was estimated for, by layer.",
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
     "s2o:dense_rows": "Prefill chunks that took the stock path in all layers or some, by reason.",
 }
-DEVICE_METRICS = tuple(METRICS)[:4]  # in the order of kernels.plan's counters
+DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
+LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}
+UNITS = {"s2o:dropped_mass": DROPPED_UNIT}  # of one count; others count by one
 DIRECTORY = "S2O_METRICS_DIR"
 PERIOD = 0.5  # seconds between two readings of the device counters
 
@@ -56,13 +63,17 @@ class WorkerCounters:
     def __init__(self, folder: str | None = None):
         self._folder = folder
         self._file: Any = None
-        self._layers: list[torch.Tensor] = []
+        self._layers: list[tuple[torch.Tensor, str]] = []
         self._host: Counter[tuple[str, str]] = Counter()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def watch(self, counters: torch.Tensor) -> torch.Tensor:
-        """Add a layer's counters (int64, kernels.plan.NUM_COUNTERS of them).
+    def watch(self, counters: torch.Tensor, layer: int | None) -> torch.Tensor:
+        """Add a layer's counters.
+
+        Args:
+            counters: int64, kernels.plan.NUM_COUNTERS of them.
+            layer: its number in the model.
 
         Returns:
             What is published: the counters themselves on the CPU, else pinned memory that the
@@ -71,13 +82,13 @@ class WorkerCounters:
         published = counters
         if counters.device.type == "cuda":
             published = torch.zeros_like(counters, device="cpu", pin_memory=True)
-        self._layers.append(published)
+        self._layers.append((published, "" if layer is None else str(layer)))
         return published
 
-    def add(self, metric: str, amount: int, reason: str = "") -> None:
+    def add(self, metric: str, amount: int, label: str = "") -> None:
         """Count on the host."""
         with self._lock:
-            self._host[metric, reason] += amount
+            self._host[metric, label] += amount
         self.start()
 
     def start(self) -> None:
@@ -102,12 +113,12 @@ class WorkerCounters:
             self.publish()
 
     def totals(self) -> Counter[tuple[str, str]]:
-        """Return all counts by metric and reason ("" where there is none)."""
+        """Return all counts by metric and label ("" where there is none)."""
         with self._lock:
             totals = Counter(self._host)
-        for counters in list(self._layers):
+        for counters, layer in list(self._layers):
             for metric, value in zip(DEVICE_METRICS, counters.tolist(), strict=True):
-                totals[metric, ""] += value
+                totals[metric, layer if metric in LABELS else ""] += value
         return totals
 
     def publish(self) -> None:
@@ -116,10 +127,10 @@ class WorkerCounters:
             return
         from prometheus_client.mmap_dict import mmap_key
 
-        for (metric, reason), value in self.totals().items():
-            names, values = (["reason"], [reason]) if reason else ([], [])
+        for (metric, label), value in self.totals().items():
+            names, values = ([LABELS[metric]], [label]) if label else ([], [])
             key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
-            self._file.write_value(key, float(value), 0.0)
+            self._file.write_value(key, value * UNITS.get(metric, 1.0), 0.0)
 
 
 worker = WorkerCounters()

@@ -19,11 +19,11 @@ def prompt(length, seed):
     return [generator.randrange(3, 512) for _ in range(length)]
 
 
-def complete(server, tokens, budget=None, **options):
+def complete(server, tokens, budget=None, target_error=None, **options):
     """Greedy tokens of a prompt given as token ids."""
-    extra = {"return_token_ids": True}
-    if budget is not None:
-        extra["vllm_xargs"] = {"s2o_sparsity_budget": budget}
+    asked = {"s2o_sparsity_budget": budget, "s2o_target_error": target_error}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    extra = {"return_token_ids": True} | ({"vllm_xargs": asked} if asked else {})
     answer = client(server).completions.create(
         model=server.model, prompt=tokens, temperature=0, max_tokens=8,
         extra_body=extra | options,
@@ -60,6 +60,33 @@ def test_request_budget_turns_density_up_and_down(server):
     low = density(server, lambda: complete(server, prompt(3000, 2), budget=0.02))
     high = density(server, lambda: complete(server, prompt(3000, 2), budget=0.6))
     assert low < 0.3 < high
+
+
+def test_a_target_error_ends_lists_before_the_budget_does(server):
+    lax = density(server, lambda: complete(server, prompt(3000, 2), 0.6, target_error=0.9))
+    strict = density(server, lambda: complete(server, prompt(3000, 2), 0.6, target_error=1e-4))
+    assert lax + 0.1 < strict <= 0.75, "a strict target spends the budget"
+
+
+DROPPED = ("s2o:dropped_mass", "s2o:dropped_mass_rows")
+
+
+def dropped_mass(server, run):
+    """Estimated share of softmax mass that ``run`` leaves out."""
+    before = server.settled(DROPPED)
+    run()
+    mass, rows = (
+        b - a for a, b in zip(before, server.settled(DROPPED, changed_from=before), strict=True)
+    )
+    return mass / rows
+
+
+def test_the_dropped_mass_is_estimated_and_falls_as_the_budget_rises(server):
+    much = dropped_mass(server, lambda: complete(server, prompt(3000, 11), budget=0.05))
+    little = dropped_mass(server, lambda: complete(server, prompt(3000, 11), budget=0.6))
+    assert 0 < little < much - 0.1 < 0.9
+    layers = [key for key in server.metrics() if key.startswith("s2o:dropped_mass_rows_total{")]
+    assert len(layers) == 2, "one series a layer"
 
 
 def test_budget_one_gives_the_tokens_of_stock_vllm(server, stock_server):
@@ -130,6 +157,7 @@ def test_two_requests_at_once_do_not_change_each_other(server):
         ({"s2o_sparsity_budget": "lots"}, "s2o_sparsity_budget is 'lots'"),
         ({"s2o_sparsity_budget": 1.5}, "greater than 0 and at most 1"),
         ({"s2o_sparsity_budget": 0}, "s2o_sparsity_budget is 0"),
+        ({"s2o_target_error": 1}, "s2o_target_error is 1, must be a number from 0"),
         ({"s2o_budget": 0.1}, "unknown request setting 's2o_budget'"),
     ],
 )

@@ -124,30 +124,55 @@ def test_a_layer_that_the_model_lacks_is_refused_with_the_range(layer):
         S2OConfig(dense_layers=(0, layer)).for_layers(4)
 
 
-def test_request_budget():
-    assert config.request_budget(None) is None
-    assert config.request_budget({"other": "x"}) is None
-    assert config.request_budget({"s2o_sparsity_budget": 1}) == 1.0
+def test_request_settings():
+    assert config.request_settings(None) == {}
+    assert config.request_settings({"other": "x"}) == {}
+    asked = config.request_settings({"s2o_sparsity_budget": 1, "s2o_target_error": 0.02})
+    assert asked == {"sparsity_budget": 1.0, "target_error": 0.02}
+    server = S2OConfig(sparsity_budget=0.3, target_error=0.1)
+    assert server.spending({}) == (0.3, 0.1)
+    assert server.spending({"target_error": 0.0}) == (0.3, 0.0)
+    assert server.spending(asked) == (1.0, 0.02)
 
 
 @pytest.mark.parametrize("value", ["0.1", [0.1], 0, 2, math.nan, True, None])
 def test_malformed_request_budget_is_refused(value):
     with pytest.raises(ConfigError, match="s2o_sparsity_budget is "):
-        config.request_budget({"s2o_sparsity_budget": value})
+        config.request_settings({"s2o_sparsity_budget": value})
+
+
+@pytest.mark.parametrize("value", ["0.1", [0.1], -0.1, 1, math.nan, True, None])
+def test_malformed_target_error_is_refused(value):
+    with pytest.raises(ConfigError, match=r"s2o_target_error is .*, must be a number from 0 "):
+        config.request_settings({"s2o_target_error": value})
+    with pytest.raises(ConfigError, match=r"s2o: target_error is .*, must be a number from 0 "):
+        S2OConfig(target_error=value)
+
+
+def test_a_target_error_needs_scores_that_are_probabilities():
+    with pytest.raises(ConfigError, match=r"target_error is 0.1, must be 0 with ranking mean_que"):
+        S2OConfig(target_error=0.1, ranking="mean_query")
+    server = S2OConfig(ranking="mean_query")
+    assert config.request_settings({"s2o_target_error": 0}, server) == {"target_error": 0.0}
+    with pytest.raises(ConfigError, match=r"s2o_target_error is 0.1, must be 0 with ranking"):
+        config.request_settings({"s2o_target_error": 0.1}, server)
 
 
 def test_a_request_may_ask_for_as_much_as_the_server_allows():
+    server = S2OConfig(max_request_budget=0.25)
     for value in (0.05, 0.25):
-        assert config.request_budget({"s2o_sparsity_budget": value}, 0.25) == value
+        asked = config.request_settings({"s2o_sparsity_budget": value}, server)
+        assert asked == {"sparsity_budget": value}
     with pytest.raises(ConfigError, match=r"s2o_sparsity_budget is 0.3, must be at most 0.25 on"):
-        config.request_budget({"s2o_sparsity_budget": 0.3}, 0.25)
+        config.request_settings({"s2o_sparsity_budget": 0.3}, server)
 
 
 @pytest.mark.parametrize("value", [0.05, 1])
 def test_a_server_that_allows_no_budgets_of_requests(value):
-    assert config.request_budget({"other": value}, 0) is None
+    server = S2OConfig(max_request_budget=0)
+    assert config.request_settings({"other": value}, server) == {}
     with pytest.raises(ConfigError, match="must be left out: this server allows no budget"):
-        config.request_budget({"s2o_sparsity_budget": value}, 0)
+        config.request_settings({"s2o_sparsity_budget": value}, server)
 
 
 def test_a_cap_below_the_servers_own_budget_is_refused():
@@ -164,21 +189,23 @@ def test_every_setting_has_a_help_text():
 
 
 def test_unknown_request_setting_is_refused():
-    with pytest.raises(ConfigError, match="unknown request setting 's2o_budget'"):
-        config.request_budget({"s2o_budget": 0.1})
+    with pytest.raises(ConfigError, match="unknown request setting 's2o_budget', must be s2o_sp"):
+        config.request_settings({"s2o_budget": 0.1})
 
 
 def test_cache_salts_differ_exactly_where_the_kv_cache_does():
     server = S2OConfig(sparsity_budget=0.1)
-    default = config.cache_salt(None, server, None)
-    assert config.cache_salt(None, server, 0.1) == default
-    assert config.cache_salt(None, server, 0.2) != default
-    assert config.cache_salt("tenant", server, None) != default
+    default = config.cache_salt(None, server, {})
+    assert config.cache_salt(None, server, {"sparsity_budget": 0.1}) == default
+    assert config.cache_salt(None, server, {"sparsity_budget": 0.2}) != default
+    assert config.cache_salt("tenant", server, {}) != default
     other = S2OConfig(sparsity_budget=0.1, min_context=1)
-    assert config.cache_salt(None, other, None) != default
+    assert config.cache_salt(None, other, {}) != default
     capped = S2OConfig(sparsity_budget=0.1, max_request_budget=0.5)
-    assert config.cache_salt(None, capped, None) == default
+    assert config.cache_salt(None, capped, {}) == default
     some_dense = S2OConfig(sparsity_budget=0.1, dense_layers=(0,))
-    assert config.cache_salt(None, some_dense, None) != default
+    assert config.cache_salt(None, some_dense, {}) != default
+    assert config.cache_salt(None, server, {"target_error": 0.1}) != default
+    one = {"sparsity_budget": 1.0}
     # Dense is dense, whatever the other settings.
-    assert config.cache_salt(None, server, 1.0) == config.cache_salt(None, other, 1.0)
+    assert config.cache_salt(None, server, one) == config.cache_salt(None, other, one)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from s2o_vllm import compat, metrics
-from s2o_vllm.config import S2OConfig
+from s2o_vllm.config import S2OConfig, Spending
 from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.plan import Limits
 from s2o_vllm.metadata import SparseBuilder, split_rows
@@ -17,7 +17,8 @@ def split(rows, min_context=100):
     for queries, *_ in rows:
         starts.append(starts[-1] + queries)
     totals, prefilling, budgets = ([row[i] for row in rows] for i in (1, 2, 3))
-    return split_rows(starts, totals, prefilling, budgets, min_context)
+    spending = [Spending(budget, 0.02) for budget in budgets]
+    return split_rows(starts, totals, prefilling, spending, min_context)
 
 
 def test_decode_dense_and_sparse_rows_are_told_apart():
@@ -37,6 +38,7 @@ def test_decode_dense_and_sparse_rows_are_told_apart():
         (3, 6, 4936, 0.1),
         (6, 198, 4936, 0.2),
     ]
+    assert {row.target_error for row in sparse} == {0.02}
     assert runs == [(0, 3), (4, 6)]
     assert reasons == ["short_history", "budget_is_one"]
 
@@ -218,9 +220,9 @@ def test_attention_that_is_not_causal_is_left_alone(causal):
     assert Builder().build(0, common_metadata([130], [1130], [True], causal=causal)).s2o is None
 
 
-def test_runner_v2_budgets_follow_the_request_index(monkeypatch):
-    budgets = compat.RequestBudgets()
-    monkeypatch.setattr(compat, "budgets", budgets)
+def test_runner_v2_settings_follow_the_request_index(monkeypatch):
+    requests = compat.RequestSettings()
+    monkeypatch.setattr(compat, "requests", requests)
 
     def request(request_id, extra):
         return SimpleNamespace(req_id=request_id, sampling_params=SimpleNamespace(extra_args=extra))
@@ -231,22 +233,25 @@ def test_runner_v2_budgets_follow_the_request_index(monkeypatch):
     )
     compat._add_requests_v2(lambda *_: None, runner, step)
     common = SimpleNamespace(req_idx=np.array([7, 4, 9]))
-    assert budgets.of_rows(common, 3, 0.1) == [0.1, 0.25, 0.1]
+    server = S2OConfig(sparsity_budget=0.1, target_error=0.02)
+    own = (0.1, 0.02)
+    assert requests.of_rows(common, 3, server) == [own, (0.25, 0.02), own]
     # The slot is reused by a request that asks for nothing.
     compat._add_requests_v2(
         lambda *_: None, runner, SimpleNamespace(scheduled_new_reqs=[request("c", {})])
     )
-    assert budgets.of_rows(common, 3, 0.1) == [0.1, 0.1, 0.1]
+    assert requests.of_rows(common, 3, server) == [own] * 3
 
 
-def test_runner_v1_budgets_follow_the_batch(monkeypatch):
-    budgets = compat.RequestBudgets()
-    params = SimpleNamespace(extra_args={"s2o_sparsity_budget": 0.5})
-    budgets.runner_v1 = SimpleNamespace(
+def test_runner_v1_settings_follow_the_batch():
+    requests = compat.RequestSettings()
+    params = SimpleNamespace(extra_args={"s2o_sparsity_budget": 0.5, "s2o_target_error": 0.1})
+    requests.runner_v1 = SimpleNamespace(
         requests={
             "a": SimpleNamespace(sampling_params=None),
             "b": SimpleNamespace(sampling_params=params),
         },
         input_batch=SimpleNamespace(req_ids=["b", "a"]),
     )
-    assert budgets.of_rows(SimpleNamespace(req_idx=None), 3, 0.1) == [0.5, 0.1, 0.1]
+    rows = requests.of_rows(SimpleNamespace(req_idx=None), 3, S2OConfig(sparsity_budget=0.1))
+    assert rows == [(0.5, 0.1), (0.1, 0.0), (0.1, 0.0)]
