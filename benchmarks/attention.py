@@ -3,16 +3,17 @@
 One layer, one prompt, causal, bf16. The baselines run in the same process on the same inputs:
 FlashAttention 3 over pages (what vLLM serves with), over contiguous keys and values, FlashAttention
 2 (the paper's baseline) and cuDNN. No time is reported unless the correctness check of the same run
-has passed. Beside the times stands what they are worth: the rate of the visited tokens' arithmetic,
-and the card's own, measured in the same run.
+has passed. Beside the times stands what they are worth: arithmetic and bytes of the visited tokens,
+over what the card itself does, measured in the same run.
 """
 
 import argparse
 import functools
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,12 +29,104 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
 )
 
+from . import attention_plot
 from .dense import SHAPES, Prompt, baselines, ceilings, make_prompt, milliseconds
+from .quality.samples import EvalError
+from .quality.tables import read_result
 from .report import header, save
 
 NEVER = 1e-30  # an early-stop threshold that no tile falls below: its cost alone
 GATE_CONTEXT = 2048
 GATE_FACTOR = 2.0  # promise 3: error at most twice that of PyTorch in the same dtype
+ELEMENT_BYTES = 2  # of bf16
+
+
+class Visits(NamedTuple):
+    """What one run of the operator visits.
+
+    Attributes:
+        density: share of the history.
+        operations: floating-point operations, see :func:`attend_operations`.
+        gathered: bytes, see :func:`attend_bytes`.
+    """
+
+    density: float
+    operations: float
+    gathered: float
+
+
+def lengths(tokens: int, segment: int) -> list[int]:
+    """Return the queries of each segment of a prompt; the last may be shorter."""
+    return [min(segment, tokens - start) for start in range(0, tokens, segment)]
+
+
+def attend_operations(shape: Shape, tokens: int, visited: float) -> float:
+    """Return the floating-point operations of the two products over what is visited.
+
+    Args:
+        shape: sizes of the operator.
+        tokens: of the prompt.
+        visited: history tokens, summed over queries and heads.
+
+    Returns:
+        4 * head_dim for each of them and, causal, for each of the segments' own.
+    """
+    own = shape.heads * sum(n * (n + 1) / 2 for n in lengths(tokens, shape.segment))
+    return 4 * shape.head_dim * (visited + own)
+
+
+def attend_bytes(shape: Shape, block_m: int, tokens: int, visited: float) -> float:
+    """Return the bytes of keys and values that the attend kernel gathers.
+
+    A tile's rows share what it loads: key and value of a token that it visits, once. What several
+    tiles visit counts for each, though the L2 cache may hold it. Queries, output, lists and the
+    estimate of the dropped mass are not counted.
+
+    Args:
+        shape: sizes of the operator.
+        block_m: rows (queries x heads of a group) that a tile has room for.
+        tokens: of the prompt, a multiple of the segment or else the last one counts as whole.
+        visited: history tokens, summed over queries and heads.
+    """
+    group = shape.heads // shape.kv_heads
+    queries = block_m // group
+    segment = min(shape.segment, tokens)
+    rows = segment * group / -(-segment // queries)  # of a tile in the mean: the last has fewer
+    own = sum(
+        min(start + queries, n)  # from the segment's first token to the tile's last
+        for n in lengths(tokens, shape.segment)
+        for start in range(0, n, queries)
+    )
+    return 2 * shape.head_dim * ELEMENT_BYTES * (visited / rows + shape.kv_heads * own)
+
+
+def against_ceilings(
+    operations: float, gathered: float, attend_ms: float, card: Mapping[str, float]
+) -> dict[str, float]:
+    """Return what operations and bytes would take at the card's ceilings, and how near the time is.
+
+    Args:
+        operations: floating-point operations.
+        gathered: bytes.
+        attend_ms: measured milliseconds.
+        card: ``matmul_tflops`` and ``copy_gb_s``, see :func:`ceilings`.
+
+    Returns:
+        ``attend_tflops``, the rate of the operations; ``attend_operations`` and ``attend_bytes``;
+        ``arithmetic_ms`` and ``bytes_ms``, the time of either alone; ``attend_of_ceiling``, the
+        larger of the two over ``attend_ms``. More than 1 is possible: what tiles share is gathered
+        from L2 faster than a copy from memory.
+    """
+    arithmetic_ms = operations / card["matmul_tflops"] / 1e9
+    bytes_ms = gathered / card["copy_gb_s"] / 1e6
+    return {
+        "attend_tflops": operations / attend_ms / 1e9,
+        "attend_operations": operations,
+        "attend_bytes": gathered,
+        "arithmetic_ms": arithmetic_ms,
+        "bytes_ms": bytes_ms,
+        "attend_of_ceiling": max(arithmetic_ms, bytes_ms) / attend_ms,
+    }
 
 
 class Sparse:
@@ -78,20 +171,17 @@ class Sparse:
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 
-    def visits(self) -> tuple[float, float]:
-        """Run once.
-
-        Returns:
-            The share of the history that was visited, and the floating-point operations of the
-            two products over it and over the segments' own tokens.
-        """
+    def visits(self) -> Visits:
+        """Run once; return what was visited."""
         self.counters.zero_()
         self.run()
         visited = float(self.counters[VISITED])
-        tokens, heads, head_dim = self.prompt.query.shape
-        own = heads * tokens * (self.operator.shape.segment + 1) / 2
-        density = visited / float(self.counters[ELIGIBLE])
-        return density, 4 * head_dim * (visited + own)
+        shape, tokens = self.operator.shape, self.prompt.query.shape[0]
+        return Visits(
+            visited / float(self.counters[ELIGIBLE]),
+            attend_operations(shape, tokens, visited),
+            attend_bytes(shape, self.operator.tile.block_m, tokens, visited),
+        )
 
 
 def check(shape: tuple[int, int, int], ranking: str) -> dict[str, float]:
@@ -133,8 +223,8 @@ def check(shape: tuple[int, int, int], ranking: str) -> dict[str, float]:
     return {"error": error, "torch_error": torch_error}
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one row per shape, context and budget."""
+def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """Yield one row per shape, context, ranking and budget; ``card``: see :func:`ceilings`."""
     for name, context in itertools.product(args.shapes, args.contexts):
         prompt = make_prompt(SHAPES[name], context)
         dense = {f"{kind}_ms": milliseconds(run) for kind, run in baselines(prompt).items()}
@@ -145,7 +235,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             dense["dense_mode_ms"] = milliseconds(dense_mode.run)
             for budget in args.budgets:
                 sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
-                density, operations = sparse.visits()
+                density, operations, gathered = sparse.visits()
                 attend_ms = milliseconds(sparse.attend)
                 stopping_ms = milliseconds(functools.partial(sparse.attend, NEVER))
                 yield {
@@ -157,13 +247,52 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "density": density,
                     "rank_ms": milliseconds(sparse.rank),
                     "attend_ms": attend_ms,
-                    "attend_tflops": operations / attend_ms / 1e9,
+                    **against_ceilings(operations, gathered, attend_ms, card),
                     "total_ms": milliseconds(sparse.run),
                     **dense,
                     "early_stop_overhead": stopping_ms / attend_ms - 1,
                     "relative_mse": None,
                     **gate,
                 }
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """Return a row as one printed line."""
+    total = row["total_ms"]
+    return (
+        f"{row['shape']} {row['context']:>7} {row['ranking']:>10} budget {row['budget']:<5} "
+        f"rank {row['rank_ms']:7.2f} attend {row['attend_ms']:7.2f} "
+        f"({row['attend_tflops']:.0f} TFLOP/s, {row['attend_of_ceiling']:.0%} of the ceiling) "
+        f"total {total:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
+        f"({row['fa3_paged_ms'] / total:.1f}x), FA2 {row['fa2_ms']:7.2f} "
+        f"({row['fa2_ms'] / total:.1f}x)"
+    )
+
+
+def draw(result: Mapping[str, Any], path: Path) -> bool:
+    """Draw a result file's content and print where; return whether matplotlib is there for it."""
+    try:
+        attention_plot.draw(result, path)
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 's2o-vllm[bench]')")
+        return False
+    print(f"picture: {path}")
+    return True
+
+
+def redraw(results: Path, picture: Path) -> int:
+    """Draw what an earlier run measured; return the exit code."""
+    try:
+        result = read_result(results)
+        problem = f"there is no result file {results} to draw" if result is None else ""
+        if result is not None and not result["rows"]:
+            problem = f"{results} has no rows to draw"
+    except EvalError as error:
+        result, problem = None, str(error)
+    if result is None or problem:
+        print(f"s2o bench attention: {problem}.", file=sys.stderr)
+        return 2
+    return 0 if draw(result, picture) else 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,22 +306,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--segment", type=int, default=0, metavar="QUERIES", help="default: the ranking's own")
     add("--min-context", type=int, default=0, metavar="TOKENS")
     add("--out", type=Path, default=Path("benchmarks/results/attention.json"), metavar="FILE")
+    add("--plot", type=Path, default=Path("benchmarks/plots/attention.png"), metavar="FILE")
+    add("--plot-only", action="store_true", help="measure nothing: draw what --out holds")
     args = parser.parse_args(argv)
+    if args.plot_only:
+        return redraw(args.out, args.plot)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times of the interpreter say nothing")
-    head = {**header(), **ceilings()}
+    card = ceilings()
+    head = {**header(), **card}
     print(f"{head['device']}: {head['matmul_tflops']:.0f} TFLOP/s, {head['copy_gb_s']:.0f} GB/s")
     rows = []
-    for row in measure(args):
+    for row in measure(args, card):
         rows.append(row)
         save(args.out, head, rows)
-        print(
-            f"{row['shape']} {row['context']:>7} {row['ranking']:>10} budget {row['budget']:<5} "
-            f"rank {row['rank_ms']:7.2f} attend {row['attend_ms']:7.2f} "
-            f"({row['attend_tflops']:.0f} TFLOP/s) "
-            f"total {row['total_ms']:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
-            f"({row['fa3_paged_ms'] / row['total_ms']:.1f}x), FA2 {row['fa2_ms']:7.2f} "
-            f"({row['fa2_ms'] / row['total_ms']:.1f}x)"
-        )
+        print(summary(row))
     print(f"{args.out}: {len(rows)} rows")
+    draw({**head, "rows": rows}, args.plot)
     return 0

@@ -1,0 +1,146 @@
+import json
+import sys
+
+import pytest
+
+from s2o_vllm.benchmarks import attention, attention_plot
+from s2o_vllm.kernels.operator import Shape
+
+DENSE = {"fa3_paged_ms": 9.0, "fa2_ms": 20.0}
+
+
+def shape(heads, kv_heads, head_dim, segment):
+    return Shape(heads, kv_heads, head_dim, 1024, 1024, segment)
+
+
+def row(context=8192, ranking="low_rank", budget=0.1, **more):
+    return {
+        "shape": "llama-3.1-8b", "context": context, "ranking": ranking, "budget": budget,
+        "rank_ms": 1.0, "attend_ms": 2.0, "total_ms": 3.0, **DENSE,
+    } | more  # fmt: skip
+
+
+def result(*rows):
+    head = {"device": "1x Some Card", "vllm": "0.32.0", "commit": "abc1234", "date": "2026-01-02"}
+    return {**head, "rows": list(rows)}
+
+
+def test_operations_are_those_of_the_history_and_of_the_own_tokens():
+    # Segments of 4, 4 and 2 queries see 1+2+3+4, 1+2+3+4 and 1+2 of their own tokens: 23 of each
+    # of 4 heads. 400 + 92 tokens, 2 products, 2 operations for each of 64 numbers.
+    assert attention.attend_operations(shape(4, 2, 64, 4), 10, 400) == 492 * 256 == 125952
+
+
+def test_a_tile_gathers_for_all_of_its_rows_at_once():
+    # 2 heads a group, so 5 rows hold 2 queries: 2 tiles of 4 rows a segment. 400 / 4 = 100 tokens
+    # of history. Own: tiles end at 2 and 4, 2 and 4, 2, for each of 2 KV heads: 28. Key and value
+    # of 64 numbers of 2 bytes: 256.
+    assert attention.attend_bytes(shape(4, 2, 64, 4), 5, 10, 400) == 128 * 256 == 32768
+
+
+def test_the_last_tile_of_a_segment_serves_fewer_rows():
+    # 6 heads a group, so 128 rows hold 21 queries: 64 take tiles of 21, 21, 21 and 1, which are
+    # 96 rows in the mean of 384. 960 / 96 = 10 tokens of history. Own: 21 + 42 + 63 + 64 = 190
+    # for each of 2 KV heads.
+    assert attention.attend_bytes(shape(12, 2, 128, 64), 128, 64, 960) == (10 + 380) * 512
+
+
+def test_a_prompt_shorter_than_a_segment_has_its_own_tiles():
+    # 3 queries in tiles of 2: ends 2 and 3, for 2 KV heads.
+    assert attention.attend_bytes(shape(4, 2, 64, 512), 4, 3, 0) == 10 * 256
+
+
+@pytest.mark.parametrize(
+    ("gathered", "bytes_ms", "share"),
+    [(8e9, 4, 0.8), (2e9, 1, 0.4), (12e9, 6, 1.2)],
+    ids=["bytes", "arithmetic", "L2"],
+)
+def test_the_share_of_the_ceiling_is_that_of_what_takes_longer(gathered, bytes_ms, share):
+    # 1e12 operations at 500e12 a second: 2 ms; bytes at 2000e9 a second.
+    card = {"matmul_tflops": 500.0, "copy_gb_s": 2000.0}
+    found = attention.against_ceilings(1e12, gathered, 5.0, card)
+    assert found == pytest.approx(
+        {
+            "attend_tflops": 200, "attend_operations": 1e12, "attend_bytes": gathered,
+            "arithmetic_ms": 2, "bytes_ms": bytes_ms, "attend_of_ceiling": share,
+        }
+    )  # fmt: skip
+
+
+def test_the_printed_line_tells_the_share():
+    line = attention.summary(row(attend_tflops=212.3, attend_of_ceiling=0.456))
+    assert "attend    2.00 (212 TFLOP/s, 46% of the ceiling) total    3.00 ms" in line
+    assert "FA3 paged    9.00 (3.0x), FA2   20.00 (6.7x)" in line
+
+
+def test_lines_of_an_old_file():
+    rows = [row(context, budget=budget) for context in (32768, 8192) for budget in (0.1, 0.05)]
+    rows.append(row(8192, "mean_query", total_ms=2.5, rank_ms=None))
+    lines = attention_plot.lines(rows)
+    assert [line.label for line in lines] == [
+        "FA3, paged (vLLM's own)", "FA2", "low_rank, ranking alone", "low_rank, budget 0.05",
+        "low_rank, budget 0.1", "mean_query, budget 0.1",
+    ]  # fmt: skip
+    assert [line.points for line in lines[2:4]] == [
+        [(8192, 1.0), (32768, 1.0)],
+        [(8192, 3.0), (32768, 3.0)],
+    ]
+    assert lines[-1].points == [(8192, 2.5)]
+
+
+def test_the_picture_has_a_panel_a_shape_and_says_where_from():
+    pytest.importorskip("matplotlib")
+    more = {"fa3_ms": 8.0, "cudnn_ms": 7.0, "attend_of_ceiling": 0.5}
+    drawn = attention_plot.figure(result(row(**more), row(shape="qwen2.5-1.5b")))
+    first, second = (
+        {line.get_label(): list(line.get_ydata()) for line in axis.lines} for axis in drawn.axes
+    )
+    assert [axis.get_title() for axis in drawn.axes] == ["llama-3.1-8b", "qwen2.5-1.5b"]
+    assert {axis.get_xscale() + axis.get_yscale() for axis in drawn.axes} == {"loglog"}
+    both = {
+        "FA3, paged (vLLM's own)": [9], "FA2": [20],
+        "low_rank, ranking alone": [1], "low_rank, budget 0.1": [3],
+    }  # fmt: skip
+    assert first == {**both, "FA3, contiguous": [8], "cuDNN": [7]}
+    assert second == both
+    assert {text.get_text() for text in drawn.legends[0].get_texts()} == set(first)
+    assert drawn.get_suptitle() == "1x Some Card; vLLM 0.32.0; commit abc1234; 2026-01-02"
+
+
+def plot_only(tmp_path, content=None):
+    results, picture = tmp_path / "attention.json", tmp_path / "plots" / "attention.png"
+    if content is not None:
+        results.write_text(content if isinstance(content, str) else json.dumps(content))
+    code = attention.main(["--plot-only", "--out", str(results), "--plot", str(picture)])
+    return code, picture
+
+
+def test_redraws_without_a_card(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    code, picture = plot_only(tmp_path, result(row(), row(32768)))
+    assert (code, capsys.readouterr().out) == (0, f"picture: {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "there is no result file {} to draw."),
+        ("no json", "{} is not a result file."),
+        (result(), "{} has no rows to draw."),
+    ],
+)
+def test_nothing_to_redraw_is_one_sentence(tmp_path, capsys, content, told):
+    code, picture = plot_only(tmp_path, content)
+    assert code == 2
+    told = told.format(tmp_path / "attention.json")
+    assert capsys.readouterr().err == f"s2o bench attention: {told}\n"
+    assert not picture.exists()
+
+
+def test_without_matplotlib_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, picture = plot_only(tmp_path, result(row()))
+    assert code == 2
+    assert "no picture: matplotlib is not installed" in capsys.readouterr().out
+    assert not picture.exists()
