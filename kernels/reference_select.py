@@ -9,6 +9,7 @@ from .plan import (
     DENSE_START,
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
+    HEADS_SHARED,
     LIST_LENGTH,
     LIST_SPREAD,
     MEAN_OF_MAX,
@@ -50,7 +51,8 @@ def select(
             continue
         table_row = block_table[item[ROW]]
         of_item = scores[number, :, :n].float()
-        lengths = list_lengths(of_item, item[LIST_LENGTH], work.target_error)
+        pairs = of_item.split(HEADS_SHARED)
+        lengths = torch.cat([list_lengths(p, item[LIST_LENGTH], work.target_error) for p in pairs])
         lists.lengths[number] = lengths
         for head, count in enumerate(lengths.tolist()):
             positions = select_positions(of_item[head], count, tiers)
@@ -70,11 +72,11 @@ def sample_positions(history: int, device: torch.device) -> torch.Tensor:
 
 
 def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) -> torch.Tensor:
-    """Share a segment's budget among the lists of its heads (ours).
+    """Share a segment's budget among the lists of some of its heads (ours).
 
     Half of it is dealt equally. The rest goes to what lies above one level of probability, the
     lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
-    a target error a list ends once what lies in the buckets beyond holds no more mass than that.
+    a target error a list ends where what lies beyond is estimated to hold no more mass than that.
 
     Args:
         scores: float32 ``[heads, n]``, log2-probabilities.
@@ -104,10 +106,15 @@ def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) ->
     lengths = lengths + extra * left // max(int(extra.sum()), 1)
 
     if target_error > 0:
-        mass = totals * torch.exp2(edges + 0.5 * width) * MEAN_OF_MAX
+        mass = totals * torch.exp2(edges + 0.5 * width)
+        mass *= (1 / mass.sum(1, keepdim=True).clamp(min=1e-30)).clamp(min=MEAN_OF_MAX)
         beyond = mass.sum(1, keepdim=True) - mass.cumsum(1)
-        needed = (beyond > target_error).sum(1, keepdim=True)
-        lengths = lengths.minimum(totals.cumsum(1).gather(1, needed.clamp(max=BUCKETS - 1))[:, 0])
+        needed = (beyond > target_error).sum(1, keepdim=True).clamp(max=BUCKETS - 1)
+        last, tokens = mass.gather(1, needed), totals.gather(1, needed)
+        excess = beyond.gather(1, needed) + last - target_error
+        part = ((excess / last.clamp(min=1e-30)).clamp(0, 1) * tokens).ceil().long()
+        before = totals.cumsum(1).gather(1, needed) - tokens
+        lengths = lengths.minimum((before + part)[:, 0])
     return lengths
 
 

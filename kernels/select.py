@@ -1,11 +1,11 @@
 """Select: from scores to a list of physical slots, without a sort.
 
-Four launches: a histogram of every chunk of a list; one program a segment that shares the budget
-among its heads; one a list that finds tier bounds and write positions; and the emission. Whole
-buckets are taken from the best on; importance orders the tiers, address orders a tier, so
-the gather that follows reads memory in runs. Ours; the paper sorts.
+Four launches: a histogram of every chunk of a list; one program a segment and pair of heads that
+shares the budget among them; one a list that finds tier bounds and write positions; and the
+emission. Whole buckets are taken from the best on; importance orders the tiers, address orders a
+tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
-Half of the budget is dealt equally, half by one level of probability for all heads of a segment. A
+Half of the budget is dealt equally, half by one level of probability for both heads of a pair. A
 list ends earlier where the scores say that what it leaves out holds less softmax mass than the
 request's target error.
 """
@@ -20,6 +20,7 @@ from .plan import (
     COLUMNS,
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
+    HEADS_SHARED,
     LIST_SPREAD,
     MEAN_OF_MAX,
     NOT_LISTED,
@@ -75,23 +76,24 @@ def _histogram_kernel(
 @triton.jit
 def _length_kernel(
     p_items, p_bounds, p_histograms, p_lengths, target_error, heads, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, HEADS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     LIST_SPREAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr, ROWS: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Share the budget of a segment among its heads' lists."""
-    i_item = tl.program_id(0).to(tl.int64)
+    """Share the budget of a segment among the lists of SHARED heads."""
+    i_item = tl.program_id(1).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
-    o_h = tl.arange(0, HEADS_PAD)
+    o_h = tl.program_id(0) * SHARED + tl.arange(0, SHARED)
     m_h = o_h < heads
+    sharing = tl.sum(m_h.to(tl.int32))
     i_list = i_item * heads + o_h
     if count == 0:
-        tl.store(p_lengths + i_list, tl.zeros([HEADS_PAD], tl.int32), m_h)
+        tl.store(p_lengths + i_list, tl.zeros([SHARED], tl.int32), m_h)
         return
     chunks = tl.cdiv(n, CHUNK)
     o_b = tl.arange(0, BUCKETS)
-    total = tl.zeros([HEADS_PAD, BUCKETS], tl.int32)
+    total = tl.zeros([SHARED, BUCKETS], tl.int32)
     for first in range(0, chunks, ROWS):
         o_chunk = first + tl.arange(0, ROWS)
         o_histogram = (i_list[None, :] * max_chunks + o_chunk[:, None])[:, :, None] * BUCKETS
@@ -114,22 +116,30 @@ def _length_kernel(
     for _ in range(40):
         level = 0.5 * (above + below)
         taken = tl.sum(tl.where(edge >= level, total, 0), 1)
-        fits = tl.sum(tl.minimum(tl.maximum(taken, least), most)) <= heads * count
+        fits = tl.sum(tl.minimum(tl.maximum(taken, least), most)) <= sharing * count
         above = tl.where(fits, level, above)
         below = tl.where(fits, below, level)
     taken = tl.sum(tl.where(edge >= above, total, 0), 1)
     lengths = tl.minimum(tl.maximum(taken, least), most)
     taken = tl.sum(tl.where(edge >= below, total, 0), 1)
     extra = tl.minimum(tl.maximum(taken, least), most) - lengths
-    left = (heads * count - tl.sum(lengths)).to(tl.int64)
+    left = (sharing * count - tl.sum(lengths)).to(tl.int64)
     lengths += (extra * left // tl.maximum(tl.sum(extra), 1)).to(tl.int32)
 
     if target_error > 0:
-        mass = total * tl.exp2(edge + 0.5 * width) * MEAN_OF_MAX
+        mass = total * tl.exp2(edge + 0.5 * width)
+        whole = tl.sum(mass, 1)
+        mass *= tl.maximum(MEAN_OF_MAX, 1.0 / tl.maximum(whole, 1e-30))[:, None]
         beyond = tl.sum(mass, 1)[:, None] - tl.cumsum(mass, 1)
-        needed = tl.sum((beyond > target_error).to(tl.int32), 1)  # the last bucket that is needed
-        whole = tl.sum(tl.where(o_b[None, :] <= needed[:, None], total, 0), 1)
-        lengths = tl.minimum(lengths, whole)
+        # Buckets before the last that is needed count whole, of that one as much as is needed.
+        needed = tl.sum((beyond > target_error).to(tl.int32), 1)[:, None]
+        last = o_b[None, :] == needed
+        excess = tl.sum(tl.where(last, beyond + mass, 0.0), 1) - target_error
+        tokens = tl.sum(tl.where(last, total, 0), 1)
+        part = excess / tl.maximum(tl.sum(tl.where(last, mass, 0.0), 1), 1e-30)
+        part = tl.ceil(tl.minimum(tl.maximum(part, 0.0), 1.0) * tokens).to(tl.int32)
+        before = tl.sum(tl.where(o_b[None, :] < needed, total, 0), 1)
+        lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
 
@@ -313,11 +323,10 @@ def select(
         space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
         BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=4, **shape,
     )  # fmt: skip
-    _length_kernel[(work.num_items,)](
+    _length_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
-        space.chunks, BUCKETS=BUCKETS, HEADS_PAD=triton.next_power_of_2(heads),
-        CHUNKS_PAD=chunks_pad, LIST_SPREAD=LIST_SPREAD, MEAN_OF_MAX=MEAN_OF_MAX, ROWS=4,
-        num_warps=8, **shape,
+        space.chunks, BUCKETS=BUCKETS, SHARED=HEADS_SHARED, CHUNKS_PAD=chunks_pad,
+        LIST_SPREAD=LIST_SPREAD, MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=4, **shape,
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
         work.items, space.histograms, lengths, space.tier_bounds, space.places, space.chunks,

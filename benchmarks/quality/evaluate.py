@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..report import commit, local_device
 from .attention import Segment
-from .capture import CaptureError, CaptureSpec, capture, check, load
+from .capture import DTYPES, CaptureError, CaptureSpec, capture, check, load
 from .measure import STOP_STEP, Errors, early_stop, measure
 from .methods import DEFAULTS, parse, settings
 from .ranking import Method
@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--taus", type=numbers, default=(), help="also stop early at these thresholds")
     add("--stop-step", type=int, default=STOP_STEP, help="tokens between two early-stop tests")
     add("--yarn", type=float, default=1.0, help="factor of the YaRN position scaling")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the model and of what is captured")
     add("--device", default="cpu", help="where the model and the methods run")
     add("--cache", type=Path, default=Path(".cache/quality"), help="folder for captures")
     add("--out", type=Path, default=Path("benchmarks/results/quality.json"), help="result file")
@@ -73,7 +74,10 @@ def read_arguments(arguments: argparse.Namespace) -> tuple[CaptureSpec, list[Met
                 f"{arguments.context} has no history."
             )
     methods = [parse(spec) for spec in arguments.methods]
-    spec = CaptureSpec(arguments.model, arguments.text, arguments.context, layers, arguments.yarn)
+    spec = CaptureSpec(
+        arguments.model, arguments.text, arguments.context, layers, arguments.yarn,
+        dtype=arguments.dtype,
+    )  # fmt: skip
     check(spec)
     return spec, methods
 
@@ -123,6 +127,8 @@ def segments(arguments: argparse.Namespace, spec: CaptureSpec) -> Iterator[tuple
             "position": position,
             "segment": arguments.segment,
         }
+        if spec.dtype != "bf16":
+            place["dtype"] = spec.dtype
         yield place, Segment(data, segment_start(arguments, position), arguments.segment)
 
 

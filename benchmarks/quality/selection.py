@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from s2o_vllm.kernels.plan import HEADS_SHARED
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
@@ -111,15 +112,30 @@ def counts_half(ordered: Tensor, wanted: int) -> Tensor:
 
 
 def counts_heads(ordered: Tensor, wanted: int, heads: int) -> Tensor:
-    """Share the budget of a tile among the lists of its heads, as the kernels do (ours).
+    """Share the budget of a tile among the lists of pairs of heads, as the kernels do (ours).
 
     Args:
         ordered: log2-probabilities, best first [U, C], head by head.
         wanted: candidates per unit on average.
         heads: lists of a tile.
     """
-    tiles = ordered.unflatten(0, (heads, -1)).transpose(0, 1)
-    return torch.stack([list_lengths(tile, wanted) for tile in tiles], 1).flatten()
+    return lengths_by_pairs(ordered, heads, lambda pair: list_lengths(pair, wanted))
+
+
+def lengths_by_pairs(scores: Tensor, heads: int, lengths: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply ``lengths`` to the scores of the heads that share a tile's budget.
+
+    Args:
+        scores: [U, C], head by head.
+        heads: lists of a tile.
+        lengths: maps scores [n, C] to list lengths [n].
+
+    Returns:
+        [U].
+    """
+    tiles = scores.unflatten(0, (heads, -1)).transpose(0, 1)
+    counts = [torch.cat([lengths(pair) for pair in tile.split(HEADS_SHARED)]) for tile in tiles]
+    return torch.stack(counts, 1).flatten()
 
 
 def counts_mass(ordered: Tensor, wanted: int) -> Tensor:

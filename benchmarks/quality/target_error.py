@@ -19,7 +19,7 @@ from .evaluate import build_parser, judge_all, run
 from .measure import measure
 from .ranking import Method
 from .results import Row
-from .selection import Selection
+from .selection import Selection, lengths_by_pairs
 
 
 @torch.inference_mode()
@@ -27,11 +27,10 @@ def judge(segment: Segment, method: Method, targets: Sequence[float]) -> list[Ro
     """Measure what every target gives, with the whole history as the budget."""
     ranking = method.ranking(segment)
     order = ranking.scores.argsort(dim=1, descending=True, stable=True)
-    tiles = ranking.scores.unflatten(0, (segment.kv_heads, -1)).transpose(0, 1)
     rows: list[Row] = []
     for target in targets:
-        lengths = [list_lengths(tile, segment.history, target) for tile in tiles]
-        counts = torch.stack(lengths, 1).flatten().tolist()
+        lengths = partial(list_lengths, count=segment.history, target_error=target)
+        counts = lengths_by_pairs(ranking.scores, segment.kv_heads, lengths).tolist()
         tokens = [of_unit[:count] for of_unit, count in zip(order, counts, strict=True)]
         errors = measure(segment, Selection(ranking.rows, tokens))
         rows.append(

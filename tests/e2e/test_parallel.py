@@ -47,7 +47,8 @@ def unbound_threads():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    write_model(folder)
+    # Two pairs of KV heads that share budgets: a rank has one.
+    write_model(folder, num_key_value_heads=4)
     return write_weights(folder)
 
 
