@@ -137,15 +137,19 @@ def judge_all(
     judge: Callable[[Segment, Method, Sequence[float]], list[Row]],
     name: str,
 ) -> list[Row]:
-    """Judge every method on every segment at all densities, and write the result file."""
+    """Judge every method on every segment at all densities, and write the result file.
+
+    What the file holds of other places and methods stays.
+    """
     spec, methods = read_arguments(arguments)
-    rows: list[Row] = []
+    kept, rows = read_rows(arguments.out), list[Row]()
     with torch.device(arguments.device):
         for place, segment in tqdm(segments(arguments, spec), desc=name, unit="segment"):
             for method in methods:
                 named = place | {"method": method.name, "unit": method.unit}
+                kept = [row for row in kept if not named.items() <= row.items()]
                 rows += [named | row for row in judge(segment, method, arguments.densities)]
-    write_rows(arguments.out, rows)
+    write_rows(arguments.out, kept + rows)
     return rows
 
 
