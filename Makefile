@@ -2,6 +2,7 @@
 # make test       every test that needs no GPU, real servers included
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
+# make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
 # make clean      remove what these made (the model in the user's cache stays)
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
@@ -23,7 +24,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test lint test-gpu clean
+.PHONY: serve test lint test-gpu bench-gpu clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -33,6 +34,12 @@ test: $(INSTALLED_DEV)
 
 test-gpu: $(INSTALLED_DEV)
 	$(PY) -m pytest tests/kernels tests/gpu $(ARGS)
+
+bench-gpu: $(INSTALLED_DEV)
+	$(PY) -P -m s2o_vllm.cli bench attention
+	$(PY) -P -m s2o_vllm.cli bench ttft
+	$(PY) -P -m s2o_vllm.cli bench profile
+	$(PY) -P -m s2o_vllm.cli bench serve
 
 lint: $(INSTALLED_DEV)
 	$(PY) -m ruff check .
