@@ -84,3 +84,17 @@ def test_a_failed_uninstall_is_the_exit_code(site, monkeypatch):
     done = environment.subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: done)
     assert environment.main() == 3
+
+
+@pytest.mark.parametrize(
+    ("able", "has"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_tile": False}, False),
+        ({"avx2": True, "avx512_bf16": True, "amx_tile": False}, True),
+        ({"avx2": True, "amx_tile": True}, True),
+        ({"sve": True}, True),  # not asked of other architectures
+    ],
+)
+def test_bf16_is_asked_of_the_processor(monkeypatch, able, has):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+    assert environment.cpu_has_bf16() is has

@@ -19,6 +19,7 @@ def started(monkeypatch):
     """Run main() where a server could start; return (command, variables) it would become."""
     monkeypatch.setattr(serve, "refusal", lambda: None)
     monkeypatch.setattr(serve.environment, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(serve.environment, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(serve.embedded, "ensure", lambda say: FOLDER)
 
     def run(*words):
@@ -93,6 +94,15 @@ def test_what_the_user_gives_replaces_each_default(started, monkeypatch):
     assert variables["S2O_SPARSITY_BUDGET"] == "0.5"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert variables["S2O_MIN_CONTEXT"] == "512"
+
+
+def test_a_cpu_without_bf16_serves_the_embedded_model_in_fp32(started, monkeypatch):
+    monkeypatch.setattr(serve.environment, "cpu_has_bf16", lambda: False)
+    command, _ = started()
+    assert command[command.index("--dtype") + 1] == "float32"
+    command, _ = started("--dtype", "bfloat16")
+    assert command.count("--dtype") == 1
+    assert "--dtype" not in started("org/model")[0], "a model that the user names is left alone"
 
 
 @pytest.mark.parametrize("flag", ["-O2", "-cc.mode=none", "--compilation_config.mode=none"])
