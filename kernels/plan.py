@@ -33,7 +33,6 @@ LIST_STEP = (
 # Neighbouring KV heads share a segment's budget by pairs: as many as tensor-parallel ranks mostly
 # keep together, so that lists do not depend on the number of ranks.
 HEADS_SHARED = 2
-LIST_SPREAD = 2  # times the mean of its pair that a list may be long
 
 # A list's scores are the largest probabilities that rows give, a target error is the mean row's
 # mass. Of what is left out it takes at least this share of the scores' own sum, and at least the
@@ -185,8 +184,9 @@ def list_places(length: int) -> int:
 
 
 def longest_list(item: Sequence[int]) -> int:
-    """Return how long a list of an item can become."""
-    return min(LIST_SPREAD * item[LIST_LENGTH], item[DENSE_START])
+    """Return how long a list of an item can become: what others of its pair need not have."""
+    count = item[LIST_LENGTH]
+    return min(count + (HEADS_SHARED - 1) * (count // 2), item[DENSE_START])
 
 
 def build_work_lists(

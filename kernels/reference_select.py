@@ -11,7 +11,6 @@ from .plan import (
     ESTIMATE_TOKENS,
     HEADS_SHARED,
     LIST_LENGTH,
-    LIST_SPREAD,
     MEAN_OF_MAX,
     NOT_LISTED,
     ROW,
@@ -37,13 +36,13 @@ def select(
     items, heads = scores.shape[:2]
     sampled = -(-items // ESTIMATE_EVERY)
 
-    def empty(*size: int) -> torch.Tensor:
+    def zeros(*size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=scores.device)
 
     lists = Lists(
-        empty(items, heads, max(work.max_list, 1)),
-        empty(items, heads),
-        empty(sampled, heads, ESTIMATE_TOKENS),
+        zeros(items, heads, max(work.max_list, 1)),
+        zeros(items, heads),
+        zeros(sampled, heads, ESTIMATE_TOKENS),
     )
     for number, item in enumerate(work.items.tolist()):
         n = item[DENSE_START]
@@ -84,19 +83,18 @@ def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) ->
         target_error: share of softmax mass that a list may leave out; 0 for no target.
 
     Returns:
-        int64 ``[heads]``: together at most ``heads * count``, none above ``LIST_SPREAD * count``.
+        int64 ``[heads]``: together at most ``heads * count``.
     """
-    heads, n = scores.shape
+    heads = scores.shape[0]
     best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
-    bucket = torch.stack([bucket_of(*one) for one in zip(scores, best, worst, strict=True)])
+    bucket = bucket_of(scores, best, worst)
     totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
     totals.scatter_add_(1, bucket, torch.ones_like(bucket))
     edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
 
     def above(level: float) -> torch.Tensor:
-        taken = (totals * (edges >= level)).sum(1)
-        return taken.clamp((count + 1) // 2, min(LIST_SPREAD * count, n))
+        return (totals * (edges >= level)).sum(1).clamp(min=(count + 1) // 2)
 
     levels = [float("inf"), *edges.unique().flip(0).tolist()]  # from the highest
     fitting = bisect_right(levels, heads * count, key=lambda level: int(above(level).sum())) - 1

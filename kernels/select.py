@@ -21,7 +21,6 @@ from .plan import (
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
     HEADS_SHARED,
-    LIST_SPREAD,
     MEAN_OF_MAX,
     NOT_LISTED,
     TIERS,
@@ -74,11 +73,16 @@ def _histogram_kernel(
 
 
 @triton.jit
+def _lengths_above(level, total, edge, least):
+    """Lengths of lists that take the buckets above a level, and ``least`` tokens in any case."""
+    return tl.maximum(tl.sum(tl.where(edge >= level, total, 0), 1), least)
+
+
+@triton.jit
 def _length_kernel(
     p_items, p_bounds, p_histograms, p_lengths, target_error, heads, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    LIST_SPREAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr, ROWS: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
+    MEAN_OF_MAX: tl.constexpr, ROWS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Share the budget of a segment among the lists of SHARED heads."""
     i_item = tl.program_id(1).to(tl.int64)
@@ -112,17 +116,13 @@ def _length_kernel(
 
     # The lowest level whose lists fit the budget, by bisection: below it they do not.
     least = tl.where(m_h, (count + 1) // 2, 0)
-    most = tl.where(m_h, tl.minimum(LIST_SPREAD * count, n), 0)
     for _ in range(40):
         level = 0.5 * (above + below)
-        taken = tl.sum(tl.where(edge >= level, total, 0), 1)
-        fits = tl.sum(tl.minimum(tl.maximum(taken, least), most)) <= sharing * count
+        fits = tl.sum(_lengths_above(level, total, edge, least)) <= sharing * count
         above = tl.where(fits, level, above)
         below = tl.where(fits, below, level)
-    taken = tl.sum(tl.where(edge >= above, total, 0), 1)
-    lengths = tl.minimum(tl.maximum(taken, least), most)
-    taken = tl.sum(tl.where(edge >= below, total, 0), 1)
-    extra = tl.minimum(tl.maximum(taken, least), most) - lengths
+    lengths = _lengths_above(above, total, edge, least)
+    extra = _lengths_above(below, total, edge, least) - lengths
     left = (sharing * count - tl.sum(lengths)).to(tl.int64)
     lengths += (extra * left // tl.maximum(tl.sum(extra), 1)).to(tl.int32)
 
@@ -326,7 +326,7 @@ def select(
     _length_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
         space.chunks, BUCKETS=BUCKETS, SHARED=HEADS_SHARED, CHUNKS_PAD=chunks_pad,
-        LIST_SPREAD=LIST_SPREAD, MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=4, **shape,
+        MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=4, **shape,
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
         work.items, space.histograms, lengths, space.tier_bounds, space.places, space.chunks,

@@ -8,13 +8,12 @@ queries, as the server's metric `s2o:dropped_mass` reports it. Ours.
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .attention import Segment
-from .evaluate import build_parser, judge_all, run
+from .evaluate import run_judge
 from .ranking import Method
 from .results import Row
 
@@ -85,13 +84,7 @@ def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Ro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = build_parser()
-    parser.set_defaults(methods=["served"])
-    return run(
-        "dropped mass",
-        parser.parse_args(argv),
-        partial(judge_all, judge=judge, name="dropped mass"),
-    )
+    return run_judge("dropped mass", judge, argv)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -150,7 +152,19 @@ def judge_all(
                 kept = [row for row in kept if not named.items() <= row.items()]
                 rows += [named | row for row in judge(segment, method, arguments.densities)]
     write_rows(arguments.out, kept + rows)
-    return rows
+    return kept + rows
+
+
+def run_judge(
+    name: str,
+    judge: Callable[[Segment, Method, Sequence[float]], list[Row]],
+    argv: Sequence[str] | None,
+    **defaults: Any,
+) -> int:
+    """Run :func:`judge_all` as a command, of what is served if not told otherwise."""
+    parser = build_parser()
+    parser.set_defaults(methods=["served"], **defaults)
+    return run(name, parser.parse_args(argv), partial(judge_all, judge=judge, name=name))
 
 
 def missing_rows(

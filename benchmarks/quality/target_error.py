@@ -15,7 +15,7 @@ import torch
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
-from .evaluate import build_parser, judge_all, run
+from .evaluate import run_judge
 from .measure import measure
 from .ranking import Method
 from .results import Row
@@ -41,13 +41,7 @@ def judge(segment: Segment, method: Method, targets: Sequence[float]) -> list[Ro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = build_parser()
-    parser.set_defaults(methods=["served"], densities=(0.02, 0.05, 0.1, 0.2))
-    return run(
-        "target error",
-        parser.parse_args(argv),
-        partial(judge_all, judge=judge, name="target error"),
-    )
+    return run_judge("target error", judge, argv, densities=(0.02, 0.05, 0.1, 0.2))
 
 
 if __name__ == "__main__":

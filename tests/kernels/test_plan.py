@@ -45,7 +45,7 @@ def test_each_request_has_its_lists_longest_history_first():
     histories = [item[plan.HISTORY] for item in one.items.tolist()]
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
-    assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 32, 32)
+    assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16 * 3 // 2, 32)
     assert (one.row, one.fits.tolist()) == (4, [[0, 1280, 40 * 32]])
     assert (other.row, other.fits.tolist()) == (1, [[1280, 32, 352]])
 
@@ -68,7 +68,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
     rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
     by_items = build_work_lists(rows, 32, 0, CPU, Limits(4, 10**6))
     assert [one.num_items for one in by_items] == [4, 4, 2]
-    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(352)))
+    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(176 * 3 // 2)))
     assert by_slots[0].num_items == 2
     for lists in (by_items, by_slots):
         assert [one.first_of_chunk for one in lists] == [True] + [False] * (len(lists) - 1)
@@ -76,7 +76,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
         starts = [item[plan.QUERY_START] for one in lists for item in one.items.tolist()]
         assert starts == list(range(9 * 32, -1, -32))
     for one in by_slots:
-        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(352)
+        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(176 * 3 // 2)
     alone = build_work_lists(rows, 32, 0, CPU, Limits(100, 1))
     assert [one.num_items for one in alone] == [1] * 10, "an item that is too long goes alone"
 
