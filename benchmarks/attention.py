@@ -24,6 +24,7 @@ from s2o_vllm.kernels.plan import (
     ELIGIBLE,
     NUM_COUNTERS,
     VISITED,
+    Lists,
     PrefillRow,
     WorkList,
     build_work_lists,
@@ -145,6 +146,7 @@ class Sparse:
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
+        self.lists: list[Lists] = []
 
     def arguments(self, work: WorkList) -> tuple:
         """Return what every launch takes first."""
@@ -162,19 +164,21 @@ class Sparse:
             self.operator.rank(*self.arguments(work))
 
     def attend(self, stop_threshold: float = 0.0) -> None:
-        """Attend only, over the lists that the last ranking left (the last wave's for all)."""
-        assert self.operator.space is not None
-        for work in self.waves:
+        """Attend only, over the lists that :meth:`visits` kept."""
+        for work, lists in zip(self.waves, self.lists, strict=True):
             attend.attend(
-                *self.arguments(work), self.operator.space.selection.lists(work), self.out,
-                self.counters,
+                *self.arguments(work), lists, self.out, self.counters,
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 
     def visits(self) -> Visits:
-        """Run once; return what was visited."""
+        """Run once; keep the lists and return what was visited."""
         self.counters.zero_()
-        self.run()
+        self.lists.clear()
+        for work in self.waves:
+            self.operator(*self.arguments(work), self.out, self.counters)
+            lists = self.operator.space.selection.lists(work)
+            self.lists.append(Lists(*(part.clone() for part in lists)))
         visited = float(self.counters[VISITED])
         shape, tokens = self.operator.shape, self.prompt.query.shape[0]
         return Visits(

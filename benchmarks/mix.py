@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .serving import prompt
+from .serving import completion, prompt
 
 RECENT = 8  # a prefix is shared with one of so many requests before: its blocks are still cached
 SHARED_AT_MOST = 0.75  # of a prompt: the rest is new and has to be prefilled
@@ -145,21 +145,14 @@ class Client:
         import openai
 
         outcome = Outcome()
-        extra = {
-            "return_token_ids": True,
-            "ignore_eos": True,
-            "cache_salt": self.salt,
-            "vllm_xargs": {"s2o_sparsity_budget": budget},
-        }
+        options = completion(tokens, self.output_tokens, budget, cache_salt=self.salt)
         client: Any = openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="none", timeout=TIMEOUT, max_retries=0
         )
         last = start = time.perf_counter()
         try:
-            with client, client.completions.create(
-                model=self.model, prompt=list(tokens), temperature=0, stream=True,
-                max_tokens=self.output_tokens, extra_body=extra,
-            ) as stream:  # leaving this block before the end disconnects  # fmt: skip
+            # Leaving this block before the end disconnects.
+            with client, client.completions.create(model=self.model, **options) as stream:
                 if give_up == 0:
                     return outcome
                 for chunk in stream:

@@ -20,6 +20,7 @@ from s2o_vllm.cli.demo import ServerError, measured_density, read
 from .report import header, save
 from .serving import (
     add_options,
+    completion,
     kv_cache_bytes,
     model_of,
     parse,
@@ -48,16 +49,11 @@ def ask(url: str, tokens: Sequence[int], budget: float | None) -> Timing:
     import openai
 
     client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-    extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
-    if budget is not None:
-        extra["vllm_xargs"] = {"s2o_sparsity_budget": budget}
     model = client.models.list().data[0].id
+    options = completion(tokens, OUTPUT_TOKENS, budget)
     times, ids = [], []
     start = time.perf_counter()
-    stream = client.completions.create(
-        model=model, prompt=list(tokens), temperature=0, max_tokens=OUTPUT_TOKENS, stream=True,
-        extra_body=extra,
-    )  # fmt: skip
+    stream = client.completions.create(model=model, **options)
     for chunk in stream:
         if chunk.choices and (new := chunk.choices[0].model_extra.get("token_ids")):
             times.append(time.perf_counter() - start)

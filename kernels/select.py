@@ -326,11 +326,11 @@ def select(
     _length_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
         space.chunks, BUCKETS=BUCKETS, SHARED=HEADS_SHARED, CHUNKS_PAD=chunks_pad,
-        MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=4, **shape,
+        MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=1, **shape,
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
         work.items, space.histograms, lengths, space.tier_bounds, space.places, space.chunks,
-        ROWS=8, **options,
+        ROWS=8, num_warps=1, **options,
     )  # fmt: skip
     _emit_kernel[grid](
         space.scores, work.items, space.bounds, lengths, space.tier_bounds, space.places,
