@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import config
 
@@ -270,6 +270,18 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
 # -- requests: which row of a step belongs to which ---------------------------------------------
 
 
+class Asked(NamedTuple):
+    """What is known of a request.
+
+    Attributes:
+        settings: those that it asks for.
+        prompt: its tokens, 0 if not known.
+    """
+
+    settings: dict[str, float]
+    prompt: int
+
+
 class RequestSettings:
     """What the request of each row asked for; both of vLLM's model runners feed it.
 
@@ -279,26 +291,31 @@ class RequestSettings:
 
     def __init__(self) -> None:
         self.runner_v1: Any = None
-        self.by_index: dict[int, dict[str, float]] = {}
+        self.by_index: dict[int, Asked] = {}
 
     def of_rows(self, common: Any, count: int, server: config.S2OConfig) -> list[config.Spending]:
         """Return what the first ``count`` rows may spend."""
-        asked: list[dict[str, float]] = []
+        nothing = Asked({}, 0)
+        asked: list[Asked] = []
         if common.req_idx is not None:
-            asked = [self.by_index.get(int(index), {}) for index in common.req_idx[:count]]
+            asked = [self.by_index.get(int(index), nothing) for index in common.req_idx[:count]]
         elif self.runner_v1 is not None:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
             asked = [_asked_by(known[request_id]) for request_id in ids[:count]]
-        asked += [{}] * (count - len(asked))  # padding
-        return [server.spending(one) for one in asked]
+        asked += [nothing] * (count - len(asked))  # padding
+        return [server.spending(*one) for one in asked]
 
 
 requests = RequestSettings()
 
 
-def _asked_by(request: Any) -> dict[str, float]:
+def _asked_by(request: Any) -> Asked:
     params = request.sampling_params
-    return config.request_settings(params.extra_args) if params is not None else {}
+    settings = config.request_settings(params.extra_args) if params is not None else {}
+    prompt = request.prompt_token_ids
+    if prompt is None:
+        prompt = request.prompt_embeds
+    return Asked(settings, 0 if prompt is None else len(prompt))
 
 
 def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> Any:
@@ -356,16 +373,19 @@ def counts_chunks(vllm_config: Any) -> bool:
     return parallel.rank % parallel.tensor_parallel_size == 0
 
 
-def slice_rows(common: Any, first: int, last: int) -> Any:
-    """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone."""
-    starts = common.query_start_loc_cpu
-    start, stop = int(starts[first]), int(starts[last])
+def slice_rows(common: Any, first: int, last: int, start: int) -> Any:
+    """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone.
+
+    ``start`` is the first query token, which may leave the beginning of row ``first`` out.
+    """
+    starts = (common.query_start_loc_cpu[first : last + 1] - start).clamp(min=0)
+    stop = start + int(starts[-1])
     changes: dict[str, Any] = {
-        "query_start_loc": common.query_start_loc[first : last + 1] - start,
-        "query_start_loc_cpu": starts[first : last + 1] - start,
+        "query_start_loc": (common.query_start_loc[first : last + 1] - start).clamp(min=0),
+        "query_start_loc_cpu": starts,
         "num_reqs": last - first,
         "num_actual_tokens": stop - start,
-        "max_query_len": int((starts[first + 1 : last + 1] - starts[first:last]).max()),
+        "max_query_len": int(starts.diff().max()),
     }
     names = {field.name for field in dataclasses.fields(common)}
     for name in _PER_ROW:

@@ -19,10 +19,17 @@ RANKINGS = {"low_rank": 64, "mean_query": 512}
 
 
 class Spending(NamedTuple):
-    """What a request's lists may visit: settings of the same names, its own or the server's."""
+    """What a request's queries may visit.
+
+    Attributes:
+        sparsity_budget: the setting, its own or the server's.
+        target_error: likewise.
+        prompt: tokens of its prompt, 0 if not known.
+    """
 
     sparsity_budget: float
     target_error: float
+    prompt: int = 0
 
 
 class ConfigError(ValueError):
@@ -100,9 +107,10 @@ class S2OConfig:
         """Queries per segment."""
         return self.segment_size or RANKINGS[self.ranking]
 
-    def spending(self, asked: Mapping[str, float]) -> Spending:
-        """Return what a request may spend that asks for some of it."""
-        return Spending(self.sparsity_budget, self.target_error)._replace(**asked)
+    def spending(self, asked: Mapping[str, float], prompt: int = 0) -> Spending:
+        """Return what a request of so many prompt tokens may spend that asks for some of it."""
+        own = {"sparsity_budget": self.sparsity_budget, "target_error": self.target_error}
+        return Spending(**(own | dict(asked)), prompt=prompt)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""

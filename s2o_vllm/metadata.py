@@ -9,10 +9,14 @@ from . import compat, metrics
 from .config import S2OConfig, Spending
 from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
+# The last tokens of a prompt attend to all of it: they ask, and the very last gives the answer's
+# first token. One row of one head may want what no list holds that serves many (ours).
+DENSE_TAIL = 64
+
 
 @dataclass
 class DensePart:
-    """Adjacent rows that the parent backend attends to.
+    """Adjacent rows that the parent backend attends to; of the first perhaps only the end.
 
     Attributes:
         rows: first and last (exclusive) row of the batch.
@@ -46,8 +50,10 @@ def split_rows(
     prefilling: list[bool],
     spending: list[Spending],
     min_context: int,
-) -> tuple[list[PrefillRow], list[tuple[int, int]], list[str]]:
+) -> tuple[list[PrefillRow], list[tuple[int, int, int]], list[str]]:
     """Split a batch into sparse rows and runs of dense rows.
+
+    The end of a prompt, ``DENSE_TAIL`` tokens, is dense: of the chunk that holds it the rest.
 
     Args:
         starts: first query token of each row, and the end of the last one.
@@ -57,32 +63,39 @@ def split_rows(
         min_context: a row none of whose segments has that much history is dense.
 
     Returns:
-        The sparse rows, the dense runs (first, last exclusive), and for each dense *prefill*
-        row the reason. Empty rows (padding) belong to neither.
+        The sparse rows, the dense runs (first row, last row exclusive, first query token), and for
+        each dense *prefill* row the reason. Empty rows (padding) belong to neither.
     """
     sparse: list[PrefillRow] = []
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, int]] = []
     reasons: list[str] = []
     for row, total in enumerate(seq_lens):
         count = starts[row + 1] - starts[row]
         if count == 0:
             continue
+        own, context = spending[row], total - count
+        end = min(total, max(context, own.prompt - DENSE_TAIL)) if own.prompt else total
         reason = None
         if not prefilling[row] or count == 1:
             reason = ""  # decode
-        elif spending[row].sparsity_budget >= 1:
+        elif own.sparsity_budget >= 1:
             reason = "budget_is_one"
-        elif total <= max(min_context, 1):
+        elif end == context:
+            reason = "end_of_prompt"
+        elif end <= max(min_context, 1):
             reason = "short_history"
         if reason is None:
-            sparse.append(PrefillRow(row, starts[row], count, total - count, *spending[row]))
+            what = (own.sparsity_budget, own.target_error)
+            sparse.append(PrefillRow(row, starts[row], end - context, context, *what))
+            if end < total:
+                runs.append((row, row + 1, starts[row] + end - context))
             continue
         if reason:
             reasons.append(reason)
         if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
+            runs[-1] = (runs[-1][0], row + 1, runs[-1][2])
         else:
-            runs.append((row, row + 1))
+            runs.append((row, row + 1, starts[row]))
     return sparse, runs, reasons
 
 
@@ -148,10 +161,10 @@ class SparseBuilder:
         dense = [
             DensePart(
                 (first, last),
-                (starts[first], starts[last]),
-                build(0, compat.slice_rows(common, first, last), fast_build=True),
+                (start, starts[last]),
+                build(0, compat.slice_rows(common, first, last, start), fast_build=True),
             )
-            for first, last in runs
+            for first, last, start in runs
         ]
         work = build_work_lists(
             sparse,

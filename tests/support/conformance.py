@@ -1,10 +1,15 @@
 """What every backend must do, whatever it runs on: the batches, and how they are judged."""
 
+from unittest.mock import patch
+
 import torch
 
 from backends import Backend, Row, decode, row_errors
-from cases import dense_attention
+from cases import dense_attention, relative_error
+from s2o_vllm import compat
+from s2o_vllm.config import Spending
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
+from s2o_vllm.metadata import DENSE_TAIL
 
 BATCHES = {
     "one decode": [decode(77)],
@@ -81,6 +86,26 @@ def check_alone(ours: Backend, rows: list[Row]) -> None:
     for row in plan.sparse_rows:
         own, _ = ours.attend(ours.alone(step, row.row))
         assert torch.equal(own, output[step.tokens(row.row)]), f"row {row.row}, {rows[row.row]}"
+
+
+def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
+    """Where a row's prompt ends, its output is stock's; what comes before it in a chunk is not."""
+    step = ours.step(rows)
+    spending = [Spending(0.1, 0.0, row.length) for row in rows]
+    with patch.object(compat.requests, "of_rows", lambda *_: spending):
+        output, plan = ours.attend(step)
+    parents, _ = stock.attend(step)
+    floor = FLOOR[step.query.dtype]
+    for number in range(len(rows)):
+        tokens = step.tokens(number)
+        end = slice(max(tokens.start, tokens.stop - DENSE_TAIL), tokens.stop)
+        torch.testing.assert_close(output[end], parents[end], atol=floor, rtol=0)
+    assert plan.sparse_rows
+    for row in plan.sparse_rows:
+        assert row.context + row.num_queries == rows[row.row].length - DENSE_TAIL
+        if row.context:  # else nothing is left out of a first segment
+            before = slice(row.query_start, row.query_start + row.num_queries)
+            assert relative_error(output[before], parents[before]) > 0.05
 
 
 def _sparse(row: Row) -> bool:

@@ -130,9 +130,9 @@ def test_request_settings():
     asked = config.request_settings({"s2o_sparsity_budget": 1, "s2o_target_error": 0.02})
     assert asked == {"sparsity_budget": 1.0, "target_error": 0.02}
     server = S2OConfig(sparsity_budget=0.3, target_error=0.1)
-    assert server.spending({}) == (0.3, 0.1)
-    assert server.spending({"target_error": 0.0}) == (0.3, 0.0)
-    assert server.spending(asked) == (1.0, 0.02)
+    assert server.spending({}) == (0.3, 0.1, 0)
+    assert server.spending({"target_error": 0.0}) == (0.3, 0.0, 0)
+    assert server.spending(asked, 500) == (1.0, 0.02, 500)
 
 
 @pytest.mark.parametrize("value", ["0.1", [0.1], 0, 2, math.nan, True, None])

@@ -4,7 +4,15 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from conformance import BATCHES, HEADS, check_alone, check_full, check_nearly_full, maker
+from conformance import (
+    BATCHES,
+    HEADS,
+    check_alone,
+    check_end_of_prompt,
+    check_full,
+    check_nearly_full,
+    maker,
+)
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
@@ -53,3 +61,10 @@ def test_a_budget_just_under_one(backend, batch, ranking):
 @pytest.mark.parametrize("batch", ["chunks", "mixed", "decode last"])
 def test_a_row_does_not_depend_on_its_neighbours(backend, batch, ranking):
     check_alone(backend(ranking=ranking, sparsity_budget=0.1), BATCHES[batch])
+
+
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("batch", ["one chunk", "mixed", "decode last"])
+def test_the_end_of_a_prompt_is_stock(backend, batch, ranking):
+    stock = backend(stock_only=True)
+    check_end_of_prompt(backend(ranking=ranking, sparsity_budget=0.1), stock, BATCHES[batch])

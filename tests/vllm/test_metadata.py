@@ -12,12 +12,12 @@ from s2o_vllm.metadata import SparseBuilder, split_rows
 
 
 def split(rows, min_context=100):
-    """rows: (queries, total, prefilling, budget)."""
+    """rows: (queries, total, prefilling, budget) and, where it is known, the prompt's length."""
     starts = [0]
     for queries, *_ in rows:
         starts.append(starts[-1] + queries)
     totals, prefilling, budgets = ([row[i] for row in rows] for i in (1, 2, 3))
-    spending = [Spending(budget, 0.02) for budget in budgets]
+    spending = [Spending(budget, 0.02, *row[4:]) for budget, row in zip(budgets, rows, strict=True)]
     return split_rows(starts, totals, prefilling, spending, min_context)
 
 
@@ -39,8 +39,30 @@ def test_decode_dense_and_sparse_rows_are_told_apart():
         (6, 198, 4936, 0.2),
     ]
     assert {row.target_error for row in sparse} == {0.02}
-    assert runs == [(0, 3), (4, 6)]
+    assert runs == [(0, 3, 0), (4, 6, 70)]
     assert reasons == ["short_history", "budget_is_one"]
+
+
+def test_the_end_of_a_prompt_is_dense():
+    """A chunk that ends the prompt leaves its end to the parent, together with rows that follow."""
+    sparse, runs, reasons = split(
+        [
+            (500, 5000, True, 0.1, 5000),
+            (500, 4500, True, 0.1, 5000),
+            (500, 4950, True, 0.1, 5000),
+            (64, 5000, True, 0.1, 5000),
+            (90, 5040, True, 0.1, 5000),  # a resumed request, with tokens it had generated
+            (500, 5000, True, 0.1),
+        ]
+    )
+    assert [(row.row, row.query_start, row.num_queries, row.context) for row in sparse] == [
+        (0, 0, 436, 4500),
+        (1, 500, 500, 4000),
+        (2, 1000, 486, 4450),
+        (5, 1654, 500, 4500),
+    ]
+    assert runs == [(0, 1, 436), (2, 5, 1486)]
+    assert reasons == 2 * ["end_of_prompt"]
 
 
 def test_a_row_is_sparse_if_any_of_its_segments_can_be():
@@ -51,22 +73,25 @@ def test_a_row_is_sparse_if_any_of_its_segments_can_be():
 def test_every_token_is_attended_exactly_once():
     generator = np.random.default_rng()
     rows = [
-        (int(q), int(q + c), bool(p), float(b))
-        for q, c, p, b in zip(
+        (int(q), int(q + c), bool(p), float(b), int(q + c + more))
+        for q, c, p, b, more in zip(
             generator.integers(0, 80, 50), generator.integers(0, 300, 50),
-            generator.integers(0, 2, 50), generator.choice([0.1, 1.0], 50), strict=True,
+            generator.integers(0, 2, 50), generator.choice([0.1, 1.0], 50),
+            generator.integers(0, 100, 50), strict=True,
         )
     ]  # fmt: skip
+    starts = np.cumsum([0, *(row[0] for row in rows)])
     sparse, runs, _ = split(rows)
-    owner = np.zeros(50, int)
+    owner = np.zeros(starts[-1], int)
     for row in sparse:
-        owner[row.row] += 1
-    for first, last in runs:
-        owner[first:last] += 1
-    counts = np.array([row[0] for row in rows])
-    assert (owner[counts > 0] == 1).all()
+        owner[row.query_start : row.query_start + row.num_queries] += 1
+    for first, last, start in runs:
+        assert starts[first] <= start < starts[first + 1]
+        owner[start : starts[last]] += 1
+    assert (owner == 1).all()
     # Padding may lie inside a run but never makes one.
-    assert all(counts[first] > 0 and counts[last - 1] > 0 for first, last in runs)
+    counts = np.diff(starts)
+    assert all(counts[first] > 0 and counts[last - 1] > 0 for first, last, _ in runs)
 
 
 class ParentBuilder:
@@ -225,7 +250,10 @@ def test_runner_v2_settings_follow_the_request_index(monkeypatch):
     monkeypatch.setattr(compat, "requests", requests)
 
     def request(request_id, extra):
-        return SimpleNamespace(req_id=request_id, sampling_params=SimpleNamespace(extra_args=extra))
+        return SimpleNamespace(
+            req_id=request_id, sampling_params=SimpleNamespace(extra_args=extra),
+            prompt_token_ids=[0] * 300, prompt_embeds=None,
+        )  # fmt: skip
 
     runner = SimpleNamespace(req_states=SimpleNamespace(req_id_to_index={"a": 4, "b": 7, "c": 4}))
     step = SimpleNamespace(
@@ -234,13 +262,13 @@ def test_runner_v2_settings_follow_the_request_index(monkeypatch):
     compat._add_requests_v2(lambda *_: None, runner, step)
     common = SimpleNamespace(req_idx=np.array([7, 4, 9]))
     server = S2OConfig(sparsity_budget=0.1, target_error=0.02)
-    own = (0.1, 0.02)
-    assert requests.of_rows(common, 3, server) == [own, (0.25, 0.02), own]
+    own, unknown = (0.1, 0.02, 300), (0.1, 0.02, 0)
+    assert requests.of_rows(common, 3, server) == [own, (0.25, 0.02, 300), unknown]
     # The slot is reused by a request that asks for nothing.
     compat._add_requests_v2(
         lambda *_: None, runner, SimpleNamespace(scheduled_new_reqs=[request("c", {})])
     )
-    assert requests.of_rows(common, 3, server) == [own] * 3
+    assert requests.of_rows(common, 3, server) == [own, own, unknown]
 
 
 def test_runner_v1_settings_follow_the_batch():
@@ -248,10 +276,12 @@ def test_runner_v1_settings_follow_the_batch():
     params = SimpleNamespace(extra_args={"s2o_sparsity_budget": 0.5, "s2o_target_error": 0.1})
     requests.runner_v1 = SimpleNamespace(
         requests={
-            "a": SimpleNamespace(sampling_params=None),
-            "b": SimpleNamespace(sampling_params=params),
+            "a": SimpleNamespace(
+                sampling_params=None, prompt_token_ids=None, prompt_embeds=torch.zeros(7, 2)
+            ),
+            "b": SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2, 3]),
         },
         input_batch=SimpleNamespace(req_ids=["b", "a"]),
     )
     rows = requests.of_rows(SimpleNamespace(req_idx=None), 3, S2OConfig(sparsity_budget=0.1))
-    assert rows == [(0.5, 0.1), (0.1, 0.0), (0.1, 0.0)]
+    assert rows == [(0.5, 0.1, 3), (0.1, 0.0, 7), (0.1, 0.0, 0)]
