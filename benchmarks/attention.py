@@ -164,10 +164,10 @@ class Sparse:
             self.operator.rank(*self.arguments(work))
 
     def attend(self, stop_threshold: float = 0.0) -> None:
-        """Attend only, over the lists that :meth:`visits` kept."""
+        """Attend only, over the lists that :meth:`visits` kept and the last chunk's regions."""
         for work, lists in zip(self.waves, self.lists, strict=True):
             attend.attend(
-                *self.arguments(work), lists, self.out, self.counters,
+                *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
                 scale=self.prompt.scale, stop_threshold=stop_threshold, tile=self.operator.tile,
             )  # fmt: skip
 

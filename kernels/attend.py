@@ -3,8 +3,9 @@
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a
 stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
 most to least important and may stop on measured softmax mass. The list is a page table of
-one-token pages: keys and values are never copied or moved. Of some segments a sample of the
-tokens that were not visited then tells how much softmax mass they hold (ours).
+one-token pages: keys and values are never copied or moved. What was not visited is then attended
+to as the means of whole regions of the history. Of some segments a sample of the tokens that were
+not visited tells how much softmax mass they hold (both ours).
 """
 
 import torch
@@ -16,8 +17,10 @@ from .plan import (
     DROPPED_UNIT,
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
+    REGION_WEIGHT,
     STOP_STEP_TOKENS,
     Lists,
+    Regions,
     WorkList,
 )
 from .tiles import AttendTile, input_precision
@@ -81,6 +84,28 @@ def _visit(
 
 
 @triton.jit
+def _visit_means(
+    q, p_k, p_v, regions, lift, m, mass, acc, o_d, scale, softcap,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to regions as to tokens whose base-2 scores are ``lift`` higher."""
+    # A short loop: one stage leaves the shared memory to the lists' tiles.
+    for first in tl.range(0, regions, BLOCK, num_stages=1):
+        o_region = first + tl.arange(0, BLOCK)
+        m_n = o_region < regions
+        o_mean = o_region.to(tl.int64) * (2 * D)
+        k = _load_rows(p_k, o_mean, m_n, o_d, True, D, D_PAD)
+        v = _load_rows(p_v, o_mean, m_n, o_d, True, D, D_PAD)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if SOFTCAP:
+            s = _softcap(s, softcap)
+        s = tl.where(m_n[None, :], s + lift, float("-inf"))
+        m, mass, acc = _online_softmax(s, v, m, mass, acc, 1.0, PRECISION)
+    return m, mass, acc
+
+
+@triton.jit
 def _dropped_mass(
     q, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
     stride_block, stride_token,
@@ -110,15 +135,17 @@ def _dropped_mass(
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_table, p_order, p_counters,
+    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_table, p_order, p_counters,
     scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
-    stride_slots_item, stride_slots_head, stride_table, stride_order_item, stride_order_head,
+    stride_slots_item, stride_slots_head, stride_means, stride_table,
+    stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, DROPPED_PER_ROW: tl.constexpr,
+    REGION: tl.constexpr, REGION_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
@@ -215,6 +242,16 @@ def _attend_kernel(
         )  # fmt: skip
         visited += tail
 
+    m_visited, mass_visited = m, mass
+    if visited < dense_start:
+        BLOCK_R: tl.constexpr = min(BLOCK_N, 32)  # larger ones spill
+        p_means += i_head.to(tl.int64) * stride_means
+        missing = REGION_WEIGHT * REGION * (1.0 - visited / dense_start)
+        m, mass, acc = _visit_means(
+            q, p_means, p_means + D, dense_start // REGION, tl.log2(missing), m, mass, acc,
+            o_d, scale, softcap, D, D_PAD, BLOCK_R, SOFTCAP, PRECISION,
+        )  # fmt: skip
+
     acc = acc / mass[:, None]
     o_o = (query_start + o_query) * stride_o_token + head * stride_o_head
     tl.store(
@@ -233,8 +270,8 @@ def _attend_kernel(
         if dense_start > 0:
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
             dropped = _dropped_mass(
-                q, p_k, p_table + row * stride_table, p_places, visited, dense_start, m, mass,
-                o_n, o_d, scale, softcap, stride_block, stride_token,
+                q, p_k, p_table + row * stride_table, p_places, visited, dense_start,
+                m_visited, mass_visited, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SOFTCAP, PRECISION,
             )  # fmt: skip
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
@@ -248,6 +285,7 @@ def attend(
     block_table: torch.Tensor,
     work: WorkList,
     lists: Lists,
+    regions: Regions,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -267,6 +305,8 @@ def attend(
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         lists: what the segments visit of their histories.
+        regions: means of the request's whole regions, at least of those in any history here; what
+            a segment does not visit of its history counts as them, ``REGION_WEIGHT`` times.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
@@ -290,18 +330,20 @@ def attend(
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
     segment_tiles = -(-work.max_queries // queries_per_tile)
     _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, block_table,
+        query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
+        block_table,
         order if order is not None else work.items, counters,
         scale * LOG2E, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        slots.stride(0), slots.stride(1), block_table.stride(0),
+        slots.stride(0), slots.stride(1), regions.means.stride(0), block_table.stride(0),
         order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
         GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
         EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, DROPPED_PER_ROW=1 / DROPPED_UNIT,
+        REGION=regions.tokens, REGION_WEIGHT=REGION_WEIGHT,
         PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -27,7 +27,7 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
-SHIFT_STEP = 16  # every so many keys one counts for the row shift: half of the error at 128K
+SHIFT_STEP = 32  # every so many keys one counts for the row shift: half of the error at 128K
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 

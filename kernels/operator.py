@@ -16,6 +16,7 @@ from .plan import (
     TIERS_UNORDERED,
     Limits,
     PrefillRow,
+    Regions,
     WorkList,
     build_work_lists,
     fit_span,
@@ -158,16 +159,19 @@ class SparsePrefill:
                 scores, block_table, work, kv_cache.shape[2], self.tiers
             )
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
+            means = reference.average(kv_cache, block_table, work)
             reference.attend(
-                *arguments, lists, out, counters, queries_per_tile=queries_per_tile, **options
-            )
+                *arguments, lists, means, out, counters,
+                queries_per_tile=queries_per_tile, **options,
+            )  # fmt: skip
             return
         self.rank(*arguments)
         from . import attend
 
         attend.attend(
-            *arguments, self.space.selection.lists(work), out, counters, tile=self.tile, **options
-        )
+            *arguments, self.space.selection.lists(work), self.space.regions, out, counters,
+            tile=self.tile, **options,
+        )  # fmt: skip
 
     def rank(
         self,
@@ -176,10 +180,12 @@ class SparsePrefill:
         block_table: torch.Tensor,
         work: WorkList,
     ) -> None:
-        """Score and select on a CUDA device; the lists are left in the workspace."""
-        from . import low_rank, rank, select
+        """Score, select and average on a CUDA device; the results are left in the workspace."""
+        from . import low_rank, rank, regions, select
 
         space = self.space
+        if work.first_of_chunk:
+            regions.average(kv_cache, block_table, work, space.regions)
         results = (space.selection.scores, space.selection.bounds)
         arguments = (query, kv_cache, block_table, work, *results, space.ranking)
         if isinstance(space.ranking, rank.RankWorkspace):
@@ -190,10 +196,11 @@ class SparsePrefill:
 
 
 class Workspace(NamedTuple):
-    """Scratch of the ranking in use, and of the selection."""
+    """Scratch of the ranking in use, of the selection, and the means of regions."""
 
     ranking: Any
     selection: Any
+    regions: Regions
 
 
 _workspaces: dict[tuple, Workspace] = {}
@@ -207,7 +214,7 @@ def small_work_list(device: torch.device) -> WorkList:
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
-    from . import low_rank, rank, select
+    from . import low_rank, rank, regions, select
 
     key = (shape, dtype, device)
     if key not in _workspaces:
@@ -221,7 +228,8 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
                 shape.segment, dtype, device,
             )  # fmt: skip
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
-        _workspaces[key] = Workspace(made, selection)
+        means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
+        _workspaces[key] = Workspace(made, selection, means)
     return _workspaces[key]
 
 

@@ -44,6 +44,12 @@ MEAN_OF_MAX = 0.022
 # 256 tell the mass within a factor of 1.5 for 97 % of tiles (`benchmarks/quality/LOG.md`).
 ESTIMATE_EVERY = 8
 ESTIMATE_TOKENS = 256
+# What is left out is attended to as means of whole regions, told from so many tokens of each, and
+# counts so much more than its tokens: a mean key has less than the mean probability of its tokens
+# (`benchmarks/quality/LOG.md`).
+REGION_TOKENS = 1024
+REGION_SAMPLES = 64
+REGION_WEIGHT = 2.0
 NOT_LISTED = 2**30  # place of a token that a list leaves out
 
 # What an attend launch adds to its counters, in this order.
@@ -87,6 +93,18 @@ class Lists(NamedTuple):
     slots: torch.Tensor
     lengths: torch.Tensor
     samples: torch.Tensor
+
+
+class Regions(NamedTuple):
+    """Means over the regions of a request's history, from its first token on.
+
+    Attributes:
+        means: ``[kv_heads, regions, 2 * head_dim]``: a mean value follows its mean key.
+        tokens: of a region.
+    """
+
+    means: torch.Tensor
+    tokens: int
 
 
 class Limits(NamedTuple):

@@ -18,10 +18,14 @@ from .plan import (
     HISTORY,
     NUM_QUERIES,
     QUERY_START,
+    REGION_SAMPLES,
+    REGION_TOKENS,
+    REGION_WEIGHT,
     ROW,
     SAMPLED,
     STOP_STEP_TOKENS,
     Lists,
+    Regions,
     WorkList,
 )
 from .reference_select import physical_slots, sample_positions
@@ -139,12 +143,42 @@ def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Ten
     return part.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
+def average(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    region: int = REGION_TOKENS,
+) -> Regions:
+    """Average the regions of a request's history; see :func:`regions.average`."""
+    page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
+    positions = region_positions(work.max_fit_tokens, kv_cache.device, region)
+    tokens = torch.cat(
+        load_tokens(
+            kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
+        ),
+        -1,
+    )
+    means = tokens.unflatten(1, positions.shape).mean(2)
+    return Regions(means.to(kv_cache.dtype), region)
+
+
+def region_positions(
+    history: int, device: torch.device, region: int = REGION_TOKENS
+) -> torch.Tensor:
+    """Return which tokens tell the mean of every whole region: ``[regions, samples]``."""
+    samples = min(REGION_SAMPLES, region)
+    step = region // samples
+    starts = torch.arange(history // region, device=device)[:, None] * region
+    return starts + torch.arange(samples, device=device) * step + step // 2
+
+
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
     lists: Lists,
+    regions: Regions,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -196,8 +230,14 @@ def attend(
         )  # fmt: skip  # [kv_heads, queries]
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
-        p = torch.softmax(torch.cat([s_own, s_list], -1), -1)
-        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list], 1))
+        # What was not visited, as means of whole regions.
+        means = regions.means[:, : dense_start // regions.tokens].float()
+        k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
+        missing = REGION_WEIGHT * regions.tokens * (1 - visited / max(dense_start, 1))
+        s_mean = scores(queries, k_mean) + missing.log()[:, None, :, None]
+
+        p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
+        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list, v_mean], 1))
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[item[QUERY_START] : start + count] = result.to(out.dtype)
 

@@ -17,7 +17,8 @@ class Errors(NamedTuple):
     """What a selection costs and misses.
 
     Attributes:
-        density: share of the history that is visited, averaged over rows.
+        density: share of the history that is visited, averaged over rows; a stand-in for skipped
+            tokens counts as a token.
         relative_mse: ‖Ô−O‖² / ‖O‖² over all rows of the segment.
         dropped_mass: share of softmax mass not visited, averaged over rows.
         dropped_mass_max: the same of the worst row.
@@ -52,6 +53,7 @@ def measure(segment: Segment, selection: Selection) -> Errors:
         if selection.pseudo is not None:
             mean = selection.pseudo[u]
             part = merge(part, attend(q[rows], mean.k, mean.v, segment.scale, mean.count.log()))
+            visited += len(mean.count) * len(rows)
         out[rows] = part.out
         visited += len(tokens) * len(rows)
     return compare(segment, out, lse, visited / (len(q) * segment.history))

@@ -16,7 +16,10 @@ from .tables import Result, number, perplexity_table, read_result, ruler_tables,
 
 NAMES = ("quality", "attention", "ruler", "perplexity")
 # What attention.json's rankings compute, as a method of quality.json.
-RANKINGS = {"low_rank": "served", "mean_query": "mean_query:unit=512xkv"}
+RANKINGS = {
+    "low_rank": "served",
+    "mean_query": "mean_query:unit=512xkv,rule=heads,correction=regions",
+}
 NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
 COMMANDS = {
     "quality": "s2o eval attention --model DIR --text FILE",

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.plan import HEADS_SHARED
+from s2o_vllm.kernels.plan import HEADS_SHARED, REGION_TOKENS, REGION_WEIGHT
+from s2o_vllm.kernels.reference import region_positions
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
@@ -22,7 +23,7 @@ TIER_BOUNDS = (2, 4, 8)  # skipped tokens are cut into tiers at these multiples 
 
 @dataclass
 class Pseudo:
-    """Stand-ins for skipped tokens (FlashPrefill V2's mean term; tiers are ours).
+    """Stand-ins for skipped tokens (FlashPrefill V2's mean term; tiers and regions are ours).
 
     Attributes:
         k: mean keys [P, D].
@@ -157,7 +158,8 @@ RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mass": counts_mass,
 }
 HEADS = "heads"  # `counts_heads`, for lists of a KV head
-CORRECTIONS = ("none", "tiers", "blocks")
+REGIONS = "regions"  # as the kernels do: means of whole regions, of all their tokens
+CORRECTIONS = ("none", "tiers", "blocks", REGIONS)
 
 
 class Selector:
@@ -182,7 +184,10 @@ class Selector:
             counts = counts_heads(self.ordered, wanted, self.segment.kv_heads)
         else:
             counts = RULES[self.rule](self.ordered, wanted)
-        counts = counts.clamp(min=1)
+        return self.take(counts.clamp(min=1))
+
+    def take(self, counts: Tensor) -> Selection:
+        """Return the selection of the best ``counts`` [U] candidates of every unit."""
         units, history = range(len(counts)), self.segment.history
         tokens = [self.ranking.tokens(u, self.order[u, : counts[u]], history) for u in units]
         selection = Selection(self.ranking.rows, tokens)
@@ -193,6 +198,8 @@ class Selector:
     def _pseudo(self, unit: int, count: int) -> Pseudo:
         """Return the mean terms of what a unit skips."""
         history, kv = self.segment.history, int(self.ranking.rows.kv[unit])
+        if self.correction == REGIONS:
+            return self._regions(kv, 1 - count / history)
         skipped = self.order[unit, count:]
         if self.correction == "blocks":
             tiers = list(skipped.split(1))
@@ -209,3 +216,10 @@ class Selector:
             torch.stack([v[p].mean(0) for p in places]),
             torch.tensor([float(len(p)) for p in places]),
         )
+
+    def _regions(self, kv: int, skipped: float) -> Pseudo:
+        """Return the regions of a history of which this share is skipped."""
+        positions = region_positions(self.segment.history, self.segment.k.device)
+        weight = torch.full((len(positions),), REGION_WEIGHT * REGION_TOKENS * skipped)
+        k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
+        return Pseudo(k, v, weight)

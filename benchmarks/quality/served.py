@@ -10,7 +10,7 @@ from s2o_vllm.kernels.plan import FIT_QUERIES, ROW_STEP
 
 from .attention import Segment
 from .ranking import Method
-from .selection import HEADS, Ranking
+from .selection import HEADS, REGIONS, Ranking
 from .units import FINE, Unit
 
 
@@ -20,11 +20,12 @@ class Served(Method):
 
     One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
     queries, as in a full work list, and to the whole history. The heads of a tile share its
-    budget, see `selection.counts_heads`.
+    budget, see `selection.counts_heads`; means of regions stand for what is skipped.
     """
 
     unit: str = "64xkv"
     rule: str = HEADS
+    correction: str = REGIONS
 
     name: ClassVar[str] = "served"
 

@@ -19,20 +19,19 @@ from .evaluate import run_judge
 from .measure import measure
 from .ranking import Method
 from .results import Row
-from .selection import Selection, lengths_by_pairs
+from .selection import lengths_by_pairs
 
 
 @torch.inference_mode()
 def judge(segment: Segment, method: Method, targets: Sequence[float]) -> list[Row]:
     """Measure what every target gives, with the whole history as the budget."""
-    ranking = method.ranking(segment)
-    order = ranking.scores.argsort(dim=1, descending=True, stable=True)
+    selector = method.selector(segment)
+    scores = selector.ranking.scores
     rows: list[Row] = []
     for target in targets:
         lengths = partial(list_lengths, count=segment.history, target_error=target)
-        counts = lengths_by_pairs(ranking.scores, segment.kv_heads, lengths).tolist()
-        tokens = [of_unit[:count] for of_unit, count in zip(order, counts, strict=True)]
-        errors = measure(segment, Selection(ranking.rows, tokens))
+        counts = lengths_by_pairs(scores, segment.kv_heads, lengths)
+        errors = measure(segment, selector.take(counts))
         rows.append(
             {"target_error": target} | {k: round(v, 4) for k, v in errors._asdict().items()}
         )

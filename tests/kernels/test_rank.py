@@ -188,7 +188,7 @@ def test_scores_are_log_probabilities_over_a_sample_and_the_own_segment():
         return -(rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)).double()
 
     exact = torch.logaddexp2(log2_mass(scores), log2_mass(beside, causal))
-    assert (shifts(images) - exact).abs().median() < 0.2, "1,250 of 20,000 keys"
+    assert (shifts(images) - exact).abs().median() < 0.2, "625 of 20,000 keys"
     repeated = images[:, :40].repeat_interleave(basis.SHIFT_STEP, 1)
     history = log2_mass(scores[..., :40]) + math.log2(basis.SHIFT_STEP)
     exact = torch.logaddexp2(history, log2_mass(beside, causal))
@@ -203,7 +203,7 @@ def test_large_shifts_survive_fp8():
     images = basis.key_images(keys, fitted, torch.float8_e4m3fn)
     own, visible = images[:, :1], torch.zeros(500, 1, dtype=torch.bool)
     rows = basis.query_images(queries, fitted, images, own, visible, torch.float8_e4m3fn)
-    sample = images[:, 8 :: basis.SHIFT_STEP, : basis.RANK]
+    sample = images[:, basis.SHIFT_STEP // 2 :: basis.SHIFT_STEP, : basis.RANK]
     wanted = log2_mass(rows[..., : basis.RANK] @ sample.mT) + math.log2(2000 / sample.shape[1])
     assert wanted.max() > 50
     got = -rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)

@@ -31,7 +31,7 @@ QUALITY = [
     quality_row("served:unit=32xkv", 0.05, 0.7777),
     quality_row("served", 0.05, 0.8888, tau=0.01),
     quality_row("pbs", 0.05, 0.0834),
-    quality_row("mean_query:unit=512xkv", 1.0, 3e-14),
+    quality_row("mean_query:unit=512xkv,rule=heads,correction=regions", 1.0, 3e-14),
 ]
 ATTENTION = [
     {"shape": "qwen2.5-1.5b", "context": 16384, "ranking": "low_rank", "budget": 0.05,

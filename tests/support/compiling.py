@@ -118,14 +118,15 @@ def unfenced(ptx: str) -> bool:
 
 def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) -> Compiled:
     """Compile the attend kernel with a tile of the table."""
-    from s2o_vllm.kernels import attend, plan, select
+    from s2o_vllm.kernels import attend, plan, regions, select
 
     q, kv, table, work = launch_arguments(head_dim)
     lists = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, "meta").lists(work)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    means = regions.workspace(8, head_dim, 131072, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
-            q, kv, table, work, lists, q, counters, scale=0.1, stop_threshold=stop_threshold,
+            q, kv, table, work, lists, means, q, counters, scale=0.1, stop_threshold=stop_threshold,
             tile=tile,
         )  # fmt: skip
     return compiled[0]
@@ -133,7 +134,7 @@ def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) 
 
 def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import fit, low_rank, rank, select
+    from s2o_vllm.kernels import fit, low_rank, rank, regions, select
 
     q, kv, table, work = launch_arguments(head_dim)
     meta = torch.device("meta")
@@ -150,6 +151,8 @@ def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
         prepared = replace(work, first_of_chunk=False)
         low_rank.low_rank_scores(q, kv, table, prepared, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
+        means = regions.workspace(8, head_dim, 131072, q.dtype, meta)
+        regions.average(kv, table, work, means)
     return compiled
 
 

@@ -1,0 +1,116 @@
+"""Means of regions: what they are, what they weigh, and that no segment sees a later token's."""
+
+import pytest
+import torch
+
+from cases import DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
+from s2o_vllm.kernels import attend, reference, regions
+from s2o_vllm.kernels.operator import Shape, SparsePrefill
+from s2o_vllm.kernels.plan import (
+    NUM_COUNTERS,
+    REGION_SAMPLES,
+    REGION_TOKENS,
+    REGION_WEIGHT,
+    Lists,
+    Regions,
+)
+from s2o_vllm.kernels.tiles import attend_tile
+
+NONE_LISTED = 1e-9  # a budget of no token at all
+
+
+def averaged(batch, work, region):
+    """The kernel's means, over room that held NaN."""
+    kv_heads, _, width = batch.kv_cache.shape[1:]
+    device = batch.kv_cache.device
+    space = regions.workspace(
+        kv_heads, width // 2, 2 * work.max_history, batch.kv_cache.dtype, device, region
+    )
+    space.means.fill_(float("nan"))
+    regions.average(batch.kv_cache, batch.block_table, work, space)
+    return space
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "page", "region"), [(64, 16, 32), (96, 48, 128)])
+def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, region):
+    batch = make_batch(device, chunks=((300, 20),), head_dim=head_dim, page=page, dtype=dtype)
+    (work,) = batch.work()
+    means = averaged(batch, work, region).means
+    count = work.max_fit_tokens // region
+    assert torch.isnan(means[:, count:]).all(), "no region that is not whole"
+    keys, values = tokens_of(batch, batch.rows[0])
+    tokens = torch.cat([keys, values], -1)[:, : count * region].double()
+    step = max(1, region // REGION_SAMPLES)
+    wanted = tokens.unflatten(1, (count, region))[:, :, step // 2 :: step].mean(2)
+    rounding = 4 * torch.finfo(dtype).eps
+    assert relative_error(means[:, :count], wanted) < rounding
+    own = reference.average(batch.kv_cache, batch.block_table, work, region).means
+    assert relative_error(means[:, :count], own) < rounding
+
+
+def attended(batch, work, own):
+    """Attend without any listed token."""
+    device, kv_heads = batch.query.device, batch.kv_cache.shape[1]
+    slots, lengths, samples = (
+        torch.zeros(shape, dtype=torch.int32, device=device)
+        for shape in ((work.num_items, kv_heads, 1), (work.num_items, kv_heads), (1, kv_heads, 256))
+    )
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+    attend.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, Lists(slots, lengths, samples), own,
+        out, counters, scale=batch.scale, tile=attend_tile(batch.query.shape[2], device),
+    )  # fmt: skip
+    return out
+
+
+def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
+    """Where all keys of a region are alike, its mean key gives the very mass of its tokens."""
+    region, own_tokens = 32, 7
+    batch = make_batch(
+        device, chunks=((3 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2, page=region
+    )
+    head_dim = batch.query.shape[2]
+    batch.kv_cache[..., :head_dim] = batch.kv_cache[:, :, :1, :head_dim].clone()  # one key a page
+    (work,) = batch.work(segment=region)
+    out = attended(batch, work, averaged(batch, work, region))
+    keys, values = (x.double().repeat_interleave(2, 0) for x in tokens_of(batch, batch.rows[0]))
+    queries = batch.query.double().transpose(0, 1)
+    scores = queries @ keys.mT * batch.scale
+    scores[..., : 3 * region] += torch.tensor(REGION_WEIGHT).log()
+    future = torch.ones(own_tokens, own_tokens, device=device).triu(1).bool()
+    scores[..., 3 * region :].masked_fill_(future, float("-inf"))
+    wanted = (scores.softmax(-1) @ values).transpose(0, 1)
+    assert relative_error(out, wanted) < TOLERANCE
+    none = Regions(torch.empty(2, 1, 2 * head_dim, device=device, dtype=DTYPE), 2**20)
+    assert relative_error(attended(batch, work, none), wanted) > 0.1
+
+
+def test_no_segment_sees_a_mean_of_later_tokens(device):
+    """Two segments of one chunk: the first one's output is that of a chunk that ends with it."""
+    region, segment = 32, 16
+    batch = make_batch(device, chunks=((80, 48),), budget=NONE_LISTED)
+    (work,) = batch.work(segment=segment)
+    assert work.max_history // region > 80 // region, "the chunk itself fills a region"
+    out = attended(batch, work, averaged(batch, work, region))
+    batch.rows = [batch.rows[0]._replace(num_queries=segment)]
+    (alone,) = batch.work(segment=segment)
+    first = attended(batch, alone, averaged(batch, alone, region))
+    assert torch.equal(out[:segment], first[:segment])
+
+
+def test_the_operator_attends_to_regions(device):
+    """Like values in all the history: an output without a mean would hold little of them."""
+    heads, kv_heads, head_dim, queries = 4, 2, 64, 8
+    batch = make_batch(device, chunks=((REGION_TOKENS, queries),), budget=0.01)
+    batch.kv_cache[..., head_dim:] = 1.0
+    own = batch.block_table[0, REGION_TOKENS // 16 :][:1].long()
+    batch.kv_cache[own, :, :, head_dim:] = -1.0
+    shape = Shape(heads, kv_heads, head_dim, 2048, queries, 64)
+    operator = SparsePrefill(shape, DTYPE, device, scale=batch.scale)
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+    (work,) = batch.work(segment=64)
+    operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+    assert (out > 0.95).all(), "1,024 tokens outweigh eight, though ten of them are visited"
