@@ -27,7 +27,9 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
-SHIFT_STEP = 32  # every so many keys one counts for the row shift: half of the error at 128K
+# Every so many keys one counts for the row shift, and at most so many: half of the error at 128K.
+SHIFT_STEP = 16
+SHIFT_SAMPLES = 4096
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -173,8 +175,9 @@ def query_images(
     """
     images = _rounded(queries.float() @ basis.a, dtype)
     rank, count = images.shape[-1], history.shape[-2]
-    samples = max(1, (count + SHIFT_STEP // 2 - 1) // SHIFT_STEP)
-    places = torch.arange(samples, device=history.device) * SHIFT_STEP + SHIFT_STEP // 2
+    step = max(SHIFT_STEP, -(-count // SHIFT_SAMPLES))
+    samples = max(1, (count + step // 2 - 1) // step)
+    places = torch.arange(samples, device=history.device) * step + step // 2
     sample = history[..., places.clamp(max=count - 1), :rank]
     scores = images @ sample.mT + math.log2(count / samples)
     of_own = (images @ own[..., :rank].mT).masked_fill(~visible, float("-inf"))

@@ -108,7 +108,8 @@ def _add_mass(s, m, mass):
 def _shift_kernel(
     p_rows, p_images, p_items, stride_images_fit, stride_images_head, max_rows,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
-    SHIFT_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -135,12 +136,13 @@ def _shift_kernel(
     p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
     # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
     q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
-    samples = tl.maximum((n + SHIFT_STEP // 2 - 1) // SHIFT_STEP, 1)
+    step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
+    samples = tl.maximum((n + step // 2 - 1) // step, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for o in tl.range(0, samples, BLOCK_N, num_stages=1):
         o_n = o + tl.arange(0, BLOCK_N)
-        position = tl.minimum(o_n * SHIFT_STEP + SHIFT_STEP // 2, n - 1)
+        position = tl.minimum(o_n * step + step // 2, n - 1)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
         s = tl.where((o_n < samples)[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
         m, mass = _add_mass(s, m, mass)
@@ -291,7 +293,8 @@ def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace
     )  # fmt: skip
     _shift_kernel[grid](
         space.rows, images, work.items, images.stride(0), images.stride(1), rows,
-        RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, BLOCK_M=block, BLOCK_N=64,
+        RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
+        BLOCK_M=block, BLOCK_N=64,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
         FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
     )  # fmt: skip

@@ -115,6 +115,17 @@ def test_histories_of_few_samples(device, context):
     assert_scores_match(every_query(batch, batch.work()), 3 * ATOL[batch.query.dtype])
 
 
+@pytest.mark.parametrize("context", [399, 400, 401])
+def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
+    """Other keys tell the shift than every ``SHIFT_STEP``-th, and the kernel takes the same."""
+    batch = make_batch(device, chunks=((context, 5),), heads=5, kv_heads=1)
+    ((_, unbounded, *_),) = every_query(batch, batch.work())
+    monkeypatch.setattr(basis, "SHIFT_SAMPLES", 10)
+    ((work, scores, bounds, wanted),) = every_query(batch, batch.work())
+    assert_scores_match([(work, scores, bounds, wanted)], ATOL[batch.query.dtype])
+    assert (scores - unbounded)[0].abs().mean() > 3 * ATOL[batch.query.dtype] / 10
+
+
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_scored_rows_are_a_chessboard(group):
     rows = basis.scored_rows(6, group, torch.device("cpu"))
@@ -188,7 +199,7 @@ def test_scores_are_log_probabilities_over_a_sample_and_the_own_segment():
         return -(rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)).double()
 
     exact = torch.logaddexp2(log2_mass(scores), log2_mass(beside, causal))
-    assert (shifts(images) - exact).abs().median() < 0.2, "625 of 20,000 keys"
+    assert (shifts(images) - exact).abs().median() < 0.2, "1,250 of 20,000 keys"
     repeated = images[:, :40].repeat_interleave(basis.SHIFT_STEP, 1)
     history = log2_mass(scores[..., :40]) + math.log2(basis.SHIFT_STEP)
     exact = torch.logaddexp2(history, log2_mass(beside, causal))
