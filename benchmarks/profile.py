@@ -48,7 +48,7 @@ PARTS = tuple(
     for part, pattern in (  # the first that matches counts
         ("rank", r"^_(mean|score|moment|basis|project_keys|project_queries|shift)_kernel$"),
         ("select", r"^_(histogram|length|place|emit)_kernel$"),
-        ("attend", r"^_attend_kernel$"),
+        ("attend", r"^_(attend|region)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),
         ("linear layers", r"nvjet|cutlass|gemm|gemv|cublas|splitk|xmma"),
