@@ -44,6 +44,11 @@ class Target:
     header: Row
 
     @property
+    def name(self) -> str:
+        """The model's name in results: of a folder on the server's machine only the last part."""
+        return Path(self.model).name if self.model.startswith("/") else self.model
+
+    @property
     def arm(self) -> Arm:
         """The server as the load test's helpers take it."""
         return Arm("--url", self.url)

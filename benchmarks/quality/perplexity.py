@@ -153,7 +153,7 @@ def place(target: client.Target, args: argparse.Namespace, budget: float, window
 def where_asked(target: client.Target, args: argparse.Namespace, budget: float) -> Row:
     """Return the fields that tell a run of questions from others."""
     return {
-        "model": target.model,
+        "model": target.name,
         "text": args.text.stem,
         "context": args.context,
         "tail": args.tail,

@@ -93,7 +93,7 @@ def check(target: client.Target, wanted: Sequence[Sample], samples: Samples) -> 
     prompts = {(one.context, one.task, one.index): one.digest for one in wanted}
     for row in samples.rows:
         number = (row["context"], row["task"], row["index"])
-        if row["model"] == target.model and prompts.get(number, row["prompt"]) != row["prompt"]:
+        if row["model"] == target.name and prompts.get(number, row["prompt"]) != row["prompt"]:
             raise EvalError(
                 f"{samples.path} holds answers to another prompt {number[2]} of {number[1]} at "
                 f"{number[0]}: name another --samples-file"
@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
 def where_asked(target: client.Target, context: int, budget: float) -> Row:
     """Return the fields that tell a run of questions from others."""
     return {
-        "model": target.model,
+        "model": target.name,
         "context": context,
         "backend": target.backend,
         "budget": budget,
