@@ -32,6 +32,7 @@ class Target:
     Attributes:
         url: without a path.
         model: the served name.
+        name: the model's in results, see `loadtest.server.Server`.
         longest: prompt and answer together in tokens, None where the server does not say.
         backend: ``s2o``, or ``stock`` for a server without budgets.
         header: what result files begin with.
@@ -39,14 +40,10 @@ class Target:
 
     url: str
     model: str
+    name: str
     longest: int | None
     backend: str
     header: Row
-
-    @property
-    def name(self) -> str:
-        """The model's name in results: of a folder on the server's machine only the last part."""
-        return Path(self.model).name if self.model.startswith("/") else self.model
 
     @property
     def arm(self) -> Arm:
@@ -118,7 +115,7 @@ def connect(args: argparse.Namespace) -> Target:
     except (LoadTestError, OSError) as error:
         raise EvalError(str(error)) from None
     head = header([server], args.device)
-    return Target(arm.url, server.model, server.max_model_len, backend, head)
+    return Target(arm.url, server.model, server.name, server.max_model_len, backend, head)
 
 
 def _try(url: str, model: str, wanted: float) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .arms import Arm, LoadTestError
@@ -39,6 +40,11 @@ class Server:
     torch: str | None = None
     triton: str | None = None
     device: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name in results: of a folder on the server's machine only the last part."""
+        return Path(self.model).name if self.model.startswith("/") else self.model
 
 
 def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:

@@ -366,3 +366,10 @@ def test_the_picture_shows_rates_at_which_nothing_was_answered(tmp_path: Path):
     picture = tmp_path / "load.png"
     plot.draw({"vllm": "0.32.0", "device": "here", "rows": rows}, picture)
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("served", "name"), [("/srv/models/small", "small"), ("org/small", "org/small")]
+)
+def test_a_models_name_has_no_folder_of_the_server(served, name):
+    assert server.Server(served, "folder", 512, None).name == name

@@ -43,11 +43,12 @@ def stop_step(batch):
     return attend_tile(batch.query.shape[2], batch.query.device).block_n
 
 
-REGION = 32  # tokens; a batch without them has one region longer than any history
+REGION = 32  # tokens
+NO_REGION = 2**20  # longer than any history
 LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
-def run(batch, lists, function=attend.attend, orders=None, region=2**20, **options):
+def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **options):
     """Attend to every request; ``lists`` pairs each work list with its lists."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
@@ -117,7 +118,7 @@ STOP_MARGIN = 1e-3
 
 
 def stopping_case(
-    device, stop_threshold, permuted=False, softcap=0.0, uneven=False, region=2**20, **shape
+    device, stop_threshold, permuted=False, softcap=0.0, uneven=False, region=NO_REGION, **shape
 ):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 

@@ -237,10 +237,3 @@ def test_it_is_part_of_the_installed_command(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: s2o eval ruler")
-
-
-@pytest.mark.parametrize(
-    ("served", "name"), [("/srv/models/small", "small"), ("org/small", "org/small")]
-)
-def test_a_models_name_has_no_folder_of_the_server(served, name):
-    assert client.Target("http://localhost", served, 512, "s2o", {}).name == name
