@@ -72,8 +72,8 @@ def _visit(
         o_kv = slot * stride_token
     else:
         o_kv = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token
-    k = _load_rows(p_k, o_kv, m_n, o_d, MASKED, D, D_PAD)
-    v = _load_rows(p_v, o_kv, m_n, o_d, MASKED, D, D_PAD)
+    k = _load_rows(p_k, o_kv, m_n, o_d, MASKED, D, D_PAD).to(q.dtype)
+    v = _load_rows(p_v, o_kv, m_n, o_d, MASKED, D, D_PAD).to(q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
         s = _softcap(s * scale, softcap)
@@ -123,10 +123,8 @@ def _dropped_mass(
         position = number * n // samples + n // (2 * samples)
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (position % PAGE) * stride_token
-        s = tl.dot(
-            q, tl.trans(_load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD)), input_precision=PRECISION
-        )
-        s *= scale
+        k = _load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
             s = _softcap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
@@ -136,7 +134,7 @@ def _dropped_mass(
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_table, p_order, p_counters,
-    scale, softcap, stop_threshold,
+    scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
     stride_slots_item, stride_slots_head, stride_means, stride_table,
@@ -189,8 +187,8 @@ def _attend_kernel(
         m_n = position < end
         page = tl.load(p_table + row * stride_table + position // PAGE, m_n, 0).to(tl.int64)
         o_kv = page * stride_block + (position % PAGE) * stride_token
-        k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD)
-        v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD)
+        k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
+        v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scale_own = scale
         if SOFTCAP:
@@ -253,6 +251,8 @@ def _attend_kernel(
         )  # fmt: skip
 
     acc = acc / mass[:, None]
+    if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
+        acc *= v_scale
     o_o = (query_start + o_query) * stride_o_token + head * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],
@@ -290,6 +290,7 @@ def attend(
     counters: torch.Tensor,
     *,
     scale: float,
+    v_scale: float = 1.0,
     stop_threshold: float = 0.0,
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
@@ -301,18 +302,21 @@ def attend(
     Args:
         query: ``[tokens, heads, head_dim]``, fp16, bf16 (fp32 in the interpreter).
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, any strides with the last
-            dimension contiguous; a token's value follows its key. Same dtype as ``query``.
+            dimension contiguous; a token's value follows its key. Same dtype as ``query``, or
+            float8_e4m3fn, which ``query``'s dtype holds exactly.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         lists: what the segments visit of their histories.
-        regions: means of the request's whole regions, at least of those in any history here; what
+        regions: means of the request's whole regions, in units of the cache and ``query``'s
+            dtype, at least of those in any history here; what
             a segment does not visit of its history counts as them, ``REGION_WEIGHT`` times.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
             ``ESTIMATE_EVERY``-th segment the estimated softmax mass of what was not visited,
             summed over queries and heads in ``DROPPED_UNIT``, and how many those are.
-        scale: softmax scale.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        v_scale: what one unit of the cache's values stands for; 1 unless it is fp8.
         stop_threshold: a tile ends once no row's softmax mass grew by this share over the
             last ``stop_step`` tokens; 0 visits whole lists.
         stop_step: tokens between two tests of the threshold.
@@ -333,7 +337,7 @@ def attend(
         query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
         block_table,
         order if order is not None else work.items, counters,
-        scale * LOG2E, softcap * LOG2E, stop_threshold,
+        scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         slots.stride(0), slots.stride(1), regions.means.stride(0), block_table.stride(0),

@@ -117,7 +117,7 @@ def fit_work(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         work: a list of the chunk.
-        scale: softmax scale.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
         rank: directions.
 
     Returns:

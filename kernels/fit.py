@@ -40,6 +40,7 @@ def _moment_kernel(
     o_d = tl.arange(0, D_PAD)
     o_s = i_strip * STRIP + tl.arange(0, STRIP)
     n = samples if OF_KEYS else samples * GROUP
+    kind: tl.constexpr = p_q.dtype.element_ty  # differences of fp8 keys are no fp8 numbers
     moment = tl.zeros([D_PAD, STRIP], tl.float32)
     sums = tl.zeros([BLOCK, D_PAD], tl.float32)
     sums_s = tl.zeros([BLOCK, STRIP], tl.float32)
@@ -65,8 +66,8 @@ def _moment_kernel(
         x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
         s = tl.load(p_row[:, None] + o_s[None, :], m_n[:, None] & (o_s < D)[None, :], 0.0)
         if OF_KEYS:
-            x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0).to(x.dtype)
-            s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0).to(s.dtype)
+            x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0).to(kind)
+            s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0).to(kind)
             sums += x.to(tl.float32)
             sums_s += s.to(tl.float32)
         moment = tl.dot(tl.trans(x), s, moment, input_precision=PRECISION)
@@ -76,8 +77,8 @@ def _moment_kernel(
         total, total_s = tl.sum(sums, 0) / n, tl.sum(sums_s, 0) / n
         moment -= total[:, None] * total_s[None, :]
         tl.store(p_means + i_basis * D_PAD + o_s, total_s + first_s)
-    kind: tl.constexpr = 1 if OF_KEYS else 0
-    o_moment = ((2 * i_basis + kind) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
+    of_keys: tl.constexpr = 1 if OF_KEYS else 0
+    o_moment = ((2 * i_basis + of_keys) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
     tl.store(p_moments + o_moment, moment)
 
 

@@ -40,6 +40,7 @@ def _project_keys_kernel(
     page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
     o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
     k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    k = k.to(p_b.dtype.element_ty)
     i_basis = i_fit * tl.num_programs(2) + i_head
     b = tl.load(p_b + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
     offset = tl.load(p_offset + i_basis * WIDTH + o_r)
@@ -269,7 +270,7 @@ def project_keys(
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         space.images.stride(0), space.images.stride(1), D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH, BLOCK=block,
-        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=input_precision(kv_cache.dtype),
+        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=input_precision(fitted.b.dtype),
     )  # fmt: skip
 
 
@@ -318,7 +319,7 @@ def low_rank_scores(
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, ``query``'s dtype or fp8.
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
@@ -326,7 +327,7 @@ def low_rank_scores(
             estimated to give the token.
         bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
-        scale: softmax scale.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
     """
     if work.max_fit_tokens == 0:

@@ -70,7 +70,7 @@ class SparsePrefill:
 
     Args:
         shape: sizes; heads must be a multiple of kv_heads.
-        dtype: of queries and cache.
+        dtype: of queries, and of the cache unless that is fp8.
         device: where it runs.
         scale: softmax scale.
         softcap: cap of the scaled scores, 0 for none.
@@ -133,39 +133,47 @@ class SparsePrefill:
         work: WorkList,
         out: torch.Tensor,
         counters: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         """Attend to the history and the own tokens of every segment of ``work``.
 
         Args:
             query: ``[tokens, heads, head_dim]``.
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the
-                segments' own keys and values.
+                segments' own keys and values; the queries' dtype, or float8_e4m3fn.
             block_table: int32 ``[rows, max_blocks]``.
             work: segments within ``shape.limits``.
             out: ``[tokens, heads, head_dim]``; the rows of the segments are written.
             counters: int64 ``[NUM_COUNTERS]``, added to.
+            k_scale: what one unit of the cache's keys stands for (and of the queries, if they
+                have a scale of their own).
+            v_scale: what one unit of the cache's values stands for.
         """
         order = query_order(query, work, self.shape) if self.permute_queries else None
+        scale = self.scale * k_scale
         options: dict[str, Any] = {
-            "scale": self.scale,
+            "scale": scale,
+            "v_scale": v_scale,
             "softcap": self.softcap,
             "stop_threshold": self.stop_threshold,
             "order": order,
         }
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
-            scores = self.reference(*arguments, scale=self.scale)
+            scores = self.reference(*arguments, scale=scale)
             lists = reference_select.select(
                 scores, block_table, work, kv_cache.shape[2], self.tiers
             )
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
-            means = reference.average(kv_cache, block_table, work)
+            means = reference.average(kv_cache, block_table, work, query.dtype)
             reference.attend(
                 *arguments, lists, means, out, counters,
                 queries_per_tile=queries_per_tile, **options,
             )  # fmt: skip
             return
-        self.rank(*arguments)
+        self.rank(*arguments, k_scale=k_scale)
         from . import attend
 
         attend.attend(
@@ -179,19 +187,21 @@ class SparsePrefill:
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         work: WorkList,
+        *,
+        k_scale: float = 1.0,
     ) -> None:
         """Score, select and average on a CUDA device; the results are left in the workspace."""
         from . import low_rank, rank, regions, select
 
-        space = self.space
+        space, scale = self.space, self.scale * k_scale
         if work.first_of_chunk:
             regions.average(kv_cache, block_table, work, space.regions)
         results = (space.selection.scores, space.selection.bounds)
         arguments = (query, kv_cache, block_table, work, *results, space.ranking)
         if isinstance(space.ranking, rank.RankWorkspace):
-            rank.mean_query_scores(*arguments, scale=self.scale)
+            rank.mean_query_scores(*arguments, scale=scale)
         else:
-            low_rank.low_rank_scores(*arguments, scale=self.scale)
+            low_rank.low_rank_scores(*arguments, scale=scale)
         select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers)
 
 

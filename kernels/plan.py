@@ -99,7 +99,8 @@ class Regions(NamedTuple):
     """Means over the regions of a request's history, from its first token on.
 
     Attributes:
-        means: ``[kv_heads, regions, 2 * head_dim]``: a mean value follows its mean key.
+        means: ``[kv_heads, regions, 2 * head_dim]``, in units of the cache and the queries'
+            dtype: a mean value follows its mean key.
         tokens: of a region.
     """
 

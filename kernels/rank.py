@@ -103,7 +103,7 @@ def _score_kernel(
         page = tl.load(p_table + row * stride_table + o_n // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (o_n % PAGE) * stride_token
         k = tl.load(p_k + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2
         s = tl.where(m_row[:, None] & (o_n[None, :] < n[:, None]), s, float("-inf"))
         if WRITE_SCORES:
             s = tl.reshape(s - lse[:, None], [ITEMS, GROUP_PAD, BLOCK])
@@ -163,7 +163,7 @@ def mean_query_scores(
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, ``query``'s dtype or fp8.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
@@ -171,7 +171,7 @@ def mean_query_scores(
             segment's mean query gives the token.
         bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
-        scale: softmax scale.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
     """
     if work.max_history == 0:
         return

@@ -46,7 +46,7 @@ def load_tokens(
         head_dim: size of a head.
 
     Returns:
-        Keys and values, each ``[kv_heads, n, head_dim]`` in float32.
+        Keys and values, each ``[kv_heads, n, head_dim]`` in float32 and units of the cache.
     """
     page, heads = kv_cache.shape[2], kv_cache.shape[1]
     slots = slots.long().expand(heads, -1)
@@ -147,9 +147,10 @@ def average(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
+    dtype: torch.dtype,
     region: int = REGION_TOKENS,
 ) -> Regions:
-    """Average the regions of a request's history; see :func:`regions.average`."""
+    """Average the regions of a request's history into ``dtype``; see :func:`regions.average`."""
     page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
     positions = region_positions(work.max_fit_tokens, kv_cache.device, region)
     tokens = torch.cat(
@@ -159,7 +160,7 @@ def average(
         -1,
     )
     means = tokens.unflatten(1, positions.shape).mean(2)
-    return Regions(means.to(kv_cache.dtype), region)
+    return Regions(means.to(dtype), region)
 
 
 def region_positions(
@@ -183,6 +184,7 @@ def attend(
     counters: torch.Tensor,
     *,
     scale: float,
+    v_scale: float = 1.0,
     stop_threshold: float = 0.0,
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
@@ -237,7 +239,8 @@ def attend(
         s_mean = scores(queries, k_mean) + missing.log()[:, None, :, None]
 
         p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
-        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list, v_mean], 1))
+        values = torch.cat([v_own, v_list, v_mean], 1) * v_scale
+        result = torch.einsum("hgqn,hnd->hgqd", p, values)
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[item[QUERY_START] : start + count] = result.to(out.dtype)
 

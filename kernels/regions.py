@@ -53,6 +53,8 @@ def average(
 ) -> None:
     """Average the regions that a work list's chunk sees, from samples of them.
 
+    Means are in units of the cache: an fp8 cache's scales apply to them as to its tokens.
+
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.

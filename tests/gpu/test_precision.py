@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import dense_attention, full_lists, make_batch, nan_like, relative_error
+from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
 from s2o_vllm.kernels import attend, low_rank, rank, reference, reference_select, select
 from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, list_places
@@ -19,28 +19,33 @@ def gpu_batch(**options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (12, 2), (7, 1), (4, 4)])
-def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads):
-    """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype."""
+@pytest.mark.parametrize("fp8", CACHES)
+def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
+    """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype.
+
+    Of an fp8 cache, both attend to what it stands for.
+    """
     batch = gpu_batch(
         dtype=dtype, head_dim=head_dim, heads=heads, kv_heads=kv_heads, budget=1.0,
-        head_major=False,
+        head_major=False, fp8=fp8,
     )  # fmt: skip
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     for work, lists in full_lists(batch):
         attend.attend(
             batch.query, batch.kv_cache, batch.block_table, work, lists,
-            reference.average(batch.kv_cache, batch.block_table, work, 32), out, counters,
-            scale=batch.scale, tile=attend_tile(head_dim, out.device),
+            reference.average(batch.kv_cache, batch.block_table, work, dtype, 32), out, counters,
+            scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
         )  # fmt: skip
     truth = dense_attention(batch)
     assert relative_error(out, truth) <= 2 * relative_error(dense_attention(batch, dtype), truth)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_lists_agree_with_the_reference(ranking):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_lists_agree_with_the_reference(ranking, fp8):
     """The same tokens up to rounding: bf16 scores may swap tokens at the edge of a list."""
-    batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1)
+    batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, fp8=fp8)
     heads, head_dim = batch.query.shape[1:]
     for work in batch.work(segment=64):
         if work.max_list == 0:
@@ -78,19 +83,21 @@ def test_lists_agree_with_the_reference(ranking):
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_operator_runs_at_a_servers_sizes(ranking):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_operator_runs_at_a_servers_sizes(ranking, fp8):
     """32K of history, an 8K chunk, workspaces of a 128K server; every row finite."""
     batch = make_batch(
         torch.device("cuda"), chunks=((32768, 8192),), heads=32, kv_heads=8, head_dim=128,
-        head_major=False, budget=0.05,
+        head_major=False, budget=0.05, fp8=fp8,
     )  # fmt: skip
     shape = Shape(32, 8, 128, 131072, 8192, 64, ranking)
-    operator = SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale)
+    scale, scales = batch.softmax_scale, {"k_scale": batch.k_scale, "v_scale": batch.v_scale}
+    operator = SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=scale)
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     from s2o_vllm.kernels.plan import build_work_lists
 
     for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.limits):
-        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters, **scales)
     assert torch.isfinite(out).all()
     assert counters[0] <= 0.05 * counters[1]

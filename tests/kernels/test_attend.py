@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from cases import (
+    CACHES,
     CHUNKS,
     DTYPES,
     ON_GPU,
@@ -61,8 +62,11 @@ def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **o
     for number, (work, own) in enumerate(lists):
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
-            reference.average(batch.kv_cache, batch.block_table, work, region), out, counters,
-            scale=batch.scale, order=orders[number] if orders else None, **options,
+            reference.average(
+                batch.kv_cache, batch.block_table, work, batch.query.dtype, region
+            ),
+            out, counters, scale=batch.scale, v_scale=batch.v_scale,
+            order=orders[number] if orders else None, **options,
         )  # fmt: skip
     return out, counters
 
@@ -98,11 +102,14 @@ def query_orders(batch, lists):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_full_list_is_dense_attention(device, heads, kv_heads, head_dim, page, head_major, dtype):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_full_list_is_dense_attention(
+    device, heads, kv_heads, head_dim, page, head_major, dtype, fp8
+):
     """Promise 3: error against fp64 at most twice that of PyTorch in the same dtype."""
     batch = make_batch(
         device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
-        head_major=head_major, dtype=dtype, budget=1.0,
+        head_major=head_major, dtype=dtype, budget=1.0, fp8=fp8,
     )  # fmt: skip
     out, counters = run(batch, full_lists(batch), region=REGION)
     truth = dense_attention(batch)
@@ -142,11 +149,13 @@ def stopping_case(
 @pytest.mark.parametrize("stop_threshold", [0.0, 0.3])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_matches_the_reference(device, stop_threshold, permuted, softcap):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_matches_the_reference(device, stop_threshold, permuted, softcap, fp8):
     chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
     case = stopping_case(
-        device, stop_threshold, permuted, softcap, uneven=True, region=REGION, chunks=chunks
-    )
+        device, stop_threshold, permuted, softcap, uneven=True, region=REGION, chunks=chunks,
+        fp8=fp8,
+    )  # fmt: skip
     batch, lists, options, wanted, wanted_counters = case
     out, counters = run(batch, lists, stop_threshold=stop_threshold, **options)
     assert relative_error(out, wanted) < TOLERANCE
@@ -155,8 +164,9 @@ def test_matches_the_reference(device, stop_threshold, permuted, softcap):
         assert counters[STOPPED] > 0, "the case must exercise early stop"
 
 
-def test_softcap_is_that_of_dense_attention(device):
-    batch = make_batch(device, budget=1.0, spread=4.0)
+@pytest.mark.parametrize("fp8", CACHES)
+def test_softcap_is_that_of_dense_attention(device, fp8):
+    batch = make_batch(device, budget=1.0, spread=4.0, fp8=fp8)
     out, _ = run(batch, full_lists(batch), softcap=3.0)
     assert relative_error(out, dense_attention(batch, softcap=3.0)) < TOLERANCE
     assert relative_error(out, dense_attention(batch)) > 1e-2
@@ -256,9 +266,10 @@ def test_unknown_head_dim_is_refused(device):
 
 @pytest.mark.parametrize("stop_threshold", [0.0, 1 - 1e-6])  # which ends every tile at once
 @pytest.mark.parametrize("budget", [1e-9, 0.9])  # none, or more than a step of any tile
-def test_the_dropped_mass_is_that_of_what_was_not_visited(device, budget, stop_threshold):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_the_dropped_mass_is_that_of_what_was_not_visited(device, budget, stop_threshold, fp8):
     """A history that the sample holds whole: the estimate is the truth, early stop included."""
-    batch = make_batch(device, chunks=((ESTIMATE_TOKENS, 20),), budget=budget, spread=2.0)
+    batch = make_batch(device, chunks=((ESTIMATE_TOKENS, 20),), budget=budget, spread=2.0, fp8=fp8)
     ((work, own),) = lists = full_lists(batch)
     assert work.num_items == 1
     _, counters = run(batch, lists, stop_threshold=stop_threshold, stop_step=stop_step(batch))
@@ -271,7 +282,7 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(device, budget, stop_t
         count = stop_step(batch)
     keys, _ = tokens_of(batch, batch.rows[0])
     queries = batch.query.double().unflatten(1, (2, 2))
-    scores = torch.einsum("qhgd,hnd->qhgn", queries, keys.double()) * batch.scale
+    scores = torch.einsum("qhgd,hnd->qhgn", queries, keys.double()) * batch.softmax_scale
     future = torch.arange(276, device=device) > 256 + torch.arange(20, device=device)[:, None]
     p = scores.masked_fill(future[:, None, None], float("-inf")).softmax(-1)
     position = {int(slot): place for place, slot in enumerate(all_slots(batch, 256))}

@@ -27,6 +27,9 @@ SPILLED_ELSEWHERE = 400
 # stage would cost them their speed, and they have passed on cards.
 FENCED = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
 UNFENCED = () if FENCED else ("_score_kernel", "_attend_kernel")
+BF16, FP8 = "bfloat16", "float8_e4m3fn"
+# vLLM's FlashAttention takes an fp8 cache on these two only.
+TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (100, FP8)]
 
 
 def compiling(*arguments):
@@ -42,25 +45,28 @@ def compiling(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
-    """What each tested capability compiles to: two processes at a time, from the start on."""
-    capabilities = [
-        item.callspec.params["capability"]
+    """What each tested target compiles to: two processes at a time, from the start on."""
+    targets = [
+        item.callspec.params["target"]
         for item in request.session.items
         if item.path == request.path and item.originalname == "test_compiles_and_fits"
     ]
     with ThreadPoolExecutor(2) as pool:
-        yield {capability: pool.submit(compiling, capability) for capability in capabilities}
+        yield {target: pool.submit(compiling, *target) for target in targets}
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("stop_threshold", [0.0, 0.01])
-def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(ranking, stop_threshold):
-    assert compiling("variants", ranking, stop_threshold) == []
+@pytest.mark.parametrize("kv_dtype", [BF16, FP8])
+def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(
+    ranking, stop_threshold, kv_dtype
+):
+    assert compiling("variants", ranking, stop_threshold, kv_dtype) == []
 
 
-@pytest.mark.parametrize("capability", BY_CAPABILITY)
-def test_compiles_and_fits(compiled, capability):
-    kernels = compiled[capability].result()
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_compiles_and_fits(compiled, target):
+    kernels, capability = compiled[target].result(), target[0]
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_queries_kernel", "_shift_kernel", "_histogram_kernel",

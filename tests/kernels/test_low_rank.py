@@ -6,18 +6,19 @@
 import pytest
 import torch
 
-from cases import DTYPE, ON_GPU, make_batch
+from cases import CACHES, DTYPE, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference
 from s2o_vllm.kernels.fit import fit
 from s2o_vllm.kernels.plan import DENSE_START
 
 SHAPES = [
-    # heads, kv_heads, head_dim, segment: scored rows of a whole segment
-    (2, 2, 128, 32),  # 16
-    (4, 2, 64, 32),  # 32
-    (5, 1, 64, 64),  # 160
-    (6, 1, 96, 64),  # 192
-    (8, 2, 128, 64),  # 128
+    # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
+    (2, 2, 128, 32, False),  # 16
+    (4, 2, 64, 32, False),  # 32
+    (5, 1, 64, 64, False),  # 160
+    (6, 1, 96, 64, False),  # 192
+    (8, 2, 128, 64, False),  # 128
+    pytest.param((5, 1, 96, 64, True), marks=CACHES[1].marks),  # 160
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
 
@@ -26,10 +27,10 @@ ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, f
 def ranked(request, device, fresh_seed):
     """A batch of one request and what the kernels made of it; the tests only read it."""
     fresh_seed()
-    heads, kv_heads, head_dim, segment = request.param
+    heads, kv_heads, head_dim, segment, fp8 = request.param
     batch = make_batch(
         device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        head_major=False,
+        head_major=False, fp8=fp8,
     )  # fmt: skip
     (work,) = batch.work(segment=segment)
     space = low_rank.LowRankWorkspace(
@@ -114,9 +115,9 @@ def test_scores_are_the_largest_products(ranked):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_fit_is_the_references_and_the_same_twice(device, shape):
-    heads, kv_heads, head_dim, segment = shape
+    heads, kv_heads, head_dim, segment, fp8 = shape
     batch = make_batch(device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads,
-                       head_dim=head_dim)  # fmt: skip
+                       head_dim=head_dim, fp8=fp8)  # fmt: skip
     (work,) = batch.work(segment=segment)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work)
     spaces = []

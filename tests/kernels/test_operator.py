@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from cases import CHUNKS, SEGMENT, TOLERANCE, dense_attention, make_batch, nan_like, relative_error
+from cases import (
+    CACHES,
+    CHUNKS,
+    SEGMENT,
+    TOLERANCE,
+    dense_attention,
+    make_batch,
+    nan_like,
+    relative_error,
+)
 from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
@@ -9,7 +18,8 @@ from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 def operator_for(batch, ranking="low_rank", **options):
     heads, head_dim = batch.query.shape[1:]
     shape = Shape(heads, batch.kv_cache.shape[1], head_dim, 4096, 512, SEGMENT, ranking)
-    return SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=batch.scale, **options)
+    scale = batch.softmax_scale
+    return SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=scale, **options)
 
 
 def run(batch, works, **options):
@@ -17,7 +27,10 @@ def run(batch, works, **options):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     operator = operator_for(batch, **options)
     for work in works:
-        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+        operator(
+            batch.query, batch.kv_cache, batch.block_table, work, out, counters,
+            k_scale=batch.k_scale, v_scale=batch.v_scale,
+        )  # fmt: skip
     return out, counters
 
 
@@ -28,16 +41,18 @@ def test_density_is_at_most_the_budget(device, ranking):
     assert 0.2 < counters[VISITED] / counters[ELIGIBLE] <= 0.25
 
 
-def test_dense_segments_are_exact(device):
-    batch = make_batch(device, budget=0.1)
+@pytest.mark.parametrize("fp8", CACHES)
+def test_dense_segments_are_exact(device, fp8):
+    batch = make_batch(device, budget=0.1, fp8=fp8)
     out, _ = run(batch, batch.work(min_context=10_000))
     assert relative_error(out, dense_attention(batch)) < TOLERANCE
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_error_falls_as_the_budget_rises(device, ranking):
+@pytest.mark.parametrize("fp8", CACHES)
+def test_error_falls_as_the_budget_rises(device, ranking, fp8):
     torch.manual_seed(0)
-    batch = make_batch(device, spread=2.0)
+    batch = make_batch(device, spread=2.0, fp8=fp8)
     truth = dense_attention(batch)
     errors = []
     for budget in (0.1, 0.5, 0.999):
@@ -88,12 +103,13 @@ def test_refuses_an_unknown_ranking(device):
         operator_for(make_batch(device), ranking="best")
 
 
-def test_warm_up_touches_nothing(device):
-    batch = make_batch(device)
+@pytest.mark.parametrize("fp8", CACHES)
+def test_warm_up_touches_nothing(device, fp8):
+    batch = make_batch(device, fp8=fp8)
     before = [x.clone() for x in (batch.query, batch.kv_cache, batch.block_table)]
     operator_for(batch).warm_up(batch.query, batch.kv_cache, batch.block_table)
     after = (batch.query, batch.kv_cache, batch.block_table)
-    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(torch.equal(x.float(), y.float()) for x, y in zip(before, after, strict=True))
 
 
 def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cases import DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
+from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels import basis, low_rank, rank, reference
 from s2o_vllm.kernels.fit import FitWorkspace, fit
 from s2o_vllm.kernels.plan import DENSE_START
@@ -84,14 +84,28 @@ def assert_scores_match(results, tolerance, chunk=64):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranking", [mean_query, every_query])
+@pytest.mark.parametrize("fp8", CACHES)
 def test_scores_match_the_reference(
-    device, ranking, heads, kv_heads, head_dim, page, head_major, dtype
+    device, ranking, heads, kv_heads, head_dim, page, head_major, dtype, fp8
 ):
     batch = make_batch(
         device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
-        head_major=head_major, dtype=dtype,
+        head_major=head_major, dtype=dtype, fp8=fp8,
     )  # fmt: skip
     assert_scores_match(ranking(batch, batch.work()), ATOL[dtype])
+
+
+@pytest.mark.parametrize("ranking", [mean_query, every_query])
+def test_scores_of_an_fp8_cache_are_those_of_what_it_stands_for(device, ranking):
+    batch = make_batch(device, chunks=((200, 40),), dtype=DTYPES[-1], fp8=True)
+    quantised = [scores for _, scores, *_ in ranking(batch, batch.work())]
+    head_dim = batch.query.shape[2]
+    batch.kv_cache = batch.kv_cache.to(batch.query.dtype)
+    batch.kv_cache[..., :head_dim] *= batch.k_scale
+    batch.k_scale = 1.0
+    for one, (_, other, *_) in zip(quantised, ranking(batch, batch.work()), strict=True):
+        torch.testing.assert_close(one, other, atol=0.5, rtol=0, equal_nan=True)
+        assert (one - other).nanmean().abs() < 0.05
 
 
 def test_more_segments_than_one_group_ranks(device):

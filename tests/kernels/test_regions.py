@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
+from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
 from s2o_vllm.kernels import attend, reference, regions
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
@@ -24,7 +24,7 @@ def averaged(batch, work, region):
     kv_heads, _, width = batch.kv_cache.shape[1:]
     device = batch.kv_cache.device
     space = regions.workspace(
-        kv_heads, width // 2, 2 * work.max_history, batch.kv_cache.dtype, device, region
+        kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
     )
     space.means.fill_(float("nan"))
     regions.average(batch.kv_cache, batch.block_table, work, space)
@@ -33,19 +33,23 @@ def averaged(batch, work, region):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "page", "region"), [(64, 16, 32), (96, 48, 128)])
-def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, region):
-    batch = make_batch(device, chunks=((300, 20),), head_dim=head_dim, page=page, dtype=dtype)
+@pytest.mark.parametrize("fp8", CACHES)
+def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, region, fp8):
+    batch = make_batch(
+        device, chunks=((300, 20),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
+    )
     (work,) = batch.work()
     means = averaged(batch, work, region).means
     count = work.max_fit_tokens // region
     assert torch.isnan(means[:, count:]).all(), "no region that is not whole"
     keys, values = tokens_of(batch, batch.rows[0])
-    tokens = torch.cat([keys, values], -1)[:, : count * region].double()
+    tokens = torch.cat([keys / batch.k_scale, values / batch.v_scale], -1)
+    tokens = tokens[:, : count * region].double()  # in units of the cache
     step = max(1, region // REGION_SAMPLES)
     wanted = tokens.unflatten(1, (count, region))[:, :, step // 2 :: step].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
     assert relative_error(means[:, :count], wanted) < rounding
-    own = reference.average(batch.kv_cache, batch.block_table, work, region).means
+    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).means
     assert relative_error(means[:, :count], own) < rounding
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from s2o_vllm.kernels.plan import (
@@ -23,6 +24,18 @@ ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
 DTYPE = DTYPES[0]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[DTYPE]
+# Whether the cache is fp8. vLLM's FlashAttention takes that from Hopper on.
+CACHES = [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(
+            ON_GPU and torch.cuda.get_device_capability() < (9, 0),
+            reason="needs compute capability 9.0",
+        ),
+    ),
+]
+FP8_SCALES = (0.07, 0.3)  # of keys and of values
 # (context, queries) of each request: segments that are cut short at either end, whole ones, one
 # without history, a single query. A GPU's larger tiles need more of each.
 CHUNKS = ((150, 70), (0, 40), (77, 1)) if ON_GPU else ((90, 44), (0, 40), (77, 1))
@@ -34,7 +47,14 @@ class Batch:
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     rows: list[PrefillRow]
-    scale: float
+    softmax_scale: float
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """What a query's product with a key of the cache is multiplied by."""
+        return self.softmax_scale * self.k_scale
 
     def work(self, *, min_context: int = 0, segment: int = SEGMENT) -> list[WorkList]:
         """One list per request."""
@@ -53,10 +73,12 @@ def make_batch(
     head_major=True,
     budget=0.4,
     spread=1.0,
+    fp8=False,
 ) -> Batch:
     """Random queries and a cache whose blocks are shuffled over the requests.
 
-    ``spread`` scales the keys: larger values give peaked attention.
+    ``spread`` scales the keys: larger values give peaked attention. With ``fp8`` the cache is
+    quantised, its scales are ``FP8_SCALES``.
     """
     counts = [-(-(context + queries) // page) for context, queries in chunks]
     blocks = sum(counts) + 3
@@ -67,6 +89,15 @@ def make_batch(
     if not head_major:
         kv_cache = kv_cache.transpose(1, 2)
     kv_cache[..., :head_dim] *= spread
+    scales = FP8_SCALES if fp8 else (1.0, 1.0)
+    if fp8:
+        kv_cache = torch.cat(
+            [
+                to_fp8(part, scale)
+                for part, scale in zip(kv_cache.split(head_dim, -1), scales, strict=True)
+            ],
+            -1,
+        )
     order = torch.randperm(blocks, device=device).int()
     table = torch.full((len(chunks), max(counts) + 2), -1, dtype=torch.int32, device=device)
     first = 0
@@ -78,11 +109,20 @@ def make_batch(
         rows.append(PrefillRow(row, start, queries, context, budget))
         start += queries
     query = torch.randn(start, heads, head_dim, device=device, dtype=dtype)
-    return Batch(query, kv_cache, table, rows, head_dim**-0.5)
+    return Batch(query, kv_cache, table, rows, head_dim**-0.5, *scales)
+
+
+def to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Quantise to e4m3 in units of ``scale``, as vLLM does: what is too large saturates."""
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
 
 
 def tokens_of(batch: Batch, row: PrefillRow) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a request, [kv_heads, tokens, head_dim], gathered token by token."""
+    """Keys and values of a request, [kv_heads, tokens, head_dim], gathered token by token.
+
+    Those of a quantised cache are dequantised, in float32.
+    """
     page, head_dim = batch.kv_cache.shape[2], batch.query.shape[2]
     tokens = torch.stack(
         [
@@ -91,7 +131,10 @@ def tokens_of(batch: Batch, row: PrefillRow) -> tuple[torch.Tensor, torch.Tensor
         ],
         1,
     )
-    return tokens[..., :head_dim], tokens[..., head_dim:]
+    keys, values = tokens[..., :head_dim], tokens[..., head_dim:]
+    if tokens.dtype != batch.query.dtype:
+        keys, values = keys.float() * batch.k_scale, values.float() * batch.v_scale
+    return keys, values
 
 
 def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> torch.Tensor:
@@ -101,7 +144,7 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     for row in batch.rows:
         keys, values = (x.to(dtype).repeat_interleave(group, 0) for x in tokens_of(batch, row))
         queries = batch.query[row.query_start :][: row.num_queries].to(dtype).transpose(0, 1)
-        scores = queries @ keys.transpose(1, 2) * batch.scale
+        scores = queries @ keys.transpose(1, 2) * batch.softmax_scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         own = row.context + torch.arange(row.num_queries, device=scores.device)

@@ -116,11 +116,13 @@ def unfenced(ptx: str) -> bool:
     return False
 
 
-def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) -> Compiled:
+def compile_attend(
+    tile, capability: int, head_dim: int, stop_threshold: float, kv_dtype: torch.dtype
+) -> Compiled:
     """Compile the attend kernel with a tile of the table."""
     from s2o_vllm.kernels import attend, plan, regions, select
 
-    q, kv, table, work = launch_arguments(head_dim)
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     lists = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, "meta").lists(work)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
     means = regions.workspace(8, head_dim, 131072, q.dtype, "meta")
@@ -132,11 +134,11 @@ def compile_attend(tile, capability: int, head_dim: int, stop_threshold: float) 
     return compiled[0]
 
 
-def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
+def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
     from s2o_vllm.kernels import fit, low_rank, rank, regions, select
 
-    q, kv, table, work = launch_arguments(head_dim)
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
     dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
@@ -156,15 +158,15 @@ def compile_ranking(capability: int, head_dim: int) -> list[Compiled]:
     return compiled
 
 
-def launch_arguments(head_dim: int):
-    """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16."""
+def launch_arguments(head_dim: int, kv_dtype: torch.dtype):
+    """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
     limits = plan.Limits(16, 16 * 131072)
     (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), limits)
     q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
-    kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
 
 
@@ -188,7 +190,9 @@ def standing_in(stand_in):
         triton.runtime.jit.JITFunction.run = run
 
 
-def variants_beyond_warm_up(ranking: str, stop_threshold: float) -> list[str]:
+def variants_beyond_warm_up(
+    ranking: str, stop_threshold: float, kv_dtype: torch.dtype
+) -> list[str]:
     """Kernels of which served steps need a variant that the warm-up does not compile.
 
     The steps are odd in every way that a step can be: chunks that start anywhere, of one query
@@ -206,7 +210,7 @@ def variants_beyond_warm_up(ranking: str, stop_threshold: float) -> list[str]:
     operation.space = operator.workspace(shape, torch.bfloat16, meta)
     operation.tile = tiles.HOPPER[128]
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
-    kv = torch.empty(9000, 16, 8, 256, dtype=torch.bfloat16, device=meta).transpose(1, 2)
+    kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
@@ -220,7 +224,8 @@ def variants_beyond_warm_up(ranking: str, stop_threshold: float) -> list[str]:
         ):
             cpu = torch.device("cpu")
             for work in plan.build_work_lists([row], shape.segment, 0, cpu, shape.limits):
-                operation(query[:8192], kv, table, work, query, counters)
+                scales = {"k_scale": 0.07, "v_scale": 0.3}
+                operation(query[:8192], kv, table, work, query, counters, **scales)
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
 
@@ -230,14 +235,15 @@ def main() -> None:
     from s2o_vllm.kernels import tiles
 
     if sys.argv[1] == "variants":
-        print(json.dumps(variants_beyond_warm_up(sys.argv[2], float(sys.argv[3]))))
+        kv_dtype = getattr(torch, sys.argv[4])
+        print(json.dumps(variants_beyond_warm_up(sys.argv[2], float(sys.argv[3]), kv_dtype)))
         return
-    capability = int(sys.argv[1])
-    compiled = compile_ranking(capability, 128)
+    capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+    compiled = compile_ranking(capability, 128, kv_dtype)
     table = [*tiles.BY_CAPABILITY[capability].items(), *tiles.WIDE.get(capability, {}).items()]
     for head_dim, tile in table:
         for stop_threshold in (0.0, 0.001):
-            one = compile_attend(tile, capability, head_dim, stop_threshold)
+            one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
             compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
     mma = ("wgmma", "tcgen05", "mma.sync")
     print(
