@@ -31,21 +31,27 @@ class CacheLayout:
         isa: vLLM's name of the instruction set, ``layer.isa``.
         page: tokens per block.
         head_dim: size of a head.
-        dtype: of the cache.
+        dtype: of the cache; float8_e4m3fn for one that vLLM keeps as bytes.
     """
 
-    DIGIT = 128  # exact in every float format, bfloat16 included
+    DIGIT = 8  # exact in every float format, e4m3 included
+    PLACES = 5  # 32,768 elements: 128 tokens of 256
 
     def __init__(self, isa: str, page: int, head_dim: int, dtype: torch.dtype):
         numbers = torch.arange(page * head_dim)
-        digits = [numbers // self.DIGIT**place % self.DIGIT for place in range(3)]
+        digits = [numbers // self.DIGIT**place % self.DIGIT for place in range(self.PLACES)]
+        fp8 = dtype == torch.float8_e4m3fn
+        kinds = (torch.uint8, torch.bfloat16, "fp8") if fp8 else (dtype, dtype, "auto")
+        stored, written, name = kinds
         found = torch.zeros(2, page * head_dim, dtype=torch.long)  # of keys and of values
         for place, digit in enumerate(digits):
-            block = torch.zeros(1, 1, 2 * page, head_dim, dtype=dtype)
-            tokens = digit.reshape(page, 1, head_dim).to(dtype)
+            block = torch.zeros(1, 1, 2 * page, head_dim, dtype=stored)
+            tokens = digit.reshape(page, 1, head_dim).to(written)
             keys, values = block.chunk(2, dim=2)
-            ops.cpu_attn_reshape_and_cache(tokens, tokens, keys, values, torch.arange(page), isa)
-            found += block.reshape(2, -1).long() * self.DIGIT**place
+            ops.cpu_attn_reshape_and_cache(
+                tokens, tokens, keys, values, torch.arange(page), isa, kv_cache_dtype=name
+            )
+            found += block.view(dtype).reshape(2, -1).long() * self.DIGIT**place
         if not torch.equal(found.sort().values, numbers.expand(2, -1)):
             raise RuntimeError(f"s2o: vLLM's CPU cache layout {isa!r} could not be read back")
         # found[half][place in the half] is the element's number; invert it.

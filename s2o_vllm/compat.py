@@ -200,6 +200,25 @@ def layer_number(layer_name: str) -> int | None:
     return next((int(part) for part in layer_name.split(".") if part.isdecimal()), None)
 
 
+def one_scale(layer: Any) -> bool:
+    """Tell whether one scale stands for all heads of a layer's keys, and for those of its values.
+
+    Checkpoints may bring one for each KV head; the host's copies are then the largest alone.
+    """
+    return all(scale.numel() == 1 for scale in (layer._q_scale, layer._k_scale, layer._v_scale))
+
+
+def units(layer: Any, query_dtype: Any) -> dict[str, float]:
+    """Return what one unit of q·k and of a value stands for, without asking the device.
+
+    Args:
+        layer: vLLM's, with a quantised cache: other layers may have scales that nobody applies.
+        query_dtype: of the query that came to the backend: fp8 where the layer quantised it.
+    """
+    of_query = layer._q_scale_float if query_dtype.itemsize == 1 else 1.0
+    return {"k_scale": of_query * layer._k_scale_float, "v_scale": layer._v_scale_float}
+
+
 def unsupported_model(vllm_config: Any) -> str | None:
     """Return one sentence that says why S2O cannot serve this configuration, or None."""
     from vllm import envs

@@ -10,6 +10,9 @@ from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS, Limits
 from .metadata import StepPlan
 
+PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
+FP8 = ("fp8", "fp8_e4m3")  # and of the quantised ones that the kernels read
+
 
 class SparseImpl:
     """Mixin for an attention implementation.
@@ -19,6 +22,7 @@ class SparseImpl:
         s2o_limits: what one launch of this layer handles.
         s2o_placed: whether the layer's name is known.
         s2o_layer: its number in the model, if its name has one.
+        kv_cache_dtype: vLLM's name of what the cache holds.
     """
 
     s2o_reason: str | None = None
@@ -27,6 +31,7 @@ class SparseImpl:
     s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
     s2o_layer: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -42,11 +47,24 @@ class SparseImpl:
             self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_limits = self._s2o_shape.limits
 
-    def place(self, layer_name: str) -> None:
-        """Learn which layer this is; vLLM does not say so when it makes the implementation."""
-        self.s2o_placed, self.s2o_layer = True, compat.layer_number(layer_name)
-        if self.s2o_reason is None and self.s2o_layer in self._s2o.dense_layers:
+    def place(self, layer: Any) -> None:
+        """Learn which layer this is; vLLM does not say so when it makes the implementation.
+
+        Its weights are loaded, scales of an fp8 cache among them: only now it is known whether
+        there is one for all heads.
+        """
+        self.s2o_placed, self.s2o_layer = True, compat.layer_number(layer.layer_name)
+        if self.s2o_reason is not None:
+            return
+        if self.s2o_layer in self._s2o.dense_layers:
             self.s2o_reason = "dense_layer"
+        elif self.fp8 and not compat.one_scale(layer):
+            self.s2o_reason = "quantized_kv_cache"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the cache holds e4m3 numbers, whose scales are the layer's."""
+        return self.kv_cache_dtype in FP8
 
     def reserve(self, query: torch.Tensor) -> None:
         """Make the operator and its workspace, so that vLLM's memory profile sees them."""
@@ -64,8 +82,14 @@ class SparseImpl:
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
 
-    def warm_up(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any) -> None:
-        """Compile every kernel before the server is ready.
+    def warm_up(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        """Compile every kernel before the server is ready, for queries in ``dtype``.
 
         vLLM runs dummy batches over the real cache before it reports healthy; the first of
         them comes here. Nothing may compile while a graph is being captured.
@@ -73,8 +97,9 @@ class SparseImpl:
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         self._s2o_warm = True
+        query = query.to(dtype)
         self.reserve(query)
-        self._s2o_operator.warm_up(query, kv_cache, attn_metadata.block_table)
+        self._s2o_operator.warm_up(query, as_numbers(kv_cache), attn_metadata.block_table)
 
     def forward(
         self,
@@ -93,12 +118,12 @@ class SparseImpl:
         ``key`` and ``value`` are None where a fused operation has already written the cache.
         """
         if not self.s2o_placed:
-            self.place(layer.layer_name)
+            self.place(layer)
         scales = (output_scale, output_block_scale)
         if self.s2o_reason is None and attn_metadata is None:
-            self.reserve(query)
+            self.reserve(query.to(output.dtype))  # a copy that is in the profile, too
         elif self.s2o_reason is None and not self._s2o_warm:
-            self.warm_up(query, kv_cache, attn_metadata)
+            self.warm_up(query, kv_cache, attn_metadata, output.dtype)
         plan: StepPlan | None = getattr(attn_metadata, "s2o", None)
         if plan is None or self.s2o_reason is not None:
             return super().forward(  # type: ignore[misc]
@@ -110,12 +135,15 @@ class SparseImpl:
             super().forward(  # type: ignore[misc]
                 layer, query[rows], *own, kv_cache, part.metadata, output[rows], *scales
             )
-        self.reserve(query)
-        cache, table = self.sparse_cache(kv_cache, attn_metadata.block_table, plan)
         tokens = attn_metadata.num_actual_tokens
+        units = compat.units(layer, query.dtype) if self.fp8 else {}
+        # An fp8 layer's query comes quantised where the parent takes it so.
+        query = query[:tokens].to(output.dtype)
+        self.reserve(query)
+        cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
         for work in plan.work:
             self._s2o_operator(
-                query[:tokens], cache, table, work, output[:tokens], self._s2o_counters
+                query, cache, table, work, output[:tokens], self._s2o_counters, **units
             )
         if self._s2o_published is not self._s2o_counters:
             self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
@@ -126,6 +154,11 @@ class SparseImpl:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cache as ``[blocks, kv_heads, block_size, 2 * head_dim]`` and its table."""
         return kv_cache, block_table
+
+
+def as_numbers(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Return a cache as what it holds: vLLM keeps e4m3 numbers as bytes."""
+    return kv_cache.view(torch.float8_e4m3fn) if kv_cache.dtype == torch.uint8 else kv_cache
 
 
 def shape_of(impl: Any, vllm_config: Any, settings: S2OConfig) -> Shape:
@@ -156,7 +189,7 @@ def layer_reason(impl: Any) -> str | None:
         return "alibi"
     if impl.sinks is not None:
         return "attention_sinks"
-    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+    if impl.kv_cache_dtype not in PLAIN + FP8:
         return "quantized_kv_cache"
     if impl.head_size not in HEAD_DIMS:
         return "head_dim"

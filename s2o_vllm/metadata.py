@@ -123,7 +123,7 @@ class SparseBuilder:
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
         for layer in layers:
-            layer.impl.place(layer.layer_name)
+            layer.impl.place(layer)
         impls = [layer.impl for layer in layers]
         capable = [impl for impl in impls if impl.s2o_reason is None]
         if capable:

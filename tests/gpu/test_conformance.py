@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cases import FP8_CARD
 from conformance import (
     BATCHES,
     HEADS,
@@ -44,6 +45,33 @@ def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_m
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"])
+
+
+@FP8_CARD
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_an_fp8_cache(backend, batch, dtype):
+    """The query comes in fp8, too: the references attend to it and to the cache dequantised."""
+    options = {"dtype": dtype, "fp8": True}
+    check_full(backend(**options), backend(**options, stock_only=True), BATCHES[batch])
+
+
+@FP8_CARD
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize("page", [16, 64])
+def test_an_fp8_cache_of_every_layout(backend, page, head_major):
+    shape = {"page": page, "fp8": True}
+    check_full(
+        backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"], head_major=head_major
+    )
+
+
+@FP8_CARD
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+def test_a_ranked_fp8_cache(backend, ranking):
+    """Not the end of a prompt: FlashAttention 3 rounds probabilities to fp8, tile by tile."""
+    check_nearly_full(backend(fp8=True, ranking=ranking), BATCHES["mixed"])
+    check_alone(backend(fp8=True, ranking=ranking, sparsity_budget=0.1), BATCHES["mixed"])
 
 
 @pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])

@@ -5,15 +5,21 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 
-from cases import Batch, dense_attention
+from cases import Batch, dense_attention, to_fp8
 from s2o_vllm import metadata, plugin
 from s2o_vllm.kernels.plan import PrefillRow
 
 LAYER = "model.layers.0.self_attn.attn"
 NULL_BLOCK = 0  # vLLM's: never a request's own, named where a table has no block
 MAX_MODEL_LEN = 4096
+# Of queries, keys and values: powers of two, by which a number of e4m3 divides into one.
+FP8_SCALES = (0.125, 0.0625, 0.25)
+FP8_CPU = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 cache on a CPU needs AVX-512"
+)
 
 
 class Row(NamedTuple):
@@ -33,7 +39,7 @@ class Step:
     """A batch: what vLLM's model runner hands to a backend, and the same for the references."""
 
     rows: list[Row]
-    query: torch.Tensor
+    query: torch.Tensor  # as the layer gives it to the backend
     key: torch.Tensor
     value: torch.Tensor
     cache: torch.Tensor
@@ -53,13 +59,15 @@ class Backend:
         cls: the backend.
         model: folder of any model with a configuration; only its type matters.
         settings: of S2O, None for stock.
+        fp8: whether the cache is quantised, with ``FP8_SCALES``.
     """
 
-    def __init__(self, cls, model, *, heads, kv_heads, head_dim, page, dtype, device, settings):
+    def __init__(
+        self, cls, model, *, heads, kv_heads, head_dim, page, dtype, device, settings, fp8=False
+    ):
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.layers.attention import Attention
-        from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         plugin.register()
         asked = {} if settings is None else {"attention_backend": "s2o"}
@@ -67,10 +75,11 @@ class Backend:
             asked["additional_config"] = {"s2o": settings}
         self.config = EngineArgs(
             model=model, dtype=str(dtype).removeprefix("torch."), max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=MAX_MODEL_LEN, enforce_eager=True, **asked,
+            max_num_batched_tokens=MAX_MODEL_LEN, enforce_eager=True,
+            kv_cache_dtype="fp8" if fp8 else "auto", **asked,
         ).create_engine_config()  # fmt: skip
         self.config.cache_config.block_size = page
-        self.shape = (heads, kv_heads, head_dim, page, dtype, device)
+        self.shape, self.fp8 = (heads, kv_heads, head_dim, page, dtype, device), fp8
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -79,14 +88,15 @@ class Backend:
                     heads, head_dim, head_dim**-0.5, kv_heads,
                     cache_config=self.config.cache_config, prefix=LAYER, attn_backend=cls,
                 ).to(device)  # fmt: skip
-                spec = FullAttentionSpec(
-                    block_size=page, num_kv_heads=kv_heads, head_size=head_dim, dtype=dtype
-                )
+                spec = self.layer.get_kv_cache_spec(self.config)
                 self.builder = cls.get_builder_cls()(
                     spec, [LAYER], self.config, torch.device(device)
                 )
         finally:
             torch.set_default_dtype(default)
+        for name, scale in zip("qkv", FP8_SCALES, strict=True) if fp8 else ():
+            getattr(self.layer, f"_{name}_scale").fill_(scale)
+            setattr(self.layer, f"_{name}_scale_float", scale)
 
     def attend(self, step: Step, *, full: bool = False):
         """Run a step as the model runner does; the output begins as NaN.
@@ -109,7 +119,8 @@ class Backend:
             with full_lists() if full else nullcontext():
                 built = self.builder.build(0, step.common)
             plan = getattr(built, "s2o", None)
-            output = torch.full_like(step.query, float("nan"))
+            dtype = step.batch.query.dtype
+            output = torch.full_like(step.query, float("nan"), dtype=dtype)
             impl.forward(self.layer, step.query, step.key, step.value, step.cache, built, output)
         return output, plan
 
@@ -129,6 +140,8 @@ class Backend:
         cache = cache if head_major else cache.transpose(1, 2)
         own = (1 + torch.randperm(blocks - 1, device=device))[: sum(counts)].int()
         cache[own.long()] = 50.0  # stale tokens; NaN there would spread through a masked product
+        if self.fp8:
+            cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
         table = torch.full((len(rows), max(counts) + 2), NULL_BLOCK, dtype=torch.int32)
         table = table.to(device)
         first = 0
@@ -148,11 +161,19 @@ class Backend:
             torch.randn(len(owner), kv_heads, head_dim, device=device, dtype=dtype)
             for _ in range(2)
         )
+        of_query, of_keys, of_values = FP8_SCALES
+        if self.fp8:  # numbers that the cache holds exactly: the references attend to them as well
+            keys = to_fp8(keys, of_keys).to(dtype) * of_keys
+            values = to_fp8(values, of_values).to(dtype) * of_values
         if not computed.all():  # a kernel takes no empty grid
             self.layer.impl.do_kv_cache_update(
                 self.layer, keys[~computed], values[~computed], cache, slots[~computed]
             )
         query = torch.randn(int(computed.sum()), heads, head_dim, device=device, dtype=dtype)
+        given = query
+        if self.fp8 and self.layer.query_quant is not None:  # vLLM's layer hands it on in fp8
+            given = to_fp8(query, of_query)
+            query = given.to(dtype) * of_query
         plain = torch.zeros(blocks, kv_heads, page, 2 * head_dim, device=device, dtype=dtype)
         plain[slots // page, :, slots % page] = torch.cat([keys, values], -1)
         chunks, start = [], 0
@@ -161,7 +182,7 @@ class Backend:
             start += row.queries
         batch = Batch(query, plain, table, chunks, head_dim**-0.5)
         common = common_metadata(rows, table, slots[computed], device)
-        return Step(rows, query, keys[computed], values[computed], cache, common, batch)
+        return Step(rows, given, keys[computed], values[computed], cache, common, batch)
 
     def alone(self, step: Step, row: int) -> Step:
         """The same step with one of its rows only; cache and blocks stay where they are."""

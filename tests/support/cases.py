@@ -24,17 +24,11 @@ ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
 DTYPE = DTYPES[0]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[DTYPE]
-# Whether the cache is fp8. vLLM's FlashAttention takes that from Hopper on.
-CACHES = [
-    False,
-    pytest.param(
-        True,
-        marks=pytest.mark.skipif(
-            ON_GPU and torch.cuda.get_device_capability() < (9, 0),
-            reason="needs compute capability 9.0",
-        ),
-    ),
-]
+FP8_CARD = pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability() < (9, 0),
+    reason="vLLM's FlashAttention takes an fp8 cache from Hopper on",
+)
+CACHES = [False, pytest.param(True, marks=FP8_CARD)]  # whether the cache is fp8
 FP8_SCALES = (0.07, 0.3)  # of keys and of values
 # (context, queries) of each request: segments that are cut short at either end, whole ones, one
 # without history, a single query. A GPU's larger tiles need more of each.

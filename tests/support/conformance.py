@@ -31,12 +31,12 @@ def maker(stock, ours, model, device, shape):
     """A function that makes backends, each once: S2O's, or with ``stock_only`` its parent."""
     made = {}
 
-    def make(*, stock_only=False, dtype=torch.bfloat16, **options):
+    def make(*, stock_only=False, dtype=torch.bfloat16, fp8=False, **options):
         sizes = shape | {key: options.pop(key) for key in shape if key in options}
-        key = (stock_only, dtype, *sorted((sizes | options).items()))
+        key = (stock_only, dtype, fp8, *sorted((sizes | options).items()))
         if key not in made:
             made[key] = Backend(
-                stock if stock_only else ours, model, **sizes, dtype=dtype, device=device,
+                stock if stock_only else ours, model, **sizes, dtype=dtype, device=device, fp8=fp8,
                 settings=None if stock_only else SETTINGS | options,
             )  # fmt: skip
         return made[key]
@@ -52,9 +52,9 @@ def check_full(ours: Backend, stock: Backend, rows: list[Row], **options) -> Non
     """
     step = ours.step(rows, **options)
     output, plan = ours.attend(step, full=any(_sparse(row) for row in rows))
-    truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.query.dtype)
+    truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.batch.query.dtype)
     parents, _ = stock.attend(step)
-    floor = FLOOR[step.query.dtype]
+    floor = FLOOR[step.batch.query.dtype]
     errors = zip(*(row_errors(step, x, truth) for x in (output, torchs, parents)), strict=True)
     sparse = {row.row for row in plan.sparse_rows} if plan else set()
     assert sparse == {number for number, row in enumerate(rows) if _sparse(row)}
@@ -95,7 +95,7 @@ def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
     with patch.object(compat.requests, "of_rows", lambda *_: spending):
         output, plan = ours.attend(step)
     parents, _ = stock.attend(step)
-    floor = FLOOR[step.query.dtype]
+    floor = FLOOR[step.batch.query.dtype]
     for number in range(len(rows)):
         tokens = step.tokens(number)
         end = slice(max(tokens.start, tokens.stop - DENSE_TAIL), tokens.stop)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from backends import FP8_CPU
 from conformance import (
     BATCHES,
     HEADS,
@@ -36,6 +37,24 @@ def test_every_batch(backend, batch):
 @pytest.mark.parametrize("batch", ["chunks", "drafts"])
 def test_every_dtype(backend, batch, dtype):
     check_full(backend(dtype=dtype), backend(dtype=dtype, stock_only=True), BATCHES[batch])
+
+
+@FP8_CPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", ["one chunk", "chunks", "mixed"])
+def test_an_fp8_cache(backend, batch, dtype):
+    options = {"dtype": dtype, "fp8": True}
+    check_full(backend(**options), backend(**options, stock_only=True), BATCHES[batch])
+
+
+@FP8_CPU
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+def test_a_ranked_fp8_cache(backend, ranking):
+    options, batch = {"fp8": True, "ranking": ranking}, BATCHES["mixed"]
+    check_nearly_full(backend(**options), batch)
+    ranked = backend(**options, sparsity_budget=0.1)
+    check_alone(ranked, batch)
+    check_end_of_prompt(ranked, backend(fp8=True, stock_only=True), batch)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])

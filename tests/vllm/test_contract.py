@@ -115,6 +115,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backend": (
         "AttentionType.DECODER",
         "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE",
+        *of("AttentionLayer", "_q_scale", "_k_scale", "_v_scale", "_q_scale_float",
+            "_k_scale_float", "_v_scale_float"),
         *of("AttentionMetadataBuilder", "_cudagraph_support", "reorder_batch_threshold"),
         *of("CommonAttentionMetadata", "query_start_loc", "query_start_loc_cpu", "seq_lens",
             "num_reqs", "num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping",
@@ -134,7 +136,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         *of("CPUAttentionMetadata", *METADATA),
     ),
     "vllm._custom_ops": (
-        "cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa, ...)",
+        "cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa, "
+        "k_scale, v_scale, kv_cache_dtype)",
     ),
     "vllm": ("_custom_ops", "envs"),
 }  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2o_vllm.config import S2OConfig
-from s2o_vllm.forward import SparseImpl
+from s2o_vllm.forward import SparseImpl, layer_reason
 from s2o_vllm.metadata import DensePart, StepPlan
 
 
@@ -23,7 +23,12 @@ class Impl(SparseImpl, Parent):
     def __init__(self, settings):
         self.calls, self.operated = [], []
         self._s2o, self._s2o_warm, self._s2o_counters = settings, True, None
-        self._s2o_operator = lambda *arguments: self.operated.append(arguments[3])
+        self.given = []
+        self._s2o_operator = self.operate
+
+    def operate(self, query, kv_cache, table, work, out, counters, **units):
+        self.operated.append(work)
+        self.given.append((query, kv_cache, units))
 
 
 def forward(impl, metadata, key, tokens=6, layer="model.layers.1.self_attn.attn"):
@@ -65,6 +70,68 @@ def test_a_layer_that_cannot_go_sparse_is_the_parents():
     assert impl.operated == []
 
 
+def fp8_layer(scales=(2.0, 3.0, 5.0), heads=1):
+    """A layer with scales of its queries, keys and values, as vLLM keeps them."""
+    named = dict(zip("qkv", scales, strict=True))
+    return SimpleNamespace(
+        layer_name="model.layers.1.self_attn.attn",
+        **{f"_{part}_scale": torch.full((heads,), scale) for part, scale in named.items()},
+        **{f"_{part}_scale_float": scale for part, scale in named.items()},
+    )
+
+
+def forward_fp8(layer, kv_cache_dtype, quantised_query):
+    impl = Impl(S2OConfig())
+    impl.kv_cache_dtype = kv_cache_dtype
+    query, output = torch.ones(6, 2, 4), torch.zeros(6, 2, 4)
+    if quantised_query:
+        query = query.to(torch.float8_e4m3fn)
+    cache = torch.zeros(3, 1, 16, 8, dtype=torch.uint8 if impl.fp8 else torch.float32)
+    impl.forward(layer, query, query, query, cache, mixed_step(), output)
+    return impl
+
+
+@pytest.mark.parametrize(("quantised_query", "k_scale"), [(True, 6.0), (False, 3.0)])
+def test_an_fp8_layer_gives_its_scales_to_the_operator(quantised_query, k_scale):
+    """A query that comes in fp8 counts in units of its own scale."""
+    impl = forward_fp8(fp8_layer(), "fp8", quantised_query)
+    ((query, cache, units),) = impl.given
+    assert (query.dtype, cache.dtype) == (torch.float32, torch.float8_e4m3fn)
+    assert units == {"k_scale": k_scale, "v_scale": 5.0}
+    key, *_ = impl.calls[0]
+    assert (key.dtype == torch.float8_e4m3fn) is quantised_query, "the parent's rows stay as given"
+
+
+def test_scales_beside_a_cache_that_is_not_quantised_are_not_applied():
+    impl = forward_fp8(fp8_layer(), "bfloat16", False)
+    ((_, cache, units),) = impl.given
+    assert (cache.dtype, units) == (torch.float32, {})
+
+
+def test_an_fp8_layer_with_a_scale_for_each_head_is_the_parents():
+    impl = forward_fp8(fp8_layer(heads=2), "fp8_e4m3", True)
+    assert impl.s2o_reason == "quantized_kv_cache"
+    assert impl.operated == []
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "reason"),
+    [
+        ("auto", None), ("bfloat16", None), ("fp8", None), ("fp8_e4m3", None),
+        ("fp8_e5m2", "quantized_kv_cache"), ("nvfp4", "quantized_kv_cache"),
+        ("fp8_per_token_head", "quantized_kv_cache"),
+    ],
+)  # fmt: skip
+def test_which_caches_go_sparse(kv_cache_dtype, reason):
+    from vllm.v1.attention.backend import AttentionType
+
+    impl = SimpleNamespace(
+        sliding_window=None, attn_type=AttentionType.DECODER, alibi_slopes=None, sinks=None,
+        head_size=128, kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip
+    assert layer_reason(impl) == reason
+
+
 @pytest.mark.parametrize(
     ("number", "dense"), [(0, True), (1, False), (2, True), (12, False), (20, False)]
 )
@@ -78,12 +145,12 @@ def test_dense_layers_are_the_parents(number, dense):
 
 def test_a_layer_without_a_number_is_not_one_of_them():
     impl = Impl(S2OConfig(dense_layers=(0,)))
-    impl.place("model.shared.attn")
+    impl.place(SimpleNamespace(layer_name="model.shared.attn"))
     assert impl.s2o_reason is None
 
 
 def test_another_reason_is_kept():
     impl = Impl(S2OConfig(dense_layers=(0,)))
     impl.s2o_reason = "alibi"
-    impl.place("model.layers.0.attn")
+    impl.place(SimpleNamespace(layer_name="model.layers.0.attn"))
     assert impl.s2o_reason == "alibi"
