@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from s2o_vllm.benchmarks.arms import ask
 from s2o_vllm.benchmarks.serving import llama_shape, prompt, vllm_server
-from s2o_vllm.benchmarks.ttft import ask
 from s2o_vllm.cli.demo import WHAT, WHERE, WHO, density, measured_density, read
 
 PORT = 8471
