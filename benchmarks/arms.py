@@ -7,6 +7,7 @@ depends on. Nothing is measured unless S2O at budget 1.0 answers with the same t
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -50,8 +51,14 @@ class Timing(NamedTuple):
         return self.chunks[0].at - self.sent
 
     def tpot_ms(self, since: float = 0.0, until: float = float("inf")) -> float:
-        """Return ms per token between the first and the last piece of a time."""
+        """Return ms per token between the first and the last piece of a time.
+
+        Raises:
+            ServerError: if there are not two.
+        """
         own = [chunk for chunk in self.chunks if since <= chunk.at <= until]
+        if len(own) < 2:
+            raise ServerError("requests hardly decoded at once: ask for more output tokens")
         return 1000 * (own[-1].at - own[0].at) / (own[-1].tokens - own[0].tokens)
 
 
@@ -69,19 +76,24 @@ def add_arm_options(parser: argparse.ArgumentParser, port: int, out: str) -> Non
     parser.add_argument("--dtype", default="bfloat16")
 
 
+@functools.cache
+def client(url: str) -> Any:
+    """Return the `openai` client of a server; to make one takes longer than a short answer."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+
+
 def ask(
     url: str, tokens: Sequence[int], budget: float | None, output_tokens: int = OUTPUT_TOKENS
 ) -> Timing:
     """Send one prompt and time its stream."""
-    import openai
-
-    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-    model = client.models.list().data[0].id
+    model = client(url).models.list().data[0].id
     options = completion(tokens, output_tokens, budget)
     chunks: list[Chunk] = []
     ids: list[int] = []
     sent = time.perf_counter()
-    stream = client.completions.create(model=model, **options)
+    stream = client(url).completions.create(model=model, **options)
     for piece in stream:
         if piece.choices and (new := piece.choices[0].model_extra.get("token_ids")):
             ids += new

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from s2o_vllm.benchmarks import arms, decode
+from s2o_vllm.cli.demo import ServerError
 
 SMALL = ["--context", "64", "--batches", "1", "16", "--repeat", "4", "--ttft-contexts", "128",
          "--ttft-repeat", "3"]  # fmt: skip
@@ -40,6 +41,16 @@ def test_a_batch_is_timed_while_all_of_it_decodes(monkeypatch):
     monkeypatch.setattr(arms, "ask", ask)
     # From 4 to 7 s: 20 tokens in the 2 s between the pieces of one, 28 in 3 s of the other.
     assert decode.together("s2o", [[1], [2]], 32) == pytest.approx((100 + 3000 / 28) / 2)
+
+
+def test_requests_that_hardly_decode_at_once_are_refused(monkeypatch):
+    chunks = [arms.Chunk(0, 1), arms.Chunk(1, 9)]
+    late = [arms.Chunk(2, 1), arms.Chunk(3, 9)]
+    monkeypatch.setattr(
+        arms, "ask", lambda url, tokens, *_: arms.Timing(0, late if tokens[0] else chunks, [])
+    )
+    with pytest.raises(ServerError, match="more output tokens"):
+        decode.together("s2o", [[0], [1]], 9)
 
 
 def test_too_few_pairs_are_refused(capsys):
