@@ -11,7 +11,7 @@ from .attention import Segment
 from .basis import fit_chunks
 from .reductions import Reduction
 from .selection import Ranking, Selector
-from .units import FINE, Unit
+from .units import Unit
 
 FP8_MAX = 448.0  # largest e4m3 value
 PRECISIONS = ("fp32", "fp8")
@@ -95,11 +95,11 @@ def all_query_scores(
         score: maps (head, queries [S, D]) to scores [S, T], scale included.
 
     Returns:
-        [U, T].
+        [H, F, T], F blocks of `Unit.fine` queries.
     """
     order = unit.order(segment)
     fine = [
-        reduction.apply(score(h, segment.q[h, order[h]]), segment.own.lse[h, order[h]], FINE)
+        reduction.apply(score(h, segment.q[h, order[h]]), segment.own.lse[h, order[h]], unit.fine)
         for h in range(segment.heads)
     ]
     return torch.stack(fine)
@@ -136,9 +136,11 @@ class LowRank(Method):
         score = LowRankScores(segment, *key)
         order = ("sorted", unit.shared) if unit.sorted else "natural"
         fine = segment.memo(
-            (key, self.reduce, order), lambda: all_query_scores(segment, unit, reduction, score)
+            (key, self.reduce, order, unit.fine),
+            lambda: all_query_scores(segment, unit, reduction, score),
         )
-        return Ranking(unit.rows(segment), unit.pool(fine, segment.group, reduction.pooling))
+        rows = unit.rows(segment)
+        return Ranking(rows, unit.pool(fine, segment.group, reduction.pooling, unit.fine))
 
 
 class LowRankScores:

@@ -5,6 +5,7 @@ group. Queries may be sorted before they are cut into tiles (the paper's permuta
 guide vector is not published, the first principal component is ours).
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .attention import Segment
+
+FINE = 32  # queries of a block that scores are kept for, in units of a multiple
 
 
 class Rows(NamedTuple):
@@ -82,32 +85,34 @@ class Unit:
         kv = torch.arange(segment.kv_heads).repeat_interleave(len(rows) // segment.kv_heads)
         return Rows(rows, kv)
 
-    def pool(self, fine: Tensor, group: int, how: str) -> Tensor:
+    @property
+    def fine(self) -> int:
+        """Queries of the blocks that scores are kept for: units of a segment may share them."""
+        return math.gcd(FINE, self.queries)
+
+    def pool(self, fine: Tensor, group: int, how: str, block: int = FINE) -> Tensor:
         """Reduce scores of small blocks of queries to scores of units.
 
         Args:
             fine: [H, F, T], F blocks of equal size in the unit's order.
             group: heads of a KV head.
             how: ``mean`` or ``max``.
+            block: queries of a block.
 
         Returns:
             [U, T] in the order of `rows`.
+
+        Raises:
+            ValueError: if a unit is not made of whole blocks.
         """
+        if self.queries % block:
+            raise ValueError(f"units of this ranking hold a multiple of {block} queries")
         heads, blocks, history = fine.shape
         scope = group if self.shared else 1
-        tiles = blocks * _block_queries(fine, self) // self.queries
+        tiles = blocks * block // self.queries
         fine = fine.view(heads // scope, scope, tiles, blocks // tiles, history)
         pooled = fine.mean((1, 3)) if how == "mean" else fine.amax((1, 3))
         return pooled.reshape(-1, history)
-
-
-FINE = 32  # queries of the smallest block that scores are kept for
-
-
-def _block_queries(fine: Tensor, unit: Unit) -> int:
-    if unit.queries % FINE:
-        raise ValueError(f"units of all-query rankings hold a multiple of {FINE} queries")
-    return FINE
 
 
 def _first_component_order(segment: Segment, shared: bool) -> Tensor:

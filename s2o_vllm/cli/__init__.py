@@ -24,6 +24,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("doctor",): Command("s2o_vllm.cli.doctor", "say whether S2O would run here, and why not"),
     ("serve",): Command("s2o_vllm.cli.serve", "start vLLM's server with S2O on"),
     ("bench", "attention"): Command("s2o_vllm.benchmarks.attention", "time attention alone"),
+    ("bench", "decode"): Command(
+        "s2o_vllm.benchmarks.decode", "time what S2O leaves to vLLM: decode and short prompts"
+    ),
     ("bench", "profile"): Command(
         "s2o_vllm.benchmarks.profile", "say where a long prompt's time goes on the GPU"
     ),

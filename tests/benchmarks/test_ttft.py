@@ -1,30 +1,16 @@
 import json
-from contextlib import contextmanager
 
 import pytest
 
-from s2o_vllm.benchmarks import ttft
+from s2o_vllm.benchmarks import arms, serving, ttft
 
 
 @pytest.fixture
-def servers(monkeypatch):
+def servers(two_arms, monkeypatch):
     """Two servers that answer at once; yields what they were asked, in order."""
-    asked = []
-
-    @contextmanager
-    def server(args, arm, model, folder):
-        yield lambda: arm
-
-    def ask(url, tokens, budget):
-        asked.append((url, budget, tuple(tokens)))
-        seconds = 0.5 if url == "s2o" and budget < 1 else 1.0
-        return ttft.Timing(seconds, 10.0, [sum(tokens) % 97])
-
-    monkeypatch.setattr(ttft, "server", server)
-    monkeypatch.setattr(ttft, "ask", ask)
     monkeypatch.setattr(ttft, "read", lambda url: "")
     monkeypatch.setattr(ttft, "measured_density", lambda url, before: 0.05)
-    return asked
+    return two_arms
 
 
 def test_arms_take_turns_on_the_same_prompts(servers, tmp_path):
@@ -45,10 +31,10 @@ def test_arms_take_turns_on_the_same_prompts(servers, tmp_path):
 
 
 def test_no_time_is_reported_where_the_tokens_differ(servers, tmp_path, monkeypatch, capsys):
-    honest = ttft.ask
-    other = ttft.Timing(1.0, 1.0, [98])
+    honest = arms.ask
+    other = arms.Timing(0.0, [arms.Chunk(1.0, 1)], [98])
     monkeypatch.setattr(
-        ttft, "ask", lambda url, *rest: other if url == "s2o" else honest(url, *rest)
+        arms, "ask", lambda url, *rest: other if url == "s2o" else honest(url, *rest)
     )
     out = tmp_path / "ttft.json"
     assert ttft.main(["--contexts", "4096", "--out", str(out)]) == 1
@@ -59,6 +45,6 @@ def test_no_time_is_reported_where_the_tokens_differ(servers, tmp_path, monkeypa
 def test_cache_size_is_that_of_the_models_heads(tmp_path):
     shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(shape | {"head_dim": 128}))
-    assert ttft.kv_cache_bytes(tmp_path, 1000) == 1000 * 131_072
+    assert serving.kv_cache_bytes(tmp_path, 1000) == 1000 * 131_072
     (tmp_path / "config.json").write_text(json.dumps(shape | {"hidden_size": 4096}))
-    assert ttft.kv_cache_bytes(tmp_path, 1) == 131_072
+    assert serving.kv_cache_bytes(tmp_path, 1) == 131_072

@@ -49,6 +49,7 @@ def test_what_follows_the_command_is_passed_on_untouched(monkeypatch):
         (["doctor"], "s2o_vllm.cli.doctor"),
         (["serve"], "s2o_vllm.cli.serve"),
         (["bench", "attention"], "s2o_vllm.benchmarks.attention"),
+        (["bench", "decode"], "s2o_vllm.benchmarks.decode"),
         (["bench", "serve"], "s2o_vllm.benchmarks.serve"),
         (["bench", "ttft"], "s2o_vllm.benchmarks.ttft"),
         (["eval", "attention"], "s2o_vllm.benchmarks.quality.evaluate"),

@@ -4,67 +4,35 @@ The needle test needs a model folder in ``S2O_TEST_MODEL`` (Qwen2.5-Coder-1.5B-I
 context of 32,768 tokens or more), or in ``S2O_TEST_URL`` a server of it with S2O on.
 """
 
-import json
 import os
 import random
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
 
-from s2o_vllm.benchmarks.serving import LLAMA_8B, prompt
-from s2o_vllm.benchmarks.ttft import ask
-from s2o_vllm.cli.demo import (
-    WHAT,
-    WHERE,
-    WHO,
-    density,
-    measured_density,
-    read,
-    stop,
-    wait_until_healthy,
-)
+from s2o_vllm.benchmarks.arms import ask
+from s2o_vllm.benchmarks.serving import llama_shape, prompt, vllm_server
+from s2o_vllm.cli.demo import WHAT, WHERE, WHO, density, measured_density, read
 
 PORT = 8471
-URL = f"http://127.0.0.1:{PORT}"
-
-
-@contextmanager
-def server(folder: Path, model: str, *flags: str):
-    log = folder / "server.log"
-    command = [
-        sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model,
-        "--host", "127.0.0.1", "--port", str(PORT), *flags,
-    ]  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            wait_until_healthy(process, URL, log)
-            yield log
-        finally:
-            stop(process)
 
 
 def test_llama_shape_at_128k(tmp_path):
     """Default 8,192-token chunks: sparse within the budget, off switch stock, no failure."""
-    model = tmp_path / "llama"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA_8B))
-    flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "131072"]
-    short = prompt(6000, 1, 30000)
-    with server(tmp_path, str(model), *flags):
-        stock = ask(URL, short, None).tokens
+    model, flags = llama_shape(tmp_path)
+    flags += ["--load-format", "dummy", "--max-model-len", "131072"]
+    short, log = prompt(6000, 1, 30000), tmp_path / "server.log"
+    with vllm_server(model, PORT, flags, log) as url:
+        stock = ask(url, short, None).tokens
     flags += ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.05"]
-    with server(tmp_path, str(model), *flags) as log:
-        assert ask(URL, short, None).tokens == stock, "short prompts are stock"
-        assert ask(URL, short, 1.0).tokens == stock
-        before = read(f"{URL}/metrics")
-        ask(URL, prompt(131_000, 2, 30000), None)
-        assert measured_density(URL, before) <= 0.06
-        after = read(f"{URL}/metrics")
+    with vllm_server(model, PORT, flags, log) as url:
+        assert ask(url, short, None).tokens == stock, "short prompts are stock"
+        assert ask(url, short, 1.0).tokens == stock
+        before = read(f"{url}/metrics")
+        ask(url, prompt(131_000, 2, 30000), None)
+        assert measured_density(url, before) <= 0.06
+        after = read(f"{url}/metrics")
         assert density(before, after) > 0.03
         assert "Traceback" not in log.read_text()
 
@@ -79,9 +47,10 @@ def real(tmp_path_factory):
     if "S2O_TEST_MODEL" not in os.environ:
         pytest.skip("neither S2O_TEST_URL nor S2O_TEST_MODEL names a model")
     flags = ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1"]
-    model = os.environ["S2O_TEST_MODEL"]
-    with server(tmp_path_factory.mktemp("real"), model, "--max-model-len", "32768", *flags):
-        yield openai.OpenAI(base_url=URL + "/v1", **options)
+    flags += ["--max-model-len", "32768"]
+    log = tmp_path_factory.mktemp("real") / "server.log"
+    with vllm_server(Path(os.environ["S2O_TEST_MODEL"]), PORT, flags, log) as url:
+        yield openai.OpenAI(base_url=url + "/v1", **options)
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])

@@ -164,3 +164,18 @@ def test_row_shifts_bound_or_estimate_the_log_sum_exp(name):
 def test_bad_reductions_are_refused(text):
     with pytest.raises(ValueError, match="reduction must be"):
         Reduction.parse(text)
+
+
+def test_one_query_of_a_group_can_have_a_list_of_its_own(spread):
+    """As decode would: its scores are those of its heads alone, at full rank the oracle's."""
+    found = parse("lowrank:unit=1xkv,rank=16,chunk=0,reduce=mean-lse").ranking(spread)
+    wanted = parse("token_oracle:unit=1xkv,reduce=mean-lse").ranking(spread)
+    assert found.rows.rows.shape == (spread.kv_heads * spread.length, spread.group)
+    assert float((found.scores - wanted.scores).norm() / wanted.scores.norm()) < 0.05
+    heads = exact(spread).softmax(2).unflatten(0, (spread.kv_heads, spread.group)).mean(1)
+    torch.testing.assert_close(wanted.scores, heads.flatten(0, 1))
+
+
+def test_the_served_ranking_has_no_such_units(spread):
+    with pytest.raises(ValueError, match="multiple of 32 queries"):
+        parse("served:unit=1xkv").ranking(spread)

@@ -23,9 +23,10 @@ def token_mass(segment: Segment, unit: Unit, reduce: str) -> Tensor:
 
     order = ("sorted", unit.shared) if unit.sorted else "natural"
     fine = segment.memo(
-        ("exact", reduce, order), lambda: all_query_scores(segment, unit, reduction, score)
+        ("exact", reduce, order, unit.fine),
+        lambda: all_query_scores(segment, unit, reduction, score),
     )
-    return unit.pool(fine, segment.group, reduction.pooling)
+    return unit.pool(fine, segment.group, reduction.pooling, unit.fine)
 
 
 @dataclass(frozen=True)
