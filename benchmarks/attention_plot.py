@@ -19,6 +19,7 @@ DENSE = (
     ("cudnn_ms", "cuDNN", "#777777", "-."),
     ("fa2_ms", "FA2", "#999999", ":"),
 )
+DENSE_FP8 = ("fa3_paged_ms", "FA3, paged, fp8 KV", "#000000", ":")
 LIGHTEST = 0.6  # share of white in the colour of a ranking's smallest budget
 
 
@@ -42,23 +43,27 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     Args:
         rows: of one shape.
     """
+    fp8 = [row for row in rows if row.get("kv_dtype") == "fp8"]
+    plain = [row for row in rows if row.get("kv_dtype") != "fp8"]
     made = [
-        Line(name, _points(rows, key), {"color": colour, "linestyle": dash, "marker": "."})
-        for key, name, colour, dash in DENSE
+        Line(name, _points(of, key), {"color": colour, "linestyle": dash, "marker": "."})
+        for of, (key, name, colour, dash) in [*((plain, line) for line in DENSE), (fp8, DENSE_FP8)]
     ]
     for index, ranking in enumerate(dict.fromkeys(row["ranking"] for row in rows)):
         colour = COLOURS[index % len(COLOURS)]
-        own = [row for row in rows if row["ranking"] == ranking]
+        own, quantised = ([row for row in of if row["ranking"] == ranking] for of in (plain, fp8))
         # The same work at every budget: one line stands for all.
         ranked = _points(own, "rank_ms", statistics.median)
         style = {"color": colour, "linestyle": (0, (2, 2)), "linewidth": 1, "marker": "."}
         made.append(Line(f"{ranking}, ranking alone", ranked, style))
-        budgets = sorted({row["budget"] for row in own})
-        for place, budget in enumerate(budgets):
-            white = LIGHTEST * (1 - (place + 1) / len(budgets))
-            style = {"color": _lighter(colour, white), "marker": MARKERS[place % len(MARKERS)]}
-            points = _points([row for row in own if row["budget"] == budget], "total_ms")
-            made.append(Line(f"{ranking}, budget {budget:g}", points, style))
+        for of, suffix, dash in ((own, "", "-"), (quantised, ", fp8 KV", "--")):
+            budgets = sorted({row["budget"] for row in of})
+            for place, budget in enumerate(budgets):
+                white = LIGHTEST * (1 - (place + 1) / len(budgets))
+                style = {"color": _lighter(colour, white), "linestyle": dash}
+                style["marker"] = MARKERS[place % len(MARKERS)]
+                points = _points([row for row in of if row["budget"] == budget], "total_ms")
+                made.append(Line(f"{ranking}, budget {budget:g}{suffix}", points, style))
     return [line for line in made if line.points]
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ SHAPES = {  # query heads, KV heads, head_dim
     "qwen2.5-1.5b": (12, 2, 128),
 }
 PAGE = 16
+FP8_STEP = 1 / 64  # a unit of the fp8 cache: of normal numbers, 448 of them are 7
 REPEATS_MIN, REPEATS_MAX, REPEAT_MS = 4, 60, 250  # the first is not counted
 
 
@@ -27,6 +28,7 @@ class Prompt:
         value: as ``key``.
         kv_cache: ``[blocks, kv_heads, PAGE, 2 * head_dim]``.
         block_table: int32 ``[1, blocks]``.
+        unit: what one unit of the cache stands for, 1 unless it is fp8.
     """
 
     query: torch.Tensor
@@ -34,11 +36,24 @@ class Prompt:
     value: torch.Tensor
     kv_cache: torch.Tensor
     block_table: torch.Tensor
+    unit: float = 1.0
 
     @property
     def scale(self) -> float:
         """Softmax scale."""
         return self.query.shape[2] ** -0.5
+
+    @property
+    def kv_dtype(self) -> str:
+        """What the cache holds: ``bf16`` or ``fp8``."""
+        return "fp8" if self.kv_cache.dtype == torch.float8_e4m3fn else "bf16"
+
+    def cached(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values from the cache, float32 ``[tokens, kv_heads, head_dim]``."""
+        pages = self.kv_cache.transpose(1, 2)[self.block_table[0].long()]
+        tokens = pages.flatten(0, 1)[: self.query.shape[0]].float() * self.unit
+        key, value = tokens.split(self.query.shape[2], -1)
+        return key, value
 
 
 def make_prompt(shape: tuple[int, int, int], context: int) -> Prompt:
@@ -55,6 +70,22 @@ def make_prompt(shape: tuple[int, int, int], context: int) -> Prompt:
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, blocks * PAGE - context))
     storage[order] = padded.unflatten(0, (blocks, PAGE))
     return Prompt(query, key, value, storage.transpose(1, 2), order.int()[None])
+
+
+def quantised(prompt: Prompt) -> Prompt:
+    """Return the prompt with an fp8 (e4m3) cache, as vLLM serves it.
+
+    The query is what is left of it after vLLM has quantised it as well. The contiguous keys and
+    values stay as they are.
+    """
+    query = to_fp8(prompt.query).to(prompt.query.dtype) * FP8_STEP
+    return replace(prompt, query=query, kv_cache=to_fp8(prompt.kv_cache), unit=FP8_STEP)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Return e4m3 numbers in units of ``FP8_STEP``; what is too large saturates."""
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return (x / FP8_STEP).clamp(-limit, limit).to(torch.float8_e4m3fn)
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -101,14 +132,24 @@ def ceilings() -> dict[str, float]:
 
 def baselines(prompt: Prompt) -> dict[str, Callable[[], torch.Tensor]]:
     """Return dense causal attention over the prompt, by name."""
-    pages = prompt.kv_cache.transpose(1, 2).split(prompt.query.shape[2], -1)
-    used = torch.tensor([prompt.query.shape[0]], dtype=torch.int32, device="cuda")
     return {
-        "fa3_paged": fa3(prompt, *pages, seqused_k=used, block_table=prompt.block_table),
+        "fa3_paged": fa3_paged(prompt),
         "fa3": fa3(prompt, prompt.key, prompt.value, cu_seqlens_k=starts(prompt)),
         "fa2": sdpa(prompt, SDPBackend.FLASH_ATTENTION),
         "cudnn": sdpa(prompt, SDPBackend.CUDNN_ATTENTION),
     }
+
+
+def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
+    """Return FlashAttention 3 over pages: over an fp8 cache with queries in fp8, as vLLM does."""
+    pages = prompt.kv_cache.transpose(1, 2).split(prompt.query.shape[2], -1)
+    used = torch.tensor([prompt.query.shape[0]], dtype=torch.int32, device="cuda")
+    where: dict[str, Any] = {"seqused_k": used, "block_table": prompt.block_table}
+    if prompt.kv_dtype == "fp8":
+        unit = torch.full((1, prompt.kv_cache.shape[1]), prompt.unit, device="cuda")
+        where |= {f"{part}_descale": unit for part in "qkv"}
+        prompt = replace(prompt, query=to_fp8(prompt.query))
+    return fa3(prompt, *pages, **where)
 
 
 def starts(prompt: Prompt) -> torch.Tensor:

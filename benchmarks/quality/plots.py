@@ -63,7 +63,7 @@ def error_by_time(
     """
     times = {
         (row["shape"], row["context"], rankings.get(row["ranking"]), row["budget"]): row["total_ms"]
-        for row in (attention["rows"] if attention else [])
+        for row in _rows(attention)
     }
 
     def time(place: Place, method: str, budget: float, own: Sequence[Row]) -> float | None:
@@ -86,8 +86,10 @@ def shape_of(model: str) -> str:
     return model.removesuffix("-instruct").replace("-coder", "")
 
 
-def _rows(result: Result | None) -> list[Row]:
-    return list(result["rows"]) if result else []
+def _rows(attention: Result | None) -> list[Row]:
+    """Return attention.json's rows without those of an fp8 cache, which quality.json has not."""
+    rows = attention["rows"] if attention else []
+    return [row for row in rows if row.get("kv_dtype", "bf16") == "bf16"]
 
 
 def _points(

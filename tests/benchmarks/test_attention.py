@@ -1,9 +1,11 @@
+import argparse
 import json
 import sys
 
 import pytest
+import torch
 
-from s2o_vllm.benchmarks import attention, attention_plot
+from s2o_vllm.benchmarks import attention, attention_plot, dense
 from s2o_vllm.kernels.operator import Shape
 
 DENSE = {"fa3_paged_ms": 9.0, "fa2_ms": 20.0}
@@ -15,14 +17,61 @@ def shape(heads, kv_heads, head_dim, segment):
 
 def row(context=8192, ranking="low_rank", budget=0.1, **more):
     return {
-        "shape": "llama-3.1-8b", "context": context, "ranking": ranking, "budget": budget,
-        "rank_ms": 1.0, "attend_ms": 2.0, "total_ms": 3.0, **DENSE,
+        "shape": "llama-3.1-8b", "context": context, "kv_dtype": "bf16", "ranking": ranking,
+        "budget": budget, "rank_ms": 1.0, "attend_ms": 2.0, "total_ms": 3.0, **DENSE,
     } | more  # fmt: skip
 
 
 def result(*rows):
     head = {"device": "1x Some Card", "vllm": "0.32.0", "commit": "abc1234", "date": "2026-01-02"}
     return {**head, "rows": list(rows)}
+
+
+def arguments(*kv_dtypes):
+    budgets = [0.05, 0.1]
+    return argparse.Namespace(budgets=budgets, kv_dtypes=list(kv_dtypes) or None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "context", "budgets"),
+    [((9, 0), 131072, [0.05]), ((9, 0), 8192, []), ((8, 0), 131072, [])],
+)
+def test_by_default_little_is_measured_of_an_fp8_cache(monkeypatch, capability, context, budgets):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert attention.budgets_of(arguments(), "bf16", context) == [0.05, 0.1]
+    assert attention.budgets_of(arguments(), "fp8", context) == budgets
+
+
+def test_all_is_measured_of_a_cache_that_is_asked_for():
+    assert attention.budgets_of(arguments("fp8"), "fp8", 8192) == [0.05, 0.1]
+    assert attention.budgets_of(arguments("fp8"), "bf16", 8192) == []
+
+
+def prompt(tokens=40):
+    """Of a CPU: the pages of a prompt, shuffled, as the benchmark lays them out."""
+    query, key, value = (torch.randn(tokens, n, 64).bfloat16() for n in (4, 2, 2))
+    pages = torch.nn.functional.pad(torch.cat([key, value], -1), (0, 0, 0, 0, 0, -tokens % 16))
+    order = torch.tensor([2, 0, 1])
+    storage = torch.empty(3, 16, 2, 128).bfloat16()
+    storage[order] = pages.unflatten(0, (3, 16))
+    return dense.Prompt(query, key, value, storage.transpose(1, 2), order.int()[None])
+
+
+def test_an_fp8_prompt_is_the_same_prompt_rounded():
+    before = prompt()
+    after = dense.quantised(before)
+    assert (before.kv_dtype, after.kv_dtype) == ("bf16", "fp8")
+    assert all(map(torch.equal, before.cached(), (before.key.float(), before.value.float())))
+    for one, other in zip(
+        (before.query, before.key, before.value), (after.query, *after.cached()), strict=True
+    ):
+        error = (one.float() - other.float()).norm() / one.float().norm()
+        assert 0.01 < error < 0.04, "three bits of mantissa"
+
+
+def test_an_fp8_cache_gathers_half_of_the_bytes():
+    fp8 = attention.attend_bytes(shape(4, 2, 64, 4), 5, 10, 400, "fp8")
+    assert fp8 == 32768 / 2
 
 
 def test_operations_are_those_of_the_history_and_of_the_own_tokens():
@@ -70,7 +119,13 @@ def test_the_share_of_the_ceiling_is_that_of_what_takes_longer(gathered, bytes_m
 def test_the_printed_line_tells_the_share():
     line = attention.summary(row(attend_tflops=212.3, attend_of_ceiling=0.456))
     assert "attend    2.00 (212 TFLOP/s, 46% of the ceiling) total    3.00 ms" in line
-    assert "FA3 paged    9.00 (3.0x), FA2   20.00 (6.7x)" in line
+    assert line.endswith("FA3 paged    9.00 (3.0x), FA2   20.00 (6.7x)")
+
+
+def test_the_printed_line_of_an_fp8_cache_tells_what_it_costs():
+    errors = {"quantised_error": 0.0312, "fa3_quantised_error": 0.045}
+    line = attention.summary(row(attend_tflops=1, attend_of_ceiling=1, kv_dtype="fp8", **errors))
+    assert line.endswith("; fp8 costs an error of 3.1% (FA3 4.5%)")
 
 
 def test_lines_of_an_old_file():
@@ -86,6 +141,17 @@ def test_lines_of_an_old_file():
         [(8192, 3.0), (32768, 3.0)],
     ]
     assert lines[-1].points == [(8192, 2.5)]
+
+
+def test_an_fp8_cache_has_lines_of_its_own():
+    old = {key: value for key, value in row().items() if key != "kv_dtype"}
+    drawn = {line.label: line.points for line in attention_plot.lines(
+        [old, row(kv_dtype="fp8", total_ms=2.0, fa3_paged_ms=5.0)]
+    )}  # fmt: skip
+    assert drawn["low_rank, budget 0.1"] == [(8192, 3.0)]
+    assert drawn["low_rank, budget 0.1, fp8 KV"] == [(8192, 2.0)]
+    assert drawn["FA3, paged (vLLM's own)"] == [(8192, 9.0)]
+    assert drawn["FA3, paged, fp8 KV"] == [(8192, 5.0)]
 
 
 def test_the_picture_has_a_panel_a_shape_and_says_where_from():

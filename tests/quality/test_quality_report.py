@@ -36,6 +36,8 @@ QUALITY = [
 ATTENTION = [
     {"shape": "qwen2.5-1.5b", "context": 16384, "ranking": "low_rank", "budget": 0.05,
      "total_ms": 3.5, "fa3_paged_ms": 9.5},
+    {"shape": "qwen2.5-1.5b", "context": 16384, "ranking": "low_rank", "budget": 0.05,
+     "kv_dtype": "fp8", "total_ms": 0.5, "fa3_paged_ms": 0.5},
     {"shape": "llama-3.1-8b", "context": 16384, "ranking": "low_rank", "budget": 0.1,
      "total_ms": 7.0, "fa3_paged_ms": 20.0},
 ]  # fmt: skip
