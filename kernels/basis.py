@@ -29,7 +29,7 @@ RANK = WIDTH - len(SHIFT_FACTORS)
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
 # Every so many keys one counts for the row shift, and at most so many: half of the error at 128K.
 SHIFT_STEP = 16
-SHIFT_SAMPLES = 4096
+SHIFT_SAMPLES = 2048
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
