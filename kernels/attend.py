@@ -31,12 +31,11 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def _online_softmax(s, v, m, mass, acc, scale, PRECISION: tl.constexpr):
     """Fold a tile of scores [M, N], base-2 once scaled, and values [N, D] into (m, mass, acc)."""
-    # Scaling after the maximum leaves one multiply-add per score. scale is positive.
+    # Scaling after the maximum leaves one multiply-add per score. scale is positive. m_new is
+    # finite: the first tile of all holds a token that every row sees.
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    # A row that has seen nothing yet keeps m = -inf; shift by 0 there, not by inf - inf.
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * scale - shift[:, None])
-    alpha = tl.exp2(m - shift)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
     mass = mass * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return m_new, mass, acc
@@ -61,48 +60,76 @@ def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PA
 
 
 @triton.jit
+def _offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
+    """Return where slots start, in elements."""
+    if PAGE == 0:  # blocks follow one another without a gap
+        return slot.to(tl.int64) * stride_token
+    slot = slot.to(tl.uint32)  # division by shifting
+    return (slot // PAGE).to(tl.int64) * stride_block + (slot % PAGE).to(tl.int64) * stride_token
+
+
+@triton.jit
 def _visit(
-    q, p_k, p_v, slot, m_n, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
-    MASKED: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
+    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a tile of slots."""
-    slot = slot.to(tl.int64)
-    if PAGE == 0:  # blocks follow one another without a gap
-        o_kv = slot * stride_token
-    else:
-        o_kv = (slot // PAGE) * stride_block + (slot % PAGE) * stride_token
-    k = _load_rows(p_k, o_kv, m_n, o_d, MASKED, D, D_PAD).to(q.dtype)
-    v = _load_rows(p_v, o_kv, m_n, o_d, MASKED, D, D_PAD).to(q.dtype)
+    """Attend to a whole tile of slots."""
+    o_kv = _offset(slot, stride_block, stride_token, PAGE)
+    k = _load_rows(p_k, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
+    v = _load_rows(p_v, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
         s = _softcap(s * scale, softcap)
         scale = 1.0
-    if MASKED:
-        s = tl.where(m_n[None, :], s, float("-inf"))
     return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
 
 
 @triton.jit
-def _visit_means(
-    q, p_k, p_v, regions, lift, m, mass, acc, o_d, scale, softcap,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+def _visit_rest(
+    q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
+    stride_block, stride_token,
+    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to regions as to tokens whose base-2 scores are ``lift`` higher."""
-    # A short loop: one stage leaves the shared memory to the lists' tiles.
-    for first in tl.range(0, regions, BLOCK, num_stages=1):
-        o_region = first + tl.arange(0, BLOCK)
-        m_n = o_region < regions
-        o_mean = o_region.to(tl.int64) * (2 * D)
-        k = _load_rows(p_k, o_mean, m_n, o_d, True, D, D_PAD)
-        v = _load_rows(p_v, o_mean, m_n, o_d, True, D, D_PAD)
+    """Attend to the tail of a list, and to regions as to tokens of base-2 scores ``lift`` higher.
+
+    One loop for both: loops as short as these are all latency. Returns the mass of tokens, too.
+    """
+    SAME: tl.constexpr = p_k.dtype == p_means.dtype
+    tokens = mass
+    end = tail + regions
+    # Other caches go through registers: one stage, as Triton 3.6 sets no fence in a pipeline.
+    for first in tl.range(0, end, BLOCK_N, num_stages=None if SAME else 1):
+        number = first + o_n
+        m_n = number < end
+        is_token = number < tail
+        o_slot = _offset(slot, stride_block, stride_token, PAGE)
+        o_mean = (number - tail).to(tl.int64) * (2 * D)
+        if SAME:
+            # Without the hint Triton 3.9 loads by elements.
+            p_row = tl.multiple_of(tl.where(is_token, p_k + o_slot, p_means + o_mean), 16)
+            m_kv = m_n[:, None] & (o_d < D)[None, :]
+            k = tl.load(p_row[:, None] + o_d[None, :], m_kv, 0.0)
+            v = tl.load(p_row[:, None] + (o_d + D)[None, :], m_kv, 0.0)
+        else:
+            m_mean = m_n & (number >= tail)
+            k = _load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            k += _load_rows(p_means, o_mean, m_mean, o_d, True, D, D_PAD)
+            v = _load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            v += _load_rows(p_means + D, o_mean, m_mean, o_d, True, D, D_PAD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
             s = _softcap(s, softcap)
-        s = tl.where(m_n[None, :], s + lift, float("-inf"))
-        m, mass, acc = _online_softmax(s, v, m, mass, acc, 1.0, PRECISION)
-    return m, mass, acc
+        s += tl.where(m_n, tl.where(is_token, 0.0, lift), float("-inf"))[None, :]
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        mass = mass * alpha + tl.sum(p, 1)
+        tokens = tokens * alpha + tl.sum(tl.where(is_token[None, :], p, 0.0), 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    return m, mass, tokens, acc
 
 
 @triton.jit
@@ -112,7 +139,10 @@ def _dropped_mass(
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SAMPLES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Estimate each row's share of softmax mass on history tokens that were not visited."""
+    """Estimate each row's share of softmax mass on history tokens that were not visited.
+
+    ``mass`` is that of the visited ones and the own segment, in units of exp2(``m``).
+    """
     samples = tl.minimum(n, SAMPLES)
     lost = tl.zeros_like(mass)
     for first in range(0, samples, BLOCK_N):
@@ -128,7 +158,8 @@ def _dropped_mass(
         if SOFTCAP:
             s = _softcap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
-    return 1.0 - mass / (mass + lost * n / samples)
+    # Means may leave no mass of tokens in fp32.
+    return 1.0 - mass / tl.maximum(mass + lost * n / samples, 1e-37)
 
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
@@ -169,8 +200,9 @@ def _attend_kernel(
         p_order += i_item * stride_order_item + i_head * stride_order_head
         o_query = tl.load(p_order + o_query, m_row, 0)
     o_d = tl.arange(0, D_PAD)
-    head = i_head * GROUP + o_row % GROUP
-    o_q = (query_start + o_query) * stride_q_token + head * stride_q_head
+    # Within a segment 32 bits do: these take registers until the output is stored.
+    p_q += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
+    o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
     q = _load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -201,21 +233,20 @@ def _attend_kernel(
     p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
     full = count // BLOCK_N
     tail = count % BLOCK_N
-    m_tail = o_n < tail
     seen = 0
     running = count > 0
     # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
-    slot = tl.load(p_list + o_n, o_n < count, 0)
+    # What is ahead is not used behind the loop, or it is loaded a second time for there.
+    slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
     if EARLY_STOP:
         while (seen < full) & running:
             m_before, mass_before = m, mass
             stop = tl.minimum(seen + STOP_STEP, full)
             for tile in range(seen, stop):
-                o_ahead = (tile + 1) * BLOCK_N + o_n
-                ahead = tl.load(p_list + o_ahead, o_ahead < count, 0)
+                ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
                 m, mass, acc = _visit(
-                    q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
-                    stride_block, stride_token, False, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
+                    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+                    stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
                 )  # fmt: skip
                 slot = ahead
             seen = stop
@@ -224,36 +255,31 @@ def _attend_kernel(
             running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
     else:
         for tile in range(0, full):
-            o_ahead = (tile + 1) * BLOCK_N + o_n
-            ahead = tl.load(p_list + o_ahead, o_ahead < count, 0)
+            ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
             m, mass, acc = _visit(
-                q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
-                stride_block, stride_token, False, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
+                q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+                stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
             )  # fmt: skip
             slot = ahead
         seen = full
-    visited = seen * BLOCK_N
-    if running & (tail > 0):
-        m, mass, acc = _visit(
-            q, p_k, p_v, slot, m_tail, m, mass, acc, o_d, scale, softcap,
-            stride_block, stride_token, True, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        visited += tail
+    tail = tl.where(running, tail, 0)
+    visited = seen * BLOCK_N + tail
 
-    m_visited, mass_visited = m, mass
-    if visited < dense_start:
-        BLOCK_R: tl.constexpr = min(BLOCK_N, 32)  # larger ones spill
-        p_means += i_head.to(tl.int64) * stride_means
-        missing = REGION_WEIGHT * REGION * (1.0 - visited / dense_start)
-        m, mass, acc = _visit_means(
-            q, p_means, p_means + D, dense_start // REGION, tl.log2(missing), m, mass, acc,
-            o_d, scale, softcap, D, D_PAD, BLOCK_R, SOFTCAP, PRECISION,
-        )  # fmt: skip
+    p_means += i_head.to(tl.int64) * stride_means
+    missing = tl.maximum(1.0 - visited / tl.maximum(dense_start, 1), 0.0)
+    regions = tl.where(visited < dense_start, dense_start // REGION, 0)
+    slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
+    m, mass, tokens, acc = _visit_rest(
+        q, p_k, p_means, slot, tail, regions, tl.log2(REGION_WEIGHT * REGION * missing),
+        m, mass, acc, o_n, o_d, scale, softcap, stride_block, stride_token,
+        LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
+    )  # fmt: skip
 
     acc = acc / mass[:, None]
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
-    o_o = (query_start + o_query) * stride_o_token + head * stride_o_head
+    p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
+    o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],
         acc.to(p_out.dtype.element_ty),
@@ -271,7 +297,7 @@ def _attend_kernel(
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
             dropped = _dropped_mass(
                 q, p_k, p_table + row * stride_table, p_places, visited, dense_start,
-                m_visited, mass_visited, o_n, o_d, scale, softcap, stride_block, stride_token,
+                m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SOFTCAP, PRECISION,
             )  # fmt: skip
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
@@ -301,9 +327,9 @@ def attend(
 
     Args:
         query: ``[tokens, heads, head_dim]``, fp16, bf16 (fp32 in the interpreter).
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, any strides with the last
-            dimension contiguous; a token's value follows its key. Same dtype as ``query``, or
-            float8_e4m3fn, which ``query``'s dtype holds exactly.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, any strides of
+            whole 16 bytes with the last dimension contiguous; a token's value follows its key.
+            Same dtype as ``query``, or float8_e4m3fn, which ``query``'s dtype holds exactly.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         lists: what the segments visit of their histories.
