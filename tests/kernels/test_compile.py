@@ -15,14 +15,18 @@ import pytest
 import triton
 
 from s2o_vllm.kernels.operator import RANKINGS
-from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
+from s2o_vllm.kernels.tiles import BY_CAPABILITY, HOPPER, SHARED_MEMORY, WIDE
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
-# Bytes of stack a thread may use. On Hopper Triton 3.7 needs none and 3.9 up to 48.
+# Bytes of stack a thread may use. On Hopper Triton 3.7 needs none and 3.9 up to 48. bf16 tiles of
+# head_dim 128, which serve, need none in any.
 SPILLED_BYTES = {90: 64}
-SPILLED_WIDE = 200  # 128 registers a thread; faster all the same
 SPILLED_ELSEWHERE = 400
+# 128 registers a thread; faster all the same. A bf16 cache touches the stack so often a tile of
+# a list, which is what nearly all of the time goes to.
+SPILLED_WIDE = 256
+LOOP_SPILLS_WIDE = 5
 # Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these two go without: one
 # stage would cost them their speed, and they have passed on cards.
 FENCED = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
@@ -81,3 +85,6 @@ def test_compiles_and_fits(compiled, target):
             wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())
             limit = SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE)
             assert one["spills"] <= (SPILLED_WIDE if wide else limit), one
+            if target == (90, BF16):
+                assert str(HOPPER[128]) not in one["name"] or one["spills"] == 0, one
+                assert one["loop_spills"] <= (LOOP_SPILLS_WIDE if wide else 0), one

@@ -30,6 +30,7 @@ class Compiled:
     name: str
     shared: int
     spills: int
+    loop_spills: int
     registers: int
     asm: str
     unfenced: bool
@@ -97,10 +98,36 @@ def describe(name: str, result) -> Compiled:
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
+        sass = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
     registers = int(re.search(r"REG:(\d+)", text)[1])
     spills = int(re.search(r"STACK:(\d+)", text)[1]) + int(re.search(r"LOCAL:(\d+)", text)[1])
     ptx = result.asm["ptx"]
-    return Compiled(name, result.metadata.shared, spills, registers, ptx, unfenced(ptx))
+    return Compiled(
+        name, result.metadata.shared, spills, loop_spills(sass), registers, ptx, unfenced(ptx)
+    )
+
+
+def loop_spills(sass: str) -> int:
+    """Count the accesses to local memory in the shortest loop with two matrix products.
+
+    In the attend kernel that is the loop over whole tiles of a list: others also mask.
+    """
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif re.match(r"\s*/\*[0-9a-f]+\*/", line):
+            code.append(line)
+            branch = re.search(r"\bBRA\b.*?(\.L\w+)", line)
+            if branch and branch[1] in labels:
+                loops.append(code[labels[branch[1]] :])
+    loops = [loop for loop in loops if sum("MMA" in line for line in loop) > 8]
+    return sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in min(loops, key=len, default=[]))
 
 
 def unfenced(ptx: str) -> bool:
