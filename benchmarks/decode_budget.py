@@ -125,7 +125,7 @@ def attending(batch: Batch, slots: torch.Tensor, parts: int) -> Callable[[], tor
     cut = cut.flatten(0, 1).contiguous()
     count = size * parts
     items = torch.tensor(
-        [(n // parts, n, 1, history, history, length, 0, history) for n in range(count)],
+        [(n // parts, n, 1, history, history, length, 0) for n in range(count)],
         dtype=torch.int32, device=device,
     )  # fmt: skip
     none = torch.empty(0, 3, dtype=torch.int32, device=device)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import WorkList
+from .plan import ROW_STEP, WorkList
 
 LOG2E = 1.4426950408889634
 WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
@@ -29,7 +29,7 @@ RANK = WIDTH - len(SHIFT_FACTORS)
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
 # Every so many keys one counts for the row shift, and at most so many: half of the error at 128K.
 SHIFT_STEP = 16
-SHIFT_SAMPLES = 2048
+SHIFT_SAMPLES = 4096
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -146,16 +146,10 @@ def image_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def scored_rows(rows: int, step: int, device: torch.device) -> torch.Tensor:
-    """Return which rows of a segment are scored, query by query: every ``step``-th, of every head.
-
-    Args:
-        rows: queries x heads of a group; those of a query follow one another.
-        step: 1 for all of them.
-        device: of the result, int64 ``[ceil(rows / step)]``.
-    """
-    number = torch.arange(-(-rows // step), device=device)
-    return (number * step + number % step).clamp(max=rows - 1)
+def scored_rows(queries: int, group: int, device: torch.device) -> torch.Tensor:
+    """Return which rows of a segment are scored: bool ``[group, queries]``."""
+    head = torch.arange(group, device=device)[:, None]
+    return (torch.arange(queries, device=device) + head) % ROW_STEP == 0
 
 
 def query_images(

@@ -7,9 +7,6 @@ import torch
 
 from . import reference, reference_select
 from .plan import (
-    CANDIDATES_LEAST,
-    CANDIDATES_LISTS,
-    CANDIDATES_MOST,
     FITS,
     LIST_STEP,
     NUM_COUNTERS,
@@ -62,8 +59,7 @@ class Shape:
         each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
         items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
         longest = list_places(self.max_history)
-        least = CANDIDATES_LEAST if self.ranking == "low_rank" else None
-        return Limits(items, max(longest, items * longest // 4), least)
+        return Limits(items, max(longest, items * longest // 4))
 
 
 class SparsePrefill:
@@ -125,9 +121,9 @@ class SparsePrefill:
         Reads the cache, writes only scratch.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
+        work = small_work_list(query.device)
         table = torch.zeros_like(block_table)
-        for work in small_work_lists(query.device, self.shape.limits.least):
-            self(query, kv_cache, table, work, torch.empty_like(query), counters)
+        self(query, kv_cache, table, work, torch.empty_like(query), counters)
 
     def __call__(
         self,
@@ -197,7 +193,7 @@ class SparsePrefill:
         """Score, select and average on a CUDA device; the results are left in the workspace."""
         from . import low_rank, rank, regions, select
 
-        space, scale, found = self.space, self.scale * k_scale, None
+        space, scale = self.space, self.scale * k_scale
         if work.first_of_chunk:
             regions.average(kv_cache, block_table, work, space.regions)
         results = (space.selection.scores, space.selection.bounds)
@@ -206,8 +202,7 @@ class SparsePrefill:
             rank.mean_query_scores(*arguments, scale=scale)
         else:
             low_rank.low_rank_scores(*arguments, scale=scale)
-            found = space.ranking.candidates.lists(work)
-        select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers, found)
+        select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers)
 
 
 class Workspace(NamedTuple):
@@ -221,16 +216,10 @@ class Workspace(NamedTuple):
 _workspaces: dict[tuple, Workspace] = {}
 
 
-def small_work_lists(device: torch.device, least: int | None) -> list[WorkList]:
-    """Return lists of one segment with a short history, all in the row's first block.
-
-    One ranks its history whole and, unless ``least`` is None, one ranks candidates.
-    """
-    row = PrefillRow(0, 0, 1, 8, CANDIDATES_MOST / CANDIDATES_LISTS)
-    return [
-        *build_work_lists([row], 16, 0, device, Limits(1, LIST_STEP)),
-        *(build_work_lists([row], 16, 0, device, Limits(1, LIST_STEP, 1)) if least else []),
-    ]
+def small_work_list(device: torch.device) -> WorkList:
+    """Return a work list of one segment with a short history, all in the row's first block."""
+    (work,) = build_work_lists([PrefillRow(0, 0, 1, 8, 0.5)], 16, 0, device, Limits(1, LIST_STEP))
+    return work
 
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
@@ -239,7 +228,7 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
 
     key = (shape, dtype, device)
     if key not in _workspaces:
-        items, places, _ = shape.limits
+        items, places = shape.limits
         if shape.ranking == "mean_query":
             sizes = (items, shape.heads, shape.head_dim, shape.max_history)
             made: Any = rank.RankWorkspace(*sizes, dtype, device)

@@ -7,14 +7,13 @@ synchronisation is needed. Every kernel reads the same table, one row a segment.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 # Columns of the work table; the kernels index it by these positions.
-ROW, QUERY_START, NUM_QUERIES, HISTORY, DENSE_START, LIST_LENGTH, FIT, CANDIDATES = range(8)
-COLUMNS = 8
+ROW, QUERY_START, NUM_QUERIES, HISTORY, DENSE_START, LIST_LENGTH, FIT = range(7)
+COLUMNS = 7
 GROUP_ITEMS = 16  # segments of one request that are ranked together and share each key load
 
 # The selection's resolution and the early stop's distance; kernels and reference share them.
@@ -25,19 +24,11 @@ TIERS_UNORDERED = 2  # what is visited whole needs no order: only the last two
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
 FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
+ROW_STEP = 2  # every second row (query and head of a group, as on a chessboard) is scored
 FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length
 )
-
-# Of a long history the segments that share a basis rank a part, found by a sample of their rows
-# (`benchmarks/quality/LOG.md`): at least so much of it, and so many times what a list may hold.
-# Where that is most of it, they rank it all.
-COARSE_ROWS = 512
-CANDIDATES_LEAST = 16384  # tokens: a shorter history is ranked whole
-CANDIDATES_SHARE = 1 / 3
-CANDIDATES_LISTS = 3
-CANDIDATES_MOST = 0.5  # of the history
 
 # Neighbouring KV heads share a segment's budget by pairs: as many as tensor-parallel ranks mostly
 # keep together, so that lists do not depend on the number of ranks.
@@ -123,13 +114,10 @@ class Limits(NamedTuple):
     Attributes:
         items: segments.
         slots: places in all their lists together.
-        least: of a longer history, in tokens, only candidates are ranked; None for every history
-            whole.
     """
 
     items: int
     slots: int
-    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,17 +139,12 @@ class WorkList:
         max_fit_tokens: most tokens of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit in the
-            mean of the heads that share, row of ``fits``, tokens that are ranked. The longest
-            history comes first.
+            mean of the heads that share, row of ``fits``. The longest history comes first.
         groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
             up to ``GROUP_ITEMS`` segments.
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
         max_queries: most queries of any item.
-        shared: neighbouring KV heads that share a segment's budget.
-        coarse: the list, one item a fit, whose lists are the chunk's candidates: positions, in
-            order. None where every segment ranks its whole history. A segment's candidates are
-            those of its fit and then what lies between its fit's history and its own start.
     """
 
     row: int
@@ -175,8 +158,6 @@ class WorkList:
     max_history: int
     max_list: int
     max_queries: int
-    shared: int = HEADS_SHARED
-    coarse: "WorkList | None" = None
 
     @property
     def num_items(self) -> int:
@@ -224,29 +205,7 @@ def list_places(length: int) -> int:
 def longest_list(item: Sequence[int]) -> int:
     """Return how long a list of an item can become: what others of its pair need not have."""
     count = item[LIST_LENGTH]
-    return min(count + (HEADS_SHARED - 1) * (count // 2), item[CANDIDATES])
-
-
-def candidates(history: int, budget: float, least: int) -> int:
-    """Return how many tokens of a fit's history are candidates.
-
-    Args:
-        history: tokens before the fit's first segment.
-        budget: share of the history that a query may visit.
-        least: a history of fewer tokens is ranked whole.
-    """
-    share = max(CANDIDATES_SHARE, CANDIDATES_LISTS * budget)
-    return history if share > CANDIDATES_MOST else min(history, max(least, ceil(share * history)))
-
-
-def coarse_step(group: int) -> int:
-    """Return every how many rows of a fit one is sampled for its candidates."""
-    return max(1, FIT_QUERIES * group // COARSE_ROWS)
-
-
-def most_candidates(max_history: int, least: int) -> int:
-    """Return how many candidates a fit can have at most where it does not rank everything."""
-    return min(max_history, max(least, int(CANDIDATES_MOST * max_history)))
+    return min(count + (HEADS_SHARED - 1) * (count // 2), item[DENSE_START])
 
 
 def build_work_lists(
@@ -265,8 +224,7 @@ def build_work_lists(
         segment: queries per segment.
         min_context: segments with less history are dense.
         device: where the kernels run.
-        limits: of one list; more segments make further lists. A request with a target error ranks
-            every history whole, for that looks at the scores of all tokens.
+        limits: of one list; more segments make further lists.
 
     Returns:
         The lists of each request, one after the other; in a chunk the longest history first.
@@ -297,32 +255,8 @@ def chunk_lists(
         (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
     ]
-    shared: dict[str, Any] = {
-        "row": row.row,
-        "target_error": row.target_error,
-        "fits": to_device(fits, device),
-        "max_fit_queries": max(queries for _, queries, _ in fits),
-        "max_fit_tokens": max(tokens for *_, tokens in fits),
-    }
-    least = None if row.target_error else limits.least
-    coarse = [coarse_item(row, fit, part, least) for fit, part in enumerate(parts)]
-    filtered = any(item[LIST_LENGTH] < item[CANDIDATES] for item in coarse)
-    if filtered:
-        shared["coarse"] = WorkList(
-            **shared,
-            first_of_chunk=False,
-            items=to_device(coarse, device),
-            groups=shared["fits"],  # not ranked in groups
-            max_history=max(item[CANDIDATES] for item in coarse),
-            max_list=max(item[LIST_LENGTH] for item in coarse),
-            max_queries=max(item[NUM_QUERIES] for item in coarse),
-            shared=1,
-        )
-    ordered: list[tuple[int, ...]] = []
-    for fit, (part, of_fit) in enumerate(zip(parts, coarse, strict=True)):
-        left_out = of_fit[CANDIDATES] - of_fit[LIST_LENGTH] if filtered else 0
-        ordered += [(*item, fit, max(item[DENSE_START] - left_out, 0)) for item in part]
-    ordered.reverse()
+    table = to_device(fits, device)
+    ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
     lists: list[WorkList] = []
     while ordered:
         room = max(1, limits.slots // list_places(longest_list(ordered[0])))
@@ -330,27 +264,20 @@ def chunk_lists(
         ordered = ordered[len(items) :]
         lists.append(
             WorkList(
-                **shared,
+                row=row.row,
+                target_error=row.target_error,
                 first_of_chunk=not lists,
+                fits=table,
+                max_fit_queries=max(queries for _, queries, _ in fits),
+                max_fit_tokens=max(tokens for *_, tokens in fits),
                 items=to_device(items, device),
                 groups=to_device(ranked_together(len(items)), device),
-                max_history=max(item[CANDIDATES] for item in items),
-                max_list=max(map(longest_list, items)),
+                max_history=items[0][DENSE_START],
+                max_list=longest_list(items[0]),
                 max_queries=max(item[NUM_QUERIES] for item in items),
             )
         )
     return lists
-
-
-def coarse_item(
-    row: PrefillRow, fit: int, part: Sequence[tuple[int, ...]], least: int | None
-) -> tuple[int, ...]:
-    """Return the item whose list are the candidates of a fit: of the history before it."""
-    ranked = [item for item in part if item[DENSE_START]] or [part[-1]]
-    history = ranked[0][DENSE_START]
-    count = history if least is None else candidates(history, row.budget, least)
-    queries = sum(item[NUM_QUERIES] for item in ranked)
-    return (row.row, ranked[0][QUERY_START], queries, history, history, count, fit, history)
 
 
 def seen(item: Sequence[int]) -> int:

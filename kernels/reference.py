@@ -16,7 +16,6 @@ from .plan import (
     ESTIMATE_EVERY,
     FIT,
     HISTORY,
-    LIST_LENGTH,
     NUM_QUERIES,
     QUERY_START,
     REGION_SAMPLES,
@@ -25,13 +24,11 @@ from .plan import (
     ROW,
     SAMPLED,
     STOP_STEP_TOKENS,
-    TIERS_UNORDERED,
     Lists,
     Regions,
     WorkList,
-    coarse_step,
 )
-from .reference_select import physical_slots, sample_positions, select_positions
+from .reference_select import physical_slots, sample_positions
 
 LOG2E = 1.4426950408889634
 
@@ -69,7 +66,7 @@ def mean_query_scores(
     """Score a segment's history by its mean query; see :func:`rank.mean_query_scores`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
-        (work.num_items, kv_heads, longest(work)), float("-inf"), dtype=torch.float32
+        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     for number, item in enumerate(work.items.tolist()):
         n = item[DENSE_START]
@@ -98,7 +95,7 @@ def low_rank_scores(
     """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
-        (work.num_items, kv_heads, longest(work)), float("-inf"), dtype=torch.float32
+        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     if work.max_history == 0:
         return scores.half()
@@ -112,73 +109,19 @@ def low_rank_scores(
     for fit in {item[FIT] for item in items}:
         own = basis.Basis(*(part[fit] for part in fitted))
         images = basis.key_images(keys, own, dtype)  # [kv_heads, tokens, width]
-        others = torch.zeros(kv_heads, work.max_fit_tokens, dtype=torch.bool, device=query.device)
-        if work.coarse is not None:
-            item = work.coarse.items.tolist()[fit]
-            others[:, : item[HISTORY]] = True
-            found = candidates(query, images, item, own, dtype)
-            others.scatter_(1, found, torch.zeros_like(found, dtype=torch.bool))
         for number, item in enumerate(items):
             n = item[DENSE_START]
             if n == 0 or item[FIT] != fit:
                 continue
-            best = best_scores(query, images, item, own, dtype, 1)
-            scores[number, :, :n] = best.masked_fill(others[:, :n], float("-inf"))
-    return scores.half()
-
-
-def best_scores(
-    query: torch.Tensor,
-    images: torch.Tensor,
-    item: Item,
-    fitted: basis.Basis,
-    dtype: torch.dtype,
-    step: int,
-) -> torch.Tensor:
-    """Return the largest score that every ``step``-th row of an item gives to its history.
-
-    Args:
-        query: ``[tokens, heads, head_dim]``.
-        images: of keys, ``[kv_heads, tokens, WIDTH]``.
-        item: segment.
-        fitted: its basis.
-        dtype: that images are rounded to.
-        step: of :func:`basis.scored_rows`.
-
-    Returns:
-        float32 ``[kv_heads, history]``, within the range of float16.
-    """
-    n, limit = item[DENSE_START], torch.finfo(torch.half).max
-    rows = segment_queries(query, item, images.shape[0]).transpose(1, 2)
-    count, group = rows.shape[1:3]
-    chosen = basis.scored_rows(count * group, step, query.device)
-    visible = torch.arange(count, device=query.device) <= chosen[:, None] // group
-    past, beside = images[:, :n], images[:, n : n + count]
-    rows = rows.flatten(1, 2)[:, chosen]
-    rows = basis.query_images(rows, fitted, past, beside, visible, dtype)
-    return (rows @ past.mT).amax(1).clamp(min=-limit)
-
-
-def candidates(
-    query: torch.Tensor, images: torch.Tensor, item: Item, fitted: basis.Basis, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the positions of a fit's candidates, in order; see :mod:`candidates`.
-
-    Args as of :func:`best_scores`; ``item`` is one of a coarse list.
-
-    Returns:
-        int64 ``[kv_heads, candidates]``.
-    """
-    step = coarse_step(query.shape[1] // images.shape[0])
-    scores = best_scores(query, images, item, fitted, dtype, step).half().float()
-    count = item[LIST_LENGTH]
-    best = [select_positions(of_head, count, TIERS_UNORDERED) for of_head in scores]
-    return torch.stack(best).sort(1).values
-
-
-def longest(work: WorkList) -> int:
-    """Return the most tokens that any segment has before it and does not attend to densely."""
-    return int(work.items[:, DENSE_START].max())
+            queries = segment_queries(query, item, kv_heads)
+            group, count = queries.shape[1:3]
+            scored = basis.scored_rows(count, group, query.device)
+            causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+            visible = causal.expand(group, -1, -1)[scored]
+            past, beside = images[:, :n], images[:, n : n + count]
+            rows = basis.query_images(queries[:, scored], own, past, beside, visible, dtype)
+            scores[number, :, :n] = (rows @ past.mT).amax(1)
+    return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def select(
     page: int,
     tiers: int = TIERS,
 ) -> Lists:
-    """Turn scores into lists; see :func:`select.select`. What scores -inf is no candidate."""
+    """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
     sampled = -(-items // ESTIMATE_EVERY)
 
@@ -49,13 +49,12 @@ def select(
         if item[LIST_LENGTH] == 0:
             continue
         table_row = block_table[item[ROW]]
-        ranked = (scores[number, :, :n] > float("-inf")).nonzero()[:, 1].view(heads, -1)
-        of_item = scores[number].gather(1, ranked).float()  # every head has as many candidates
+        of_item = scores[number, :, :n].float()
         pairs = of_item.split(HEADS_SHARED)
         lengths = torch.cat([list_lengths(p, item[LIST_LENGTH], work.target_error) for p in pairs])
         lists.lengths[number] = lengths
         for head, count in enumerate(lengths.tolist()):
-            positions = ranked[head, select_positions(of_item[head], count, tiers)]
+            positions = select_positions(of_item[head], count, tiers)
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
             if number % ESTIMATE_EVERY == 0:
                 places = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)

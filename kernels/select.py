@@ -20,6 +20,7 @@ from .plan import (
     COLUMNS,
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
+    HEADS_SHARED,
     MEAN_OF_MAX,
     NOT_LISTED,
     TIERS,
@@ -58,7 +59,7 @@ def _histogram_kernel(
     """Count a chunk's scores by bucket."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 7)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     if i_chunk * CHUNK >= n:
         return
     i_list = (i_item * tl.num_programs(1) + i_head) * max_chunks
@@ -85,7 +86,7 @@ def _length_kernel(
 ):  # fmt: skip
     """Share the budget of a segment among the lists of SHARED heads."""
     i_item = tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 7)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
     o_h = tl.program_id(0) * SHARED + tl.arange(0, SHARED)
     m_h = o_h < heads
@@ -152,7 +153,7 @@ def _place_kernel(
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
     i_list = i_item * tl.num_programs(0) + i_head
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 7)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_lengths + i_list)
     if count == 0:
         return
@@ -197,41 +198,34 @@ def _place_kernel(
 @triton.jit
 def _emit_kernel(
     p_scores, p_items, p_bounds, p_lengths, p_tier_bounds, p_places, p_table, p_slots, p_samples,
-    p_candidates, p_coarse,
-    stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
-    stride_candidates_fit, stride_candidates_head, max_chunks,
+    stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head, max_chunks,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr,
     TIERS: tl.constexpr, TIERS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, NOT_LISTED: tl.constexpr,
-    OF_CANDIDATES: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the slots of a chunk's selected tokens to their places.
-
-    ``OF_CANDIDATES``: those were scored, not the history. ``PAGE`` 0: this list is one of
-    candidates, which are positions in order.
-    """
+    """Write the slots of a chunk's selected tokens to their places."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
-    p_items += i_item * ITEM_COLUMNS
-    n = tl.load(p_items + 7)
+    row = tl.load(p_items + i_item * ITEM_COLUMNS).to(tl.int64)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     i_list = i_item * tl.num_programs(1) + i_head
     count = tl.load(p_lengths + i_list)
     if (i_chunk * CHUNK >= n) | (count == 0):
         return
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
     p_tier_bounds += i_list * TIERS_PAD
-    p_places += i_list * max_chunks * TIERS_PAD
-    p_first = p_places + i_chunk * TIERS_PAD
+    p_places += (i_list * max_chunks + i_chunk) * TIERS_PAD
     o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
     s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n)
     bucket = _buckets(s, best, worst, BUCKETS)
     taken = (o_n < n) & (bucket <= tl.load(p_tier_bounds + TIERS - 1))
     tier = tl.zeros([CHUNK], tl.int32)
-    place = tl.full([CHUNK], 0, tl.int32) + tl.load(p_first)
+    place = tl.full([CHUNK], 0, tl.int32) + tl.load(p_places)
     for t in tl.static_range(TIERS - 1):
         above = bucket > tl.load(p_tier_bounds + t)
         tier += above.to(tl.int32)
-        place = tl.where(above, tl.load(p_first + t + 1), place)
+        place = tl.where(above, tl.load(p_places + t + 1), place)
     # One number counts all tiers at once, BITS bits each. A tier that fills all CHUNK places
     # spills into the next one, which then has no token to notice.
     BITS: tl.constexpr = 12
@@ -239,39 +233,16 @@ def _emit_kernel(
     COUNTER: tl.constexpr = tl.int64 if TIERS * BITS > 32 else tl.int32
     shift = (tier * BITS).to(COUNTER)
     one = tl.where(taken, tl.full([CHUNK], 1, COUNTER) << shift, 0).to(COUNTER)
-    before = tl.cumsum(one) - one
-    place += ((before >> shift) & (2**BITS - 1)).to(tl.int32)
+    place += (((tl.cumsum(one) - one) >> shift) & (2**BITS - 1)).to(tl.int32)
     taken &= place < count
+    page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
     p_slots += i_item * stride_slots_item + i_head * stride_slots_head
-    if PAGE == 0:
-        # A token comes behind those of both tiers that stand before it, as far as they are taken.
-        tl.static_assert(TIERS == 2)
-        whole = tl.load(p_places + 1)  # tokens of the first tier
-        place = tl.load(p_first) + (before & (2**BITS - 1)) - whole
-        place += tl.minimum(tl.load(p_first + 1) + (before >> BITS), count)
-        tl.store(p_slots + place, o_n, taken)
-        return
-    sampled = i_item % EVERY == 0
-    position = o_n
-    history = n
-    if OF_CANDIDATES:
-        i_fit = tl.load(p_items + 6).to(tl.int64)
-        p_candidates += i_fit * stride_candidates_fit + i_head * stride_candidates_head
-        p_coarse += i_fit * ITEM_COLUMNS
-        chosen = tl.load(p_coarse + 5)
-        m_n = (o_n < tl.minimum(n, chosen)) & tl.where(sampled, True, taken)
-        position = tl.where(
-            o_n < chosen, tl.load(p_candidates + o_n, m_n, 0), tl.load(p_coarse + 4) + o_n - chosen
-        )
-        history = tl.load(p_items + 4)
-    row = tl.load(p_items).to(tl.int64)
-    page = tl.load(p_table + row * stride_table + position // PAGE, taken, 0)
-    tl.store(p_slots + place, page * PAGE + position % PAGE, taken)
-    if sampled:
-        samples = tl.minimum(history, SAMPLES)
-        behind = position - history // (2 * samples)
-        number = (behind * samples + history - 1) // history
-        m_sample = (behind >= 0) & (number < samples) & (number * history // samples == behind)
+    tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
+    if i_item % EVERY == 0:
+        samples = tl.minimum(n, SAMPLES)
+        before = o_n - n // (2 * samples)
+        number = (before * samples + n - 1) // n
+        m_sample = (before >= 0) & (number < samples) & (number * n // samples == before)
         p_samples += (i_item // EVERY * tl.num_programs(1) + i_head) * SAMPLES
         tl.store(p_samples + number, tl.where(taken, place, NOT_LISTED), m_sample & (o_n < n))
 
@@ -325,19 +296,16 @@ def select(
     page: int,
     space: SelectWorkspace,
     tiers: int = TIERS,
-    candidates: Lists | None = None,
 ) -> None:
-    """Select the best tokens of every list.
+    """Select the best history tokens of every list.
 
     Args:
         block_table: int32 ``[rows, max_blocks]``.
-        work: the segments; ``space.scores[i, h]`` holds the scores of item i's candidates, and
+        work: the segments; ``space.scores[i, h, :dense_start]`` holds the scores of item i, and
             ``space.bounds`` their bounds.
-        page: tokens per block of the cache; 0 for lists of positions, in order, whose items have
-            no samples and whose table is not read.
+        page: tokens per block of the cache.
         space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
-        candidates: of ``work.coarse``; None where that is None.
 
     :mod:`reference_select` says exactly how many are chosen, which and in which order.
     """
@@ -345,10 +313,6 @@ def select(
     if work.max_list == 0:
         lengths.zero_()
         return
-    chosen, coarse = slots, work.items  # not read
-    if candidates is not None and work.coarse is not None:
-        chosen, coarse = candidates.slots, work.coarse.items
-        samples.fill_(NOT_LISTED)  # of those that are no candidates nothing else will say so
     strides = (space.scores.stride(0), space.scores.stride(1))
     chunks = -(-work.max_history // space.chunk)
     grid = (chunks, heads, work.num_items)
@@ -359,9 +323,9 @@ def select(
         space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
         BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=4, **shape,
     )  # fmt: skip
-    _length_kernel[(triton.cdiv(heads, work.shared), work.num_items)](
+    _length_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
-        space.chunks, BUCKETS=BUCKETS, SHARED=work.shared, CHUNKS_PAD=chunks_pad,
+        space.chunks, BUCKETS=BUCKETS, SHARED=HEADS_SHARED, CHUNKS_PAD=chunks_pad,
         MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=1, **shape,
     )  # fmt: skip
     _place_kernel[(heads, work.num_items)](
@@ -370,8 +334,8 @@ def select(
     )  # fmt: skip
     _emit_kernel[grid](
         space.scores, work.items, space.bounds, lengths, space.tier_bounds, space.places,
-        block_table, slots, samples, chosen, coarse, *strides, block_table.stride(0),
-        slots.stride(0), slots.stride(1), chosen.stride(0), chosen.stride(1), space.chunks,
-        PAGE=page, CHUNKS_PAD=chunks_pad, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
-        NOT_LISTED=NOT_LISTED, OF_CANDIDATES=candidates is not None, num_warps=8, **options,
+        block_table, slots, samples, *strides, block_table.stride(0),
+        slots.stride(0), slots.stride(1), space.chunks, PAGE=page, CHUNKS_PAD=chunks_pad,
+        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, NOT_LISTED=NOT_LISTED, num_warps=8,
+        **options,
     )  # fmt: skip

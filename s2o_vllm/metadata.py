@@ -127,10 +127,8 @@ class SparseBuilder:
         impls = [layer.impl for layer in layers]
         capable = [impl for impl in impls if impl.s2o_reason is None]
         if capable:
-            limits = [impl.s2o_limits for impl in capable]
-            self.s2o_limits = limits[0]._replace(
-                items=min(one.items for one in limits), slots=min(one.slots for one in limits)
-            )
+            limits = zip(*(impl.s2o_limits for impl in capable), strict=True)
+            self.s2o_limits = Limits(*map(min, limits))
             others = {impl.s2o_reason for impl in impls if impl.s2o_reason is not None}
             self.s2o_layer_reasons = tuple(sorted(others))
         else:

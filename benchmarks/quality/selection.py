@@ -120,8 +120,7 @@ def counts_heads(ordered: Tensor, wanted: int, heads: int) -> Tensor:
         wanted: candidates per unit on average.
         heads: lists of a tile.
     """
-    ranked = int((ordered[0] > float("-inf")).sum())  # what is not does not come last: it is out
-    return lengths_by_pairs(ordered[:, :ranked], heads, lambda pair: list_lengths(pair, wanted))
+    return lengths_by_pairs(ordered, heads, lambda pair: list_lengths(pair, wanted))
 
 
 def lengths_by_pairs(scores: Tensor, heads: int, lengths: Callable[[Tensor], Tensor]) -> Tensor:

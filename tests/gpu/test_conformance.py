@@ -48,11 +48,13 @@ def test_every_head_dim(backend, head_dim):
 
 
 @FP8_CARD
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_an_fp8_cache(backend, batch, dtype):
-    """The query comes in fp8, too: the references attend to it and to the cache dequantised."""
-    options = {"dtype": dtype, "fp8": True}
+def test_an_fp8_cache(backend, batch):
+    """The query comes in fp8, too: the references attend to it and to the cache dequantised.
+
+    In bf16 alone: FlashAttention 3 has no fp16 output for fp8 input, so neither has stock vLLM.
+    """
+    options = {"dtype": torch.bfloat16, "fp8": True}
     check_full(backend(**options), backend(**options, stock_only=True), BATCHES[batch])
 
 

@@ -9,16 +9,16 @@ import torch
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference
 from s2o_vllm.kernels.fit import fit
-from s2o_vllm.kernels.plan import DENSE_START, NUM_QUERIES
+from s2o_vllm.kernels.plan import DENSE_START
 
 SHAPES = [
-    # heads, kv_heads, head_dim, segment, an fp8 cache: rows of a whole segment
-    (2, 2, 128, 32, False),  # 32
-    (4, 2, 64, 32, False),  # 64
-    (5, 1, 64, 64, False),  # 320
-    (6, 1, 96, 64, False),  # 384
-    (8, 2, 128, 64, False),  # 256
-    pytest.param((5, 1, 96, 64, True), marks=FP8_CARD),  # 320
+    # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
+    (2, 2, 128, 32, False),  # 16
+    (4, 2, 64, 32, False),  # 32
+    (5, 1, 64, 64, False),  # 160
+    (6, 1, 96, 64, False),  # 192
+    (8, 2, 128, 64, False),  # 128
+    pytest.param((5, 1, 96, 64, True), marks=FP8_CARD),  # 160
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
 
@@ -48,9 +48,9 @@ def ranked(request, device, fresh_seed):
 
 
 def each_item(work, group):
-    """Number, history and rows of every segment, which all have one fit here."""
+    """Number, history and scored rows of every segment, which all have one fit here."""
     for number, item in enumerate(work.items.tolist()):
-        yield number, item, item[DENSE_START], item[NUM_QUERIES] * group
+        yield number, item, item[DENSE_START], basis.scored_rows(item[2], group, "cpu")
 
 
 def assert_rounded(got, wanted):
@@ -76,10 +76,10 @@ def test_images_of_rows(ranked):
     batch, work, space, _ = ranked
     kv_heads = batch.kv_cache.shape[1]
     group = batch.query.shape[1] // kv_heads
-    for number, item, _, _ in each_item(work, group):
+    for number, item, _, scored in each_item(work, group):
         queries = reference.segment_queries(batch.query, item, kv_heads)
         # Rows follow one another query by query; the reference's are head by head.
-        queries = queries.transpose(1, 2).flatten(1, 2)
+        queries = queries.transpose(1, 2)[:, scored.T.to(queries.device)]
         wanted = queries @ space.fit.a[0, :, :, : basis.RANK].float()
         assert_rounded(space.rows[number, :, : wanted.shape[1], : basis.RANK], wanted)
 
@@ -88,13 +88,13 @@ def test_shifts_of_rows(ranked):
     batch, work, space, _ = ranked
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
-    for number, item, history, count in each_item(work, group):
-        rows = space.rows[number, :, :count].float()
+    for number, item, history, scored in each_item(work, group):
+        rows = space.rows[number, :, : int(scored.sum())].float()
         images = space.images[0, ..., : basis.RANK].float()
         places = range(basis.SHIFT_STEP // 2, history, basis.SHIFT_STEP)
         scores = rows[..., : basis.RANK] @ images[:, places].mT
         own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
-        query = torch.arange(count, device=own.device) // group  # of each row
+        query = scored.T.nonzero()[:, 0].to(own.device)  # of each row
         own[:, torch.arange(item[2], device=own.device) > query[:, None]] = float("-inf")
         mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
         got = -(rows[..., basis.RANK :] @ factors)
@@ -104,8 +104,8 @@ def test_shifts_of_rows(ranked):
 def test_scores_are_the_largest_products(ranked):
     batch, work, space, scores = ranked
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    for number, _, history, count in each_item(work, group):
-        rows = space.rows[number, :, :count].float()
+    for number, _, history, scored in each_item(work, group):
+        rows = space.rows[number, :, : int(scored.sum())].float()
         wanted = (rows @ space.images[0, :, :history].float().mT).amax(1)
         torch.testing.assert_close(
             scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0

@@ -12,7 +12,7 @@ from cases import (
     relative_error,
 )
 from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
-from s2o_vllm.kernels.plan import CANDIDATES_LEAST, ELIGIBLE, NUM_COUNTERS, VISITED
+from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
 
 def operator_for(batch, ranking="low_rank", **options):
@@ -113,14 +113,13 @@ def test_warm_up_touches_nothing(device, fp8):
 
 
 def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():
-    limits = Shape(32, 8, 128, 131072, 8192, 64).limits
-    assert limits == (128, 32 * 131072, CANDIDATES_LEAST)
-    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.least is None
+    items, slots = Shape(32, 8, 128, 131072, 8192, 64).limits
+    assert (items, slots) == (128, 32 * 131072)
     assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.items == 16
     assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.items == 2
 
 
 def test_scratch_is_bounded():
     shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
-    items, slots, _ = shape.limits
+    items, slots = shape.limits
     assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES

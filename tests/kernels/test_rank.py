@@ -117,7 +117,7 @@ def test_more_segments_than_one_group_ranks(device):
 
 
 def test_more_rows_than_one_block_scores(device):
-    """64 queries x 6 heads."""
+    """64 queries x 6 heads: 192 of 384 rows."""
     batch = make_batch(device, chunks=((256, 64),), heads=6, kv_heads=1)
     assert_scores_match(every_query(batch, batch.work(segment=64)), ATOL[batch.query.dtype])
 
@@ -140,12 +140,12 @@ def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
     assert (scores - unbounded)[0].abs().mean() > 3 * ATOL[batch.query.dtype] / 10
 
 
-def test_all_rows_or_every_so_many_of_all_heads_are_scored():
-    cpu = torch.device("cpu")
-    assert basis.scored_rows(5, 1, cpu).tolist() == [0, 1, 2, 3, 4]
-    assert basis.scored_rows(9, 4, cpu).tolist() == [0, 5, 8]
-    heads = basis.scored_rows(64, 8, cpu) % 4
-    assert heads.bincount().tolist() == [2, 2, 2, 2]
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_scored_rows_are_a_chessboard(group):
+    rows = basis.scored_rows(6, group, torch.device("cpu"))
+    assert rows.shape == (group, 6)
+    assert rows[0].tolist() == [True, False] * 3
+    assert (rows[1:] == ~rows[:-1]).all()
 
 
 def test_group_reduction_takes_the_largest_log_probability():

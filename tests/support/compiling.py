@@ -163,7 +163,7 @@ def compile_attend(
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import low_rank, plan, rank, regions, select
+    from s2o_vllm.kernels import fit, low_rank, rank, regions, select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
@@ -175,10 +175,11 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
-        low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
+        fit.fit(q, kv, table, work, images.fit, scale=0.1)
+        low_rank.project_keys(kv, table, work, images)
+        prepared = replace(work, first_of_chunk=False)
+        low_rank.low_rank_scores(q, kv, table, prepared, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
-        found = images.candidates.lists(work)
-        select.select(table, work, 16, selection, plan.TIERS_UNORDERED, found)
         means = regions.workspace(8, head_dim, 131072, q.dtype, meta)
         regions.average(kv, table, work, means)
     return compiled
@@ -189,7 +190,7 @@ def launch_arguments(head_dim: int, kv_dtype: torch.dtype):
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    limits = plan.Limits(16, 16 * 131072, plan.CANDIDATES_LEAST)
+    limits = plan.Limits(16, 16 * 131072)
     (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), limits)
     q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
