@@ -20,8 +20,8 @@ working on one of those that were, or if a kernel was compiled after the server 
     was evicted.
   - `density`: history tokens visited over eligible ones; null if all prefill was dense.
   - `preemptions`: requests that lost their blocks to others and were computed again.
-  - `gpu_memory_mib`: in use on all GPUs, as `ready`, after `warm` prompts of the greatest length
-    and at the `end`; null without a GPU on this machine.
+  - `gpu_memory_mib`: in use on the GPUs that CUDA_VISIBLE_DEVICES names, else on all, as `ready`,
+    after `warm` prompts of the greatest length and at the `end`; null without a GPU here.
   - `kernels`: in the server's own, fresh Triton cache, as `ready` and at the `end`, and
     `after_ready`: names of those that came later; null where nothing runs on Triton.
   - `jit_warnings`: what vLLM's own monitor of late compilation saw; null where it does not run
@@ -33,6 +33,7 @@ working on one of those that were, or if a kernel was compiled after the server 
 """
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -94,8 +95,10 @@ class Target:
 
 
 def gpu_memory_mib() -> int | None:
-    """Return the memory in use on all GPUs of this machine, None if it has none."""
+    """Return the memory in use on the GPUs that a server would see, None if there are none."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # nvidia-smi itself does not heed it
+        query.append(f"--id={visible}")
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True)
         return sum(int(line) for line in done.stdout.split())

@@ -72,6 +72,20 @@ def test_vllms_own_monitor_is_read(tmp_path):
     assert "JIT compilation: score_kernel" in warning
 
 
+@pytest.mark.parametrize(("visible", "used"), [(None, 730), ("1", 700), ("0,1", 730)])
+def test_memory_is_of_the_gpus_that_the_server_sees(visible, used, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=1) ;; *) echo 30 ;; esac\necho 700\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert serve.gpu_memory_mib() == used
+    tool.unlink()
+    assert serve.gpu_memory_mib() is None
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
