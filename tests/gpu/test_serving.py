@@ -10,23 +10,45 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
 from s2o_vllm.benchmarks.arms import ask
-from s2o_vllm.benchmarks.serving import llama_shape, prompt, vllm_server
+from s2o_vllm.benchmarks.serving import (
+    kv_cache_bytes,
+    llama_shape,
+    prompt,
+    starting,
+    vllm_server,
+)
 from s2o_vllm.cli.demo import WHAT, WHERE, WHO, density, measured_density, read
 
 PORT = 8471
+CONTEXT, SPARE = 131072, 4096  # tokens of the KV cache: a request of the greatest length, and rest
+
+
+def cards(count):
+    """The card of each of so many servers, an own one as far as there are."""
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
+    return [{"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]} for number in range(count)]
 
 
 def test_llama_shape_at_128k(tmp_path):
     """Default 8,192-token chunks: sparse within the budget, off switch stock, no failure."""
     model, flags = llama_shape(tmp_path)
-    flags += ["--load-format", "dummy", "--max-model-len", "131072"]
-    short, log = prompt(6000, 1, 30000), tmp_path / "server.log"
-    with vllm_server(model, PORT, flags, log) as url:
-        stock = ask(url, short, None).tokens
-    flags += ["--attention-backend", "s2o", "--s2o-sparsity-budget", "0.05"]
-    with vllm_server(model, PORT, flags, log) as url:
+    flags += [
+        "--load-format", "dummy", "--max-model-len", str(CONTEXT),
+        "--gpu-memory-utilization", "0.45",
+        "--kv-cache-memory-bytes", str(kv_cache_bytes(model, CONTEXT + SPARE)),
+    ]  # fmt: skip
+    own = [*flags, "--attention-backend", "s2o", "--s2o-sparsity-budget", "0.05"]
+    short, logs = prompt(6000, 1, 30000), [tmp_path / "stock.log", tmp_path / "s2o.log"]
+    first, second = cards(2)
+    with (
+        starting(model, PORT, flags, logs[0], first) as stock_healthy,
+        starting(model, PORT + 1, own, logs[1], second) as healthy,
+    ):
+        stock, url = ask(stock_healthy(), short, None).tokens, healthy()
         assert ask(url, short, None).tokens == stock, "short prompts are stock"
         assert ask(url, short, 1.0).tokens == stock
         before = read(f"{url}/metrics")
@@ -34,7 +56,7 @@ def test_llama_shape_at_128k(tmp_path):
         assert measured_density(url, before) <= 0.06
         after = read(f"{url}/metrics")
         assert density(before, after) > 0.03
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in logs[1].read_text()
 
 
 @pytest.fixture(scope="module")
