@@ -30,3 +30,16 @@ def narrow_llama(tmp_path_factory) -> Path:
     write_model(folder, **NARROW)
     write_weights(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def low_rank_llama(tmp_path_factory) -> Path:
+    """Two such layers, whose keys have few directions that matter, as those of trained models.
+
+    To keys without structure no two low-rank bases are alike: in `narrow_llama` one fp16 unit in
+    the last place, here and there, makes other lists and other answers.
+    """
+    folder = tmp_path_factory.mktemp("low_rank")
+    write_model(folder, **NARROW | {"num_hidden_layers": 2})
+    write_weights(folder, gain=1.5, rank=4)
+    return folder
