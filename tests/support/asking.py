@@ -1,6 +1,7 @@
 """Questions of token ids to a running server, and what its pages say."""
 
 import urllib.request
+from pathlib import Path
 from typing import NamedTuple
 
 import openai
@@ -39,3 +40,13 @@ def grown(url: str, before: str, *names: str) -> list[float]:
     """By how much counters have grown since a page of /metrics."""
     after = read(url + "/metrics")
     return [metric(after, name) - metric(before, name) for name in names]
+
+
+def tracebacks(log: Path) -> list[str]:
+    """Lines of a server's log that begin a traceback, but for those of vLLM's own warnings.
+
+    It warns so of optional packages that do not load, and where there is no tokenizer. To be read
+    before the server is stopped: a shutdown may end its own loops with one.
+    """
+    lines = log.read_text().splitlines()
+    return [line for line in lines if "Traceback" in line and " WARNING " not in line]
