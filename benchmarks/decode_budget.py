@@ -18,7 +18,9 @@ bf16 PyTorch (within a factor).
 Each row of `benchmarks/results/decode_budget.json`: `context`, `batch`, `budget` (the share listed)
 and milliseconds a layer: `fa3_paged_ms`; `attend_ms` with `parts`; `gather_ms` and
 `fa3_gathered_ms`; `rank_torch_ms`, `topk_ms`, `rank_bytes_ms`; `kv_bytes_ms`, all keys and values
-at the copy rate; `gain_bound`, fa3_paged_ms / (rank_bytes_ms + attend_ms).
+at the copy rate; `gain_bound`, fa3_paged_ms / (rank_bytes_ms + attend_ms). A copy also writes:
+where FlashAttention 3 takes less than `kv_bytes_ms`, a ranking may take less than `rank_bytes_ms`,
+too, and gain a little more.
 """
 
 import argparse
