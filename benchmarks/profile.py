@@ -46,8 +46,8 @@ CATEGORIES = {KERNEL, "gpu_memcpy", "gpu_memset"}  # of a trace's events, those 
 PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (  # the first that matches counts
-        ("rank", r"^_(mean|score|moment|basis|project_keys|project_queries|shift|region)_kernel$"),
-        ("select", r"^_(histogram|length|place|emit)_kernel$"),
+        ("rank", r"^_(mean|score|moment|basis|(project|choose)_\w+|region)_kernel$"),
+        ("select", r"^_(plan|emit)_kernel$"),
         ("attend", r"^_attend_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),

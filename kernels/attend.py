@@ -16,6 +16,7 @@ from .plan import (
     COLUMNS,
     DROPPED_UNIT,
     ESTIMATE_EVERY,
+    ESTIMATE_STEP,
     ESTIMATE_TOKENS,
     REGION_WEIGHT,
     STOP_STEP_TOKENS,
@@ -137,20 +138,22 @@ def _dropped_mass(
     q, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
     stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAMPLES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Estimate each row's share of softmax mass on history tokens that were not visited.
 
     ``mass`` is that of the visited ones and the own segment, in units of exp2(``m``).
     """
-    samples = tl.minimum(n, SAMPLES)
+    step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
+    samples = tl.cdiv(n - step // 2, step)
     lost = tl.zeros_like(mass)
     for first in range(0, samples, BLOCK_N):
         number = first + o_n
         m_n = number < samples
         # A list without tokens has no places.
         skipped = m_n & ((tl.load(p_places + number, m_n, 0) >= visited) | (visited == 0))
-        position = number * n // samples + n // (2 * samples)
+        position = number * step + step // 2
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (position % PAGE) * stride_token
         k = _load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
@@ -159,7 +162,7 @@ def _dropped_mass(
             s = _softcap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
     # Means may leave no mass of tokens in fp32.
-    return 1.0 - mass / tl.maximum(mass + lost * n / samples, 1e-37)
+    return 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
 
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
@@ -173,7 +176,8 @@ def _attend_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    EVERY: tl.constexpr, SAMPLES: tl.constexpr, DROPPED_PER_ROW: tl.constexpr,
+    EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
+    DROPPED_PER_ROW: tl.constexpr,
     REGION: tl.constexpr, REGION_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -298,7 +302,7 @@ def _attend_kernel(
             dropped = _dropped_mass(
                 q, p_k, p_table + row * stride_table, p_places, visited, dense_start,
                 m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
-                PAGE, D, D_PAD, BLOCK_N, SAMPLES, SOFTCAP, PRECISION,
+                PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
             )  # fmt: skip
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
             tl.atomic_add(p_counters + 4, (dropped + 0.5).to(tl.int64))
@@ -372,7 +376,8 @@ def attend(
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
-        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, DROPPED_PER_ROW=1 / DROPPED_UNIT,
+        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
+        DROPPED_PER_ROW=1 / DROPPED_UNIT,
         REGION=regions.tokens, REGION_WEIGHT=REGION_WEIGHT,
         PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,

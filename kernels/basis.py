@@ -146,10 +146,20 @@ def image_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def scored_rows(queries: int, group: int, device: torch.device) -> torch.Tensor:
-    """Return which rows of a segment are scored: bool ``[group, queries]``."""
-    head = torch.arange(group, device=device)[:, None]
-    return (torch.arange(queries, device=device) + head) % ROW_STEP == 0
+def scored_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return which rows of a segment are scored: the largest images, one in ``ROW_STEP``.
+
+    A large image in coordinates where queries have unit moments is a query unlike the others.
+
+    Args:
+        rows: images of all rows, ``[..., n, r]``.
+
+    Returns:
+        int64 ``[..., ceil(n / ROW_STEP)]``, ascending.
+    """
+    size = rows.float().square().sum(-1)
+    order = size.argsort(dim=-1, descending=True, stable=True)
+    return order[..., : -(-size.shape[-1] // ROW_STEP)].sort(-1).values
 
 
 def query_images(
@@ -167,7 +177,7 @@ def query_images(
         basis: of at most ``RANK`` directions.
         history: images of the history, as :func:`key_images` returns them.
         own: images of the segment's own keys.
-        visible: which own keys a query sees, bool ``[n, own]``.
+        visible: which own keys a query sees, bool ``[..., n, own]``.
         dtype: that images are rounded to.
 
     Returns:

@@ -2,8 +2,8 @@
 
 A token's score in a list is the largest log-probability that any scored row of the segment gives
 it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
-query cannot see keys that single queries want; this can. Rows are queries x heads of a group, of
-which every ``ROW_STEP``-th is scored.
+query cannot see keys that single queries want; this can. Rows are queries x heads of a group. One
+in ``ROW_STEP`` is scored: those with the largest images, the queries that are least like the others.
 """
 
 import torch
@@ -54,48 +54,50 @@ def _project_keys_kernel(
 
 
 @triton.jit
-def _scored_row(o_row, rows, GROUP: tl.constexpr, ROW_STEP: tl.constexpr):
-    """Return which row a scored one is: query and head have numbers that add up to even ones."""
-    tl.static_assert(ROW_STEP == 2, "the chessboard of another step is not written")
-    flat = tl.minimum(o_row, rows - 1) * ROW_STEP
-    if GROUP % 2 == 0:
-        flat += (flat // GROUP) % 2
-    return flat
-
-
-@triton.jit
-def _project_queries_kernel(
-    p_q, p_a, p_items, p_rows, stride_q_token, stride_q_head, max_rows,
+def _choose_rows_kernel(
+    p_q, p_a, p_items, p_chosen, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK scored rows of a segment and KV head, without their shift."""
-    i_block, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
+    """Write which rows of a segment and KV head are scored, in their order."""
+    i_head = tl.program_id(0)
+    i_item = tl.program_id(1).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
     start = tl.load(p_item + 1).to(tl.int64)
-    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
-    n = tl.load(p_item + 4)
+    rows = tl.load(p_item + 2) * GROUP
     i_fit = tl.load(p_item + 6).to(tl.int64)
-    if (i_block * BLOCK >= rows) | (n == 0):
+    if tl.load(p_item + 4) == 0:
         return
-    o_row = i_block * BLOCK + tl.arange(0, BLOCK)
-    flat = _scored_row(o_row, rows, GROUP, ROW_STEP)
+    o_b = tl.arange(0, BLOCK)
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
-    o_q = (start + flat // GROUP) * stride_q_token
-    o_q += (i_head * GROUP + flat % GROUP) * stride_q_head
-    q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
-    i_basis = i_fit * tl.num_programs(1) + i_head
+    i_basis = i_fit * tl.num_programs(0) + i_head
     a = tl.load(p_a + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
-    image = tl.dot(q, a, input_precision=PRECISION)
-    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
-    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
-    tl.store(
-        p_rows + o_row[:, None] * WIDTH + o_r[None, :], image.to(p_rows.dtype.element_ty),
-        (o_row < rows)[:, None],
-    )  # fmt: skip
+    p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
+    number = tl.arange(0, BLOCKS)[:, None] * BLOCK + o_b[None, :]
+    size = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    # One stage: see below.
+    for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
+        row = tl.minimum(i * BLOCK + o_b, rows - 1)
+        o_q = row // GROUP * stride_q_token + row % GROUP * stride_q_head
+        q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
+        image = tl.dot(q, a, input_precision=PRECISION)
+        size = tl.where(number // BLOCK == i, tl.sum(image * image, 1)[None, :], size)
+    number = tl.reshape(number, [BLOCKS * BLOCK])
+    # As integers, which sizes that are not negative order like.
+    size = tl.where(number < rows, tl.reshape(size, [BLOCKS * BLOCK]).to(tl.int32, bitcast=True), -1)
+    kept = tl.cdiv(rows, ROW_STEP)
+    least = 0  # the largest number that so many sizes reach, bit by bit
+    for i in range(0, 31):
+        higher = least | (1 << (30 - i))
+        least = tl.where(tl.sum((size >= higher).to(tl.int32)) >= kept, higher, least)
+    equal = (size == least).to(tl.int32)
+    room = kept - tl.sum((size > least).to(tl.int32))
+    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
+    place = tl.cumsum(chosen.to(tl.int32)) - 1
+    p_chosen += (i_item * tl.num_programs(0) + i_head) * max_kept
+    tl.store(p_chosen + place, number, chosen)
 
 
 @triton.jit
@@ -106,37 +108,47 @@ def _add_mass(s, m, mass):
 
 
 @triton.jit
-def _shift_kernel(
-    p_rows, p_images, p_items, stride_images_fit, stride_images_head, max_rows,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
+def _project_rows_kernel(
+    p_q, p_a, p_chosen, p_rows, p_images, p_items, stride_q_token, stride_q_head,
+    stride_images_fit, stride_images_head, max_kept,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, ROW_STEP: tl.constexpr,
     SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
+    """Images of BLOCK_M scored rows, that end with their shift: the log-sum-exp over what they see.
 
-    Of the history a sample stands for all; of the own segment every key counts.
-
-    A launch of its own that stores the shift's parts alone. One stage, as for the moments in
-    :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    Of the history a sample of keys stands for all; of the own segment every key counts. One
+    stage, as for the moments in :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies
+    and wgmma.
     """
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
+    start = tl.load(p_item + 1).to(tl.int64)
     queries = tl.load(p_item + 2)
     rows = tl.cdiv(queries * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
     i_fit = tl.load(p_item + 6).to(tl.int64)
     if (i_block * BLOCK_M >= rows) | (n == 0):
         return
+    kind: tl.constexpr = p_rows.dtype.element_ty
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = _scored_row(o_row, rows, GROUP, ROW_STEP) // GROUP
+    o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
-    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
+    o_list = (i_item * tl.num_programs(1) + i_head) * max_kept
+    row = tl.load(p_chosen + o_list + tl.minimum(o_row, rows - 1))
+    query = row // GROUP
+    o_q = (start + query) * stride_q_token + (i_head * GROUP + row % GROUP) * stride_q_head
+    q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
+    i_basis = i_fit * tl.num_programs(1) + i_head
+    a = tl.load(p_a + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
+    # It ends with zeros as long as it has no shift, which the factors in a key's image meet.
+    image = tl.dot(q, a, input_precision=PRECISION)
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT).to(kind)
     p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
-    # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
-    q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
     samples = tl.maximum((n + step // 2 - 1) // step, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -145,7 +157,7 @@ def _shift_kernel(
         o_n = o + tl.arange(0, BLOCK_N)
         position = tl.minimum(o_n * step + step // 2, n - 1)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        s = tl.where((o_n < samples)[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
+        s = tl.where((o_n < samples)[None, :], tl.dot(image, tl.trans(k)), float("-inf"))
         m, mass = _add_mass(s, m, mass)
     mass *= n.to(tl.float32) / samples.to(tl.float32)
     p_images += n.to(tl.int64) * WIDTH
@@ -153,16 +165,25 @@ def _shift_kernel(
         o_n = o + tl.arange(0, BLOCK_N)
         own = tl.minimum(o_n, queries - 1)
         k = tl.load(p_images + own[:, None] * WIDTH + o_r[None, :])
-        s = tl.where(o_n[None, :] <= query[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
+        s = tl.where(o_n[None, :] <= query[:, None], tl.dot(image, tl.trans(k)), float("-inf"))
         m, mass = _add_mass(s, m, mass)
     left = m + tl.log2(mass)
-    kind: tl.constexpr = p_rows.dtype.element_ty
+    image = image.to(tl.float32)
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
-        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind)
-        left -= part.to(tl.float32) * factor
-        minus = (-part.to(tl.float32)).to(kind)
-        tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
+        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind).to(tl.float32)
+        left -= part * factor
+        image = tl.where(o_r[None, :] == RANK + place, -part[:, None], image)
+    p_rows += (o_list + o_row[:, None]) * WIDTH + o_r[None, :]
+    tl.store(p_rows, image.to(kind), (o_row < rows)[:, None])
+
+
+@triton.jit
+def _halve(s):
+    """Fold the second half of the columns of [N, M] into the first, by the larger."""
+    s = tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2])
+    one, other = tl.split(tl.permute(s, [0, 2, 1]))
+    return tl.maximum(one, other)
 
 
 @triton.jit
@@ -175,8 +196,9 @@ def _score_block(
     o_k = o_n[:, None] * WIDTH + o_r[None, :]
     k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
     # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
-    # holds two, halve what it costs.
-    score = tl.max(tl.dot(k, q, out_dtype=tl.float16), 1).to(tl.float16)
+    # holds two, halve what it costs. By halves fewer registers are alive at a time.
+    s = _halve(_halve(_halve(tl.dot(k, q, out_dtype=tl.float16))))
+    score = tl.max(_halve(s), 1).to(tl.float16)
     if again:
         score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
     if MASKED:
@@ -256,6 +278,7 @@ class LowRankWorkspace:
         shape = (FITS, kv_heads, max_history, basis.WIDTH)
         self.images = torch.empty(shape, dtype=kind, device=device)
         rows = -(-segment * (heads // kv_heads) // ROW_STEP)
+        self.chosen = torch.empty(items, kv_heads, rows, dtype=torch.int32, device=device)
         self.rows = torch.empty(items, kv_heads, rows, basis.WIDTH, dtype=kind, device=device)
 
 
@@ -274,28 +297,30 @@ def project_keys(
     )  # fmt: skip
 
 
-def project_queries(query: torch.Tensor, work: WorkList, space: LowRankWorkspace) -> None:
-    """Project the rows of a work list's segments; the keys they see must be projected."""
+def project_rows(query: torch.Tensor, work: WorkList, space: LowRankWorkspace) -> None:
+    """Choose and project the rows of a work list's segments; their keys must be projected."""
     fitted, images = space.fit, space.images
-    head_dim, kv_heads, rows = query.shape[2], space.rows.shape[1], space.rows.shape[2]
+    head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
     block = 64
-    grid = (-(-rows // block), kv_heads, work.num_items)
     shape = {
         "GROUP": query.shape[1] // kv_heads,
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
         "WIDTH": basis.WIDTH,
         "ROW_STEP": ROW_STEP,
-        "LIMIT": torch.finfo(images.dtype).max,
+        "PRECISION": input_precision(query.dtype),
         "ITEM_COLUMNS": COLUMNS,
     }
-    _project_queries_kernel[grid](
-        query, fitted.a, work.items, space.rows, query.stride(0), query.stride(1), rows,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
-        PRECISION=input_precision(query.dtype), **shape,
+    strides = (query.stride(0), query.stride(1))
+    _choose_rows_kernel[(kv_heads, work.num_items)](
+        query, fitted.a, work.items, space.chosen, *strides, kept, BLOCK=block,
+        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // block)), **shape,
     )  # fmt: skip
-    _shift_kernel[grid](
-        space.rows, images, work.items, images.stride(0), images.stride(1), rows,
+    _project_rows_kernel[(-(-kept // block), kv_heads, work.num_items)](
+        query, fitted.a, space.chosen, space.rows, images, work.items, *strides,
+        images.stride(0), images.stride(1), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
-        BLOCK_M=block, BLOCK_N=64,
+        BLOCK_M=block, BLOCK_N=64, LIMIT=torch.finfo(images.dtype).max,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
         FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
     )  # fmt: skip
@@ -337,7 +362,7 @@ def low_rank_scores(
         project_keys(kv_cache, block_table, work, space)
     if work.max_history == 0:
         return
-    project_queries(query, work, space)
+    project_rows(query, work, space)
     kv_heads = kv_cache.shape[1]
     images = space.images
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](

@@ -19,12 +19,13 @@ GROUP_ITEMS = 16  # segments of one request that are ranked together and share e
 # The selection's resolution and the early stop's distance; kernels and reference share them.
 CHUNK = 4096  # history tokens that a program of the ranking or the selection handles
 BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
-TIERS = 5  # the first 1/8, 1/4, 1/2 of a list, the rest, the bucket that fills it
-TIERS_UNORDERED = 2  # what is visited whole needs no order: only the last two
+COUNTED = 32768  # scores of a list that are counted, evenly spaced: all of them up to here
+TIERS = 4  # the first 1/8, 1/4, 1/2 of a list, the rest; each is a pass over the scores
+TIERS_UNORDERED = 1  # what is visited whole needs no order
 STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
 
 FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
-ROW_STEP = 2  # every second row (query and head of a group, as on a chessboard) is scored
+ROW_STEP = 2  # one row (query and head of a group) of so many is scored: the most unlike ones
 FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length
@@ -44,6 +45,7 @@ MEAN_OF_MAX = 0.022
 # 256 tell the mass within a factor of 1.5 for 97 % of tiles (`benchmarks/quality/LOG.md`).
 ESTIMATE_EVERY = 8
 ESTIMATE_TOKENS = 256
+ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has few of them
 # What is left out is attended to as means of whole regions, told from so many tokens of each, and
 # counts so much more than its tokens: a mean key has less than the mean probability of its tokens
 # (`benchmarks/quality/LOG.md`).

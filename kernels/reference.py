@@ -91,8 +91,13 @@ def low_rank_scores(
     *,
     scale: float,
     rank: int = basis.RANK,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`."""
+    """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`.
+
+    ``chosen`` int ``[items, kv_heads, rows]`` names the rows to score, where those of
+    :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
+    """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
         (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
@@ -113,13 +118,16 @@ def low_rank_scores(
             n = item[DENSE_START]
             if n == 0 or item[FIT] != fit:
                 continue
-            queries = segment_queries(query, item, kv_heads)
-            group, count = queries.shape[1:3]
-            scored = basis.scored_rows(count, group, query.device)
-            causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
-            visible = causal.expand(group, -1, -1)[scored]
+            queries = segment_queries(query, item, kv_heads).transpose(1, 2)
+            count, group = queries.shape[1:3]
+            queries = queries.flatten(1, 2)
+            scored = basis.scored_rows(queries @ own.a)  # [kv_heads, rows]
+            if chosen is not None:
+                scored = chosen[number, :, : scored.shape[1]].long()
+            queries = queries.gather(1, scored[..., None].expand(-1, -1, head_dim))
+            visible = torch.arange(count, device=query.device) <= scored[..., None] // group
             past, beside = images[:, :n], images[:, n : n + count]
-            rows = basis.query_images(queries[:, scored], own, past, beside, visible, dtype)
+            rows = basis.query_images(queries, own, past, beside, visible, dtype)
             scores[number, :, :n] = (rows @ past.mT).amax(1)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
@@ -273,7 +281,7 @@ def attend(
             places = lists.samples[number // ESTIMATE_EVERY, :, None, : len(sample)]
             skipped = (places >= visited[..., None]) | (visited[..., None] == 0)
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
-            lost += math.log(dense_start / len(sample))
+            lost += math.log(dense_start / max(len(sample), 1))
             mass = torch.cat([s_own, s_list], -1).logsumexp(-1)
             dropped = float(torch.sigmoid(lost - mass).sum())
             counters[DROPPED] += round(dropped / DROPPED_UNIT)

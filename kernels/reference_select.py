@@ -1,13 +1,16 @@
 """What the kernels of the selection compute, in plain PyTorch; see :mod:`reference`."""
 
+import math
 from bisect import bisect_right
 
 import torch
 
 from .plan import (
     BUCKETS,
+    COUNTED,
     DENSE_START,
     ESTIMATE_EVERY,
+    ESTIMATE_STEP,
     ESTIMATE_TOKENS,
     HEADS_SHARED,
     LIST_LENGTH,
@@ -31,6 +34,7 @@ def select(
     work: WorkList,
     page: int,
     tiers: int = TIERS,
+    counted: int = COUNTED,
 ) -> Lists:
     """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
@@ -48,13 +52,17 @@ def select(
         n = item[DENSE_START]
         if item[LIST_LENGTH] == 0:
             continue
+        step = -(-n // counted)
         table_row = block_table[item[ROW]]
         of_item = scores[number, :, :n].float()
         pairs = of_item.split(HEADS_SHARED)
-        lengths = torch.cat([list_lengths(p, item[LIST_LENGTH], work.target_error) for p in pairs])
-        lists.lengths[number] = lengths
-        for head, count in enumerate(lengths.tolist()):
-            positions = select_positions(of_item[head], count, tiers)
+        lengths = torch.cat(
+            [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]
+        )
+        for head, length in enumerate(lengths.tolist()):
+            positions = select_positions(of_item[head], length, tiers, step)
+            count = len(positions)
+            lists.lengths[number, head] = count
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
             if number % ESTIMATE_EVERY == 0:
                 places = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
@@ -66,11 +74,13 @@ def select(
 
 def sample_positions(history: int, device: torch.device) -> torch.Tensor:
     """Return the positions, evenly spaced, of which the dropped mass is estimated."""
-    samples = min(history, ESTIMATE_TOKENS)
-    return torch.arange(samples, device=device) * history // samples + history // (2 * samples)
+    step = max(-(-history // ESTIMATE_TOKENS), ESTIMATE_STEP)
+    return torch.arange(step // 2, history, step, device=device)
 
 
-def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) -> torch.Tensor:
+def list_lengths(
+    scores: torch.Tensor, count: int, target_error: float = 0.0, step: int = 1
+) -> torch.Tensor:
     """Share a segment's budget among the lists of some of its heads (ours).
 
     Half of it is dealt equally. The rest goes to what lies above one level of probability, the
@@ -81,16 +91,17 @@ def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) ->
         scores: float32 ``[heads, n]``, log2-probabilities.
         count: the mean list's length.
         target_error: share of softmax mass that a list may leave out; 0 for no target.
+        step: of so many tokens one is counted, and stands for all.
 
     Returns:
         int64 ``[heads]``: together at most ``heads * count``.
     """
-    heads = scores.shape[0]
+    heads, n = scores.shape
     best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
-    bucket = bucket_of(scores, best, worst)
+    bucket = bucket_of(scores, best, worst)[:, step // 2 :: step]
     totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
-    totals.scatter_add_(1, bucket, torch.ones_like(bucket))
+    totals.scatter_add_(1, bucket, torch.full_like(bucket, step))
     edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
 
     def above(level: float) -> torch.Tensor:
@@ -101,7 +112,7 @@ def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) ->
     lengths = above(levels[fitting])
     extra = above(levels[min(fitting + 1, len(levels) - 1)]) - lengths
     left = heads * count - int(lengths.sum())
-    lengths = lengths + extra * left // max(int(extra.sum()), 1)
+    lengths = (lengths + extra * left // max(int(extra.sum()), 1)).clamp(max=n)
 
     if target_error > 0:
         mass = totals * torch.exp2(edges + 0.5 * width)
@@ -116,21 +127,32 @@ def list_lengths(scores: torch.Tensor, count: int, target_error: float = 0.0) ->
     return lengths
 
 
-def select_positions(scores: torch.Tensor, count: int, tiers: int = TIERS) -> torch.Tensor:
-    """Return the positions of the ``count`` best of ``n`` scores, in the order of visiting.
+def select_positions(
+    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1
+) -> torch.Tensor:
+    """Return the positions of the ``length`` best of ``n`` scores, in the order of visiting.
 
     Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
-    buckets are taken from the best on, the last one in address order until the list is
-    full. The order is by tier (the first ``count / 2^i`` tokens, rounded up to whole
+    buckets are taken from the best on, and of the last one the first tokens by address until
+    the list is full. The order is by tier (the first ``length / 2^i`` tokens, rounded up to whole
     buckets), and by address inside a tier.
+
+    Where only one of ``step`` tokens is counted the list is about as long, never longer: by some
+    root of itself less is aimed at, and what is too much is cut off its end.
     """
     scores = scores.float()
     bucket = bucket_of(scores, scores.max(), scores.min())
-    cumulative = torch.bincount(bucket, minlength=BUCKETS).cumsum(0)
+    cumulative = torch.bincount(bucket[step // 2 :: step], minlength=BUCKETS).cumsum(0) * step
+    goal = max(length - int(math.sqrt(length * (step - 1))), 1)
+    *bounds, last = tier_bounds(cumulative, goal, tiers)
+    quota = goal - int(cumulative[last - 1] if last else 0)
+    of_last = bucket == last
     tier = torch.zeros_like(bucket)
-    for bound in tier_bounds(cumulative, count, tiers):
+    for bound in bounds:
         tier += bucket > bound
-    return torch.argsort(tier, stable=True)[:count]
+    tier[(bucket > last) | (of_last & (of_last.cumsum(0) > quota))] = tiers
+    order = torch.argsort(tier, stable=True)
+    return order[: min(length, int((tier < tiers).sum()))]
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
@@ -140,13 +162,11 @@ def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> 
 
 
 def tier_bounds(cumulative: torch.Tensor, count: int, tiers: int) -> list[int]:
-    """Return the last bucket of each tier but the last, which holds the rest.
+    """Return the last bucket of each tier but the last, and the bucket that fills a list.
 
-    ``cumulative`` is the number of tokens in buckets 0..b. The last bound is the bucket
-    before the one that fills the list, so that the only bucket which may be cut short is
-    visited last.
+    ``cumulative`` is the number of tokens in buckets 0..b. No bound reaches the bucket that fills
+    the list, so that the only one which may be cut short is visited last.
     """
-    goals = [max(1, count >> (tiers - 2 - tier)) for tier in range(tiers - 2)]
-    bounds = [int((cumulative < goal).sum()) for goal in goals]
-    last = int((cumulative < count).sum())
-    return [min(bound, last - 1) for bound in bounds] + [last - 1, last]
+    goals = [count, *(max(1, count >> (tiers - 1 - tier)) for tier in range(tiers - 1))]
+    last, *bounds = (min(int((cumulative < goal).sum()), BUCKETS - 1) for goal in goals)
+    return [*(min(bound, last - 1) for bound in bounds), last]

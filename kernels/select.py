@@ -1,14 +1,17 @@
 """Select: from scores to a list of physical slots, without a sort.
 
-Four launches: a histogram of every chunk of a list; one program a segment and pair of heads that
-shares the budget among them; one a list that finds tier bounds and write positions; and the
-emission. Whole buckets are taken from the best on; importance orders the tiers, address orders a
-tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
+Two launches. One program a segment and pair of heads counts scores by bucket, of long histories
+those of every few tokens, shares the budget among its lists, and finds the bucket that fills each.
+One program a list then walks its scores in order of address and writes the slots of what it takes:
+whole buckets from the best on, and as many of the last one as are wanted. Importance orders the
+tiers, address orders a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
 Half of the budget is dealt equally, half by one level of probability for both heads of a pair. A
 list ends earlier where the scores say that what it leaves out holds less softmax mass than the
 request's target error.
 """
+
+import math
 
 import torch
 import triton
@@ -18,7 +21,9 @@ from .plan import (
     BUCKETS,
     CHUNK,
     COLUMNS,
+    COUNTED,
     ESTIMATE_EVERY,
+    ESTIMATE_STEP,
     ESTIMATE_TOKENS,
     HEADS_SHARED,
     MEAN_OF_MAX,
@@ -29,7 +34,7 @@ from .plan import (
     list_places,
 )
 
-TIERS_PAD = triton.next_power_of_2(TIERS)
+PLAN_COLUMNS = TIERS + 1  # the last bucket of each tier; how many are taken of the one after
 
 
 @triton.jit
@@ -51,66 +56,59 @@ def _bounds_of_list(p_bounds, chunks, CHUNKS_PAD: tl.constexpr):
 
 
 @triton.jit
-def _histogram_kernel(
-    p_scores, p_items, p_bounds, p_histograms, stride_item, stride_head, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Count a chunk's scores by bucket."""
-    i_chunk, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    if i_chunk * CHUNK >= n:
-        return
-    i_list = (i_item * tl.num_programs(1) + i_head) * max_chunks
-    best, worst = _bounds_of_list(p_bounds + 2 * i_list, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    # Rows of scores hold whole chunks: loads without a mask are wide.
-    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n)
-    counts = tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < n)
-    p_histograms += (i_list + i_chunk) * BUCKETS
-    tl.store(p_histograms + tl.arange(0, BUCKETS), counts.to(tl.int16))
-
-
-@triton.jit
 def _lengths_above(level, total, edge, least):
     """Lengths of lists that take the buckets above a level, and ``least`` tokens in any case."""
     return tl.maximum(tl.sum(tl.where(edge >= level, total, 0), 1), least)
 
 
 @triton.jit
-def _length_kernel(
-    p_items, p_bounds, p_histograms, p_lengths, target_error, heads, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    MEAN_OF_MAX: tl.constexpr, ROWS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+def _last_bucket(cumulative, goal, BUCKETS: tl.constexpr):
+    """Return the bucket with which lists of ``goal`` tokens are full."""
+    return tl.minimum(tl.sum((cumulative < goal[:, None]).to(tl.int32), 1), BUCKETS - 1)
+
+
+@triton.jit
+def _plan_kernel(
+    p_scores, p_items, p_bounds, p_lengths, p_plans, target_error, heads,
+    stride_item, stride_head, max_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr,
+    TIERS: tl.constexpr, PLAN_COLUMNS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Share the budget of a segment among the lists of SHARED heads."""
+    """Share the budget of a segment among the lists of SHARED heads; find what fills each."""
     i_item = tl.program_id(1).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
-    o_h = tl.program_id(0) * SHARED + tl.arange(0, SHARED)
+    first_head = tl.program_id(0) * SHARED
+    o_h = first_head + tl.arange(0, SHARED)
     m_h = o_h < heads
     sharing = tl.sum(m_h.to(tl.int32))
     i_list = i_item * heads + o_h
     if count == 0:
         tl.store(p_lengths + i_list, tl.zeros([SHARED], tl.int32), m_h)
         return
-    chunks = tl.cdiv(n, CHUNK)
+    step = tl.cdiv(n, COUNTED)
+    counted = tl.cdiv(n - step // 2, step)
     o_b = tl.arange(0, BUCKETS)
     total = tl.zeros([SHARED, BUCKETS], tl.int32)
-    for first in range(0, chunks, ROWS):
-        o_chunk = first + tl.arange(0, ROWS)
-        o_histogram = (i_list[None, :] * max_chunks + o_chunk[:, None])[:, :, None] * BUCKETS
-        m_histogram = (m_h[None, :] & (o_chunk < chunks)[:, None])[:, :, None]
-        counts = tl.load(p_histograms + o_histogram + o_b[None, None, :], m_histogram, 0)
-        total += tl.sum(counts.to(tl.int32), 0)
-    o_c = tl.arange(0, CHUNKS_PAD)
-    o_bound = 2 * (i_list[:, None] * max_chunks + o_c[None, :])
-    m_bound = m_h[:, None] & (o_c < chunks)[None, :]
-    best = tl.max(tl.load(p_bounds + o_bound, m_bound, float("-inf")), 1)
-    worst = tl.min(tl.load(p_bounds + o_bound + 1, m_bound, float("inf")), 1)
-    above, below = tl.max(best) + 1.0, tl.min(worst) - 1.0
-    best, worst = tl.where(m_h, best, 0.0), tl.where(m_h, worst, 0.0)
+    best = tl.zeros([SHARED], tl.float32)
+    worst = tl.zeros([SHARED], tl.float32)
+    p_scores += i_item * stride_item
+    for i in range(0, sharing):
+        p_head = p_bounds + 2 * (i_item * heads + first_head + i) * max_chunks
+        best_one, worst_one = _bounds_of_list(p_head, tl.cdiv(n, CHUNK), CHUNKS_PAD)
+        p_score = p_scores + (first_head + i) * stride_head + step // 2
+        counts = tl.zeros([BUCKETS], tl.int32)
+        for first in range(0, counted, BLOCK):
+            o_n = first + tl.arange(0, BLOCK)
+            s = tl.load(p_score + o_n * step, o_n < counted, 0.0)
+            bucket = _buckets(s, best_one, worst_one, BUCKETS)
+            counts += tl.histogram(bucket, BUCKETS, mask=o_n < counted)
+        this = o_h == first_head + i
+        total = tl.where(this[:, None], counts[None, :] * step, total)
+        best, worst = tl.where(this, best_one, best), tl.where(this, worst_one, worst)
+    above = tl.max(tl.where(m_h, best, float("-inf"))) + 1.0
+    below = tl.min(tl.where(m_h, worst, float("inf"))) - 1.0
     width = (tl.maximum(best - worst, 1e-20) / BUCKETS)[:, None]
     edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width
 
@@ -125,7 +123,9 @@ def _length_kernel(
     extra = _lengths_above(below, total, edge, least) - lengths
     left = (sharing * count - tl.sum(lengths)).to(tl.int64)
     lengths += (extra * left // tl.maximum(tl.sum(extra), 1)).to(tl.int32)
+    lengths = tl.minimum(lengths, n)
 
+    cumulative = tl.cumsum(total, 1)
     if target_error > 0:
         mass = total * tl.exp2(edge + 0.5 * width)
         whole = tl.sum(mass, 1)
@@ -142,109 +142,94 @@ def _length_kernel(
         lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
-
-@triton.jit
-def _place_kernel(
-    p_items, p_histograms, p_lengths, p_tier_bounds, p_places, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, TIERS: tl.constexpr, TIERS_PAD: tl.constexpr,
-    ROWS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Turn a list's histograms into tier bounds and each chunk's first place per tier."""
-    i_head = tl.program_id(0)
-    i_item = tl.program_id(1).to(tl.int64)
-    i_list = i_item * tl.num_programs(0) + i_head
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    count = tl.load(p_lengths + i_list)
-    if count == 0:
-        return
-    chunks = tl.cdiv(n, CHUNK)
-    p_histograms += i_list * max_chunks * BUCKETS
-    p_places += i_list * max_chunks * TIERS_PAD
-    o_b = tl.arange(0, BUCKETS)
-    o_c = tl.arange(0, ROWS)
-    total = tl.zeros([BUCKETS], tl.int32)
-    for first in range(0, chunks, ROWS):
-        o_chunk = first + o_c
-        o_histogram = o_chunk[:, None] * BUCKETS + o_b[None, :]
-        counts = tl.load(p_histograms + o_histogram, (o_chunk < chunks)[:, None], 0)
-        total += tl.sum(counts.to(tl.int32), 0)
-    cumulative = tl.cumsum(total)
-    last = tl.sum((cumulative < count).to(tl.int32))  # the bucket that fills the list
-
-    # upper is the last bucket of a tier; what comes after the last tier's is not taken.
-    lower = -1
-    place = 0
-    for t in tl.static_range(TIERS):
-        if t == TIERS - 1:
-            upper = last
-        elif t == TIERS - 2:
-            upper = last - 1
-        else:
-            goal = tl.maximum(count >> (TIERS - 2 - t), 1)
-            upper = tl.minimum(tl.sum((cumulative < goal).to(tl.int32)), last - 1)
-        tl.store(p_tier_bounds + i_list * TIERS_PAD + t, upper)
-        inside = (o_b > lower) & (o_b <= upper)
-        for first in range(0, chunks, ROWS):
-            o_chunk = first + o_c
-            o_histogram = o_chunk[:, None] * BUCKETS + o_b[None, :]
-            m_histogram = (o_chunk < chunks)[:, None] & inside[None, :]
-            counts = tl.sum(tl.load(p_histograms + o_histogram, m_histogram, 0).to(tl.int32), 1)
-            before = tl.cumsum(counts) - counts
-            tl.store(p_places + o_chunk * TIERS_PAD + t, place + before, o_chunk < chunks)
-            place += tl.sum(counts)
-        lower = upper
+    # Counts of a sample are unsure by some root of themselves: so much less is aimed at, for a
+    # list that is longer than planned is cut off at its end.
+    unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
+    goal = tl.maximum(lengths - unsure, 1)
+    last = _last_bucket(cumulative, goal, BUCKETS)
+    p_plan = p_plans + i_list * PLAN_COLUMNS
+    for t in tl.static_range(TIERS - 1):
+        upper = _last_bucket(cumulative, tl.maximum(goal >> (TIERS - 1 - t), 1), BUCKETS)
+        tl.store(p_plan + t, tl.minimum(upper, last - 1), m_h)
+    tl.store(p_plan + TIERS - 1, last - 1, m_h)
+    before = tl.sum(tl.where(o_b[None, :] < last[:, None], total, 0), 1)
+    tl.store(p_plan + TIERS, goal - before, m_h)
 
 
 @triton.jit
 def _emit_kernel(
-    p_scores, p_items, p_bounds, p_lengths, p_tier_bounds, p_places, p_table, p_slots, p_samples,
+    p_scores, p_items, p_bounds, p_lengths, p_plans, p_table, p_slots, p_samples,
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head, max_chunks,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, BUCKETS: tl.constexpr,
-    TIERS: tl.constexpr, TIERS_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    EVERY: tl.constexpr, SAMPLES: tl.constexpr, NOT_LISTED: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BUCKETS: tl.constexpr, TIERS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
+    NOT_LISTED: tl.constexpr, PLAN_COLUMNS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the slots of a chunk's selected tokens to their places."""
-    i_chunk, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
+    """Write the slots of a list's tokens, and how many they became.
+
+    RUN neighbouring tokens lie on one page; BLOCK tokens are handled at a time.
+    """
+    i_head = tl.program_id(0)
+    i_item = tl.program_id(1).to(tl.int64)
     row = tl.load(p_items + i_item * ITEM_COLUMNS).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    i_list = i_item * tl.num_programs(1) + i_head
+    i_list = i_item * tl.num_programs(0) + i_head
     count = tl.load(p_lengths + i_list)
-    if (i_chunk * CHUNK >= n) | (count == 0):
+    if count == 0:
         return
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    p_tier_bounds += i_list * TIERS_PAD
-    p_places += (i_list * max_chunks + i_chunk) * TIERS_PAD
-    o_n = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    s = tl.load(p_scores + i_item * stride_item + i_head * stride_head + o_n)
-    bucket = _buckets(s, best, worst, BUCKETS)
-    taken = (o_n < n) & (bucket <= tl.load(p_tier_bounds + TIERS - 1))
-    tier = tl.zeros([CHUNK], tl.int32)
-    place = tl.full([CHUNK], 0, tl.int32) + tl.load(p_places)
-    for t in tl.static_range(TIERS - 1):
-        above = bucket > tl.load(p_tier_bounds + t)
-        tier += above.to(tl.int32)
-        place = tl.where(above, tl.load(p_places + t + 1), place)
-    # One number counts all tiers at once, BITS bits each. A tier that fills all CHUNK places
-    # spills into the next one, which then has no token to notice.
-    BITS: tl.constexpr = 12
-    tl.static_assert(CHUNK <= 2**BITS)
-    COUNTER: tl.constexpr = tl.int64 if TIERS * BITS > 32 else tl.int32
-    shift = (tier * BITS).to(COUNTER)
-    one = tl.where(taken, tl.full([CHUNK], 1, COUNTER) << shift, 0).to(COUNTER)
-    place += (((tl.cumsum(one) - one) >> shift) & (2**BITS - 1)).to(tl.int32)
-    taken &= place < count
-    page = tl.load(p_table + row * stride_table + o_n // PAGE, taken, 0)
+    per_score = BUCKETS / tl.maximum(best - worst, 1e-20)
+    p_plans += i_list * PLAN_COLUMNS
+    quota = tl.load(p_plans + TIERS)
+    p_scores += i_item * stride_item + i_head * stride_head
     p_slots += i_item * stride_slots_item + i_head * stride_slots_head
-    tl.store(p_slots + place, page * PAGE + o_n % PAGE, taken)
-    if i_item % EVERY == 0:
-        samples = tl.minimum(n, SAMPLES)
-        before = o_n - n // (2 * samples)
-        number = (before * samples + n - 1) // n
-        m_sample = (before >= 0) & (number < samples) & (number * n // samples == before)
-        p_samples += (i_item // EVERY * tl.num_programs(1) + i_head) * SAMPLES
-        tl.store(p_samples + number, tl.where(taken, place, NOT_LISTED), m_sample & (o_n < n))
+    p_table += row * stride_table
+    p_samples += (i_item // EVERY * tl.num_programs(0) + i_head) * SAMPLES
+    step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
+    o_run = tl.arange(0, BLOCK // RUN) * RUN
+    o_in = tl.arange(0, RUN)
+    sure_before = 0
+    maybe_before = 0
+    lower = 0.0  # tiers in buckets, their bounds as numbers: conversions are slow
+    for t in tl.static_range(TIERS):
+        upper = (tl.load(p_plans + t) + 1).to(tl.float32)
+        for first in range(0, n, BLOCK):
+            start = first + o_run
+            # Rows of scores hold whole chunks: loads without a mask are wide.
+            s = tl.load(p_scores + start[:, None] + o_in[None, :]).to(tl.float32)
+            s = tl.where(start[:, None] + o_in[None, :] < n, s, float("-inf"))
+            bucket = tl.maximum((best - s) * per_score, 0.0)
+            # One number counts both kinds, in halves: those of the last bucket above.
+            one = ((bucket >= lower) & (bucket < upper)).to(tl.int32)
+            if t == TIERS - 1:
+                # The worst bucket holds what rounding puts beyond it, too.
+                end = tl.where(upper < BUCKETS - 1, upper + 1.0, 3e38)
+                one += ((bucket >= upper) & (bucket < end)).to(tl.int32) << 16
+            of_run = tl.sum(one, 1)
+            before = (tl.cumsum(of_run) - of_run)[:, None] + tl.cumsum(one, 1) - one
+            place = sure_before + (before & 0xFFFF)
+            if t == TIERS - 1:
+                of_last = maybe_before + (before >> 16)
+                one = tl.where((one > 1) & (of_last >= quota), 0, one)
+                place += tl.minimum(of_last, quota)
+            place = tl.where(one > 0, place, NOT_LISTED)
+            page = tl.load(p_table + start // PAGE, start < n, 0)
+            slot = (page * PAGE + start % PAGE)[:, None] + o_in[None, :]
+            tl.store(p_slots + place, slot, place < count)
+            if i_item % EVERY == 0:
+                # A run has one of them at most.
+                number = tl.maximum(start + step - 1 - step // 2, 0) // step
+                sample = number * step + step // 2
+                m_sample = (sample - start)[:, None] == o_in[None, :]
+                m_sample &= (sample < n)[:, None]
+                # What one pass says is not listed a later one may list.
+                m_sample &= (place < count) | (t == 0)
+                tl.store(p_samples + number[:, None] + 0 * o_in[None, :], place, m_sample)
+            whole = tl.sum(of_run)
+            sure_before += whole & 0xFFFF
+            maybe_before += whole >> 16
+        lower = upper
+    tl.store(p_lengths + i_list, tl.minimum(sure_before + tl.minimum(maybe_before, quota), count))
 
 
 class SelectWorkspace:
@@ -279,9 +264,7 @@ class SelectWorkspace:
         sampled = -(-items // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
-        self.histograms = empty(lists, self.chunks, BUCKETS, dtype=torch.int16)
-        self.tier_bounds = empty(lists, TIERS_PAD, dtype=torch.int32)
-        self.places = empty(lists, self.chunks, TIERS_PAD, dtype=torch.int32)
+        self.plans = empty(lists, PLAN_COLUMNS, dtype=torch.int32)
 
     def lists(self, work: WorkList) -> Lists:
         """Return where the lists of a work list are."""
@@ -296,6 +279,7 @@ def select(
     page: int,
     space: SelectWorkspace,
     tiers: int = TIERS,
+    counted: int = COUNTED,
 ) -> None:
     """Select the best history tokens of every list.
 
@@ -306,6 +290,7 @@ def select(
         page: tokens per block of the cache.
         space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
+        counted: most scores of a list that are counted.
 
     :mod:`reference_select` says exactly how many are chosen, which and in which order.
     """
@@ -314,28 +299,24 @@ def select(
         lengths.zero_()
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
-    chunks = -(-work.max_history // space.chunk)
-    grid = (chunks, heads, work.num_items)
-    shape = {"CHUNK": space.chunk, "ITEM_COLUMNS": COLUMNS}
-    chunks_pad = triton.next_power_of_2(space.chunks)
-    options = {"TIERS": tiers, "TIERS_PAD": TIERS_PAD, "BUCKETS": BUCKETS, **shape}
-    _histogram_kernel[grid](
-        space.scores, work.items, space.bounds, space.histograms, *strides, space.chunks,
-        BUCKETS=BUCKETS, CHUNKS_PAD=chunks_pad, num_warps=4, **shape,
+    block = min(4096, space.chunk)
+    options = {
+        "CHUNK": space.chunk,
+        "BLOCK": block,
+        "BUCKETS": BUCKETS,
+        "TIERS": tiers,
+        "CHUNKS_PAD": triton.next_power_of_2(space.chunks),
+        "PLAN_COLUMNS": PLAN_COLUMNS,
+        "ITEM_COLUMNS": COLUMNS,
+    }
+    _plan_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
+        space.scores, work.items, space.bounds, lengths, space.plans, work.target_error, heads,
+        *strides, space.chunks, COUNTED=counted, SHARED=HEADS_SHARED, MEAN_OF_MAX=MEAN_OF_MAX,
+        num_warps=8, **options,
     )  # fmt: skip
-    _length_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
-        work.items, space.bounds, space.histograms, lengths, work.target_error, heads,
-        space.chunks, BUCKETS=BUCKETS, SHARED=HEADS_SHARED, CHUNKS_PAD=chunks_pad,
-        MEAN_OF_MAX=MEAN_OF_MAX, ROWS=8, num_warps=1, **shape,
-    )  # fmt: skip
-    _place_kernel[(heads, work.num_items)](
-        work.items, space.histograms, lengths, space.tier_bounds, space.places, space.chunks,
-        ROWS=8, num_warps=1, **options,
-    )  # fmt: skip
-    _emit_kernel[grid](
-        space.scores, work.items, space.bounds, lengths, space.tier_bounds, space.places,
-        block_table, slots, samples, *strides, block_table.stride(0),
-        slots.stride(0), slots.stride(1), space.chunks, PAGE=page, CHUNKS_PAD=chunks_pad,
-        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, NOT_LISTED=NOT_LISTED, num_warps=8,
-        **options,
+    _emit_kernel[(heads, work.num_items)](
+        space.scores, work.items, space.bounds, lengths, space.plans, block_table, slots, samples,
+        *strides, block_table.stride(0), slots.stride(0), slots.stride(1), space.chunks,
+        PAGE=page, RUN=math.gcd(page, ESTIMATE_STEP), EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
+        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, num_warps=8, **options,
     )  # fmt: skip

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 
 from s2o_vllm.kernels import basis
-from s2o_vllm.kernels.plan import FIT_QUERIES, ROW_STEP
+from s2o_vllm.kernels.plan import FIT_QUERIES
 
 from .attention import Segment
 from .ranking import Method
 from .selection import HEADS, REGIONS, Ranking
-from .units import FINE, Unit
+from .units import Unit
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Served(Method):
     def ranking(self, segment: Segment) -> Ranking:
         """Score tokens; see `Method.ranking`."""
         unit = Unit.parse(self.unit)
+        if not unit.shared or unit.sorted:
+            raise ValueError("the heads of a group share the lists of the served ranking")
         recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -FIT_QUERIES:]
         recent = recent.unflatten(0, (segment.kv_heads, segment.group)).flatten(1, 2)
         queries = recent[:, :: -(-recent.shape[1] // basis.SAMPLES)]
@@ -42,16 +44,17 @@ class Served(Method):
             for keys in (segment.k, segment.own_k)
         )
         own = segment.q.unflatten(0, (segment.kv_heads, segment.group)).float()
-        causal = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
+        tile = unit.queries
         fine = []
-        for head in range(segment.heads):
-            kv, member = divmod(head, segment.group)
+        for kv in range(segment.kv_heads):
             of_head = basis.Basis(*(part[kv] for part in fitted))
-            scored = basis.scored_rows(segment.length, segment.group, own.device)[member]
-            rows = basis.query_images(
-                own[kv, member][scored], of_head, seen[kv], beside[kv], causal[scored],
-                torch.float8_e4m3fn,
-            )  # fmt: skip
-            fine.append((rows @ seen[kv].T).unflatten(0, (-1, FINE // ROW_STEP)).amax(1))
-        scores = unit.pool(torch.stack(fine), segment.group, "max")
-        return Ranking(unit.rows(segment), scores)
+            for start in range(0, segment.length, tile):
+                # A tile's rows query by query, as in the kernels.
+                queries = own[kv, :, start : start + tile].transpose(0, 1).flatten(0, 1)
+                scored = basis.scored_rows(queries @ of_head.a)
+                visible = torch.arange(segment.length) <= start + scored[:, None] // segment.group
+                rows = basis.query_images(
+                    queries[scored], of_head, seen[kv], beside[kv], visible, torch.float8_e4m3fn
+                )
+                fine.append((rows @ seen[kv].T).amax(0))
+        return Ranking(unit.rows(segment), torch.stack(fine))

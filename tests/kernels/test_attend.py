@@ -15,7 +15,7 @@ from cases import (
     relative_error,
     tokens_of,
 )
-from s2o_vllm.kernels import attend, reference
+from s2o_vllm.kernels import attend, reference, reference_select
 from s2o_vllm.kernels.plan import (
     DROPPED,
     DROPPED_UNIT,
@@ -267,8 +267,12 @@ def test_unknown_head_dim_is_refused(device):
 @pytest.mark.parametrize("stop_threshold", [0.0, 1 - 1e-6])  # which ends every tile at once
 @pytest.mark.parametrize("budget", [1e-9, 0.9])  # none, or more than a step of any tile
 @pytest.mark.parametrize("fp8", CACHES)
-def test_the_dropped_mass_is_that_of_what_was_not_visited(device, budget, stop_threshold, fp8):
+def test_the_dropped_mass_is_that_of_what_was_not_visited(
+    device, monkeypatch, budget, stop_threshold, fp8
+):
     """A history that the sample holds whole: the estimate is the truth, early stop included."""
+    for module in (attend, reference_select):
+        monkeypatch.setattr(module, "ESTIMATE_STEP", 1)
     batch = make_batch(device, chunks=((ESTIMATE_TOKENS, 20),), budget=budget, spread=2.0, fp8=fp8)
     ((work, own),) = lists = full_lists(batch)
     assert work.num_items == 1

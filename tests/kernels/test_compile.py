@@ -73,8 +73,8 @@ def test_compiles_and_fits(compiled, target):
     kernels, capability = compiled[target].result(), target[0]
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
-        "_project_keys_kernel", "_project_queries_kernel", "_shift_kernel", "_histogram_kernel",
-        "_length_kernel", "_place_kernel", "_emit_kernel", "_region_kernel", "_attend_kernel",
+        "_project_keys_kernel", "_choose_rows_kernel", "_project_rows_kernel", "_plan_kernel",
+        "_emit_kernel", "_region_kernel", "_attend_kernel",
     }  # fmt: skip
     for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one

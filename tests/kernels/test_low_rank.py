@@ -9,7 +9,7 @@ import torch
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference
 from s2o_vllm.kernels.fit import fit
-from s2o_vllm.kernels.plan import DENSE_START
+from s2o_vllm.kernels.plan import DENSE_START, ROW_STEP
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
@@ -38,6 +38,7 @@ def ranked(request, device, fresh_seed):
     )
     for part in (space.images, space.rows):
         part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
+    space.chosen.fill_(2**30)
     scores = torch.full((work.num_items, kv_heads, 850), float("nan"), device=device).half()
     bounds = torch.empty(work.num_items * kv_heads, 1, 2, device=device)
     low_rank.low_rank_scores(
@@ -47,10 +48,17 @@ def ranked(request, device, fresh_seed):
     return batch, work, space, scores
 
 
-def each_item(work, group):
-    """Number, history and scored rows of every segment, which all have one fit here."""
+def each_item(work, space, group):
+    """Number, history and chosen rows of every segment, which all have one fit here."""
     for number, item in enumerate(work.items.tolist()):
-        yield number, item, item[DENSE_START], basis.scored_rows(item[2], group, "cpu")
+        kept = -(-item[2] * group // ROW_STEP)
+        yield number, item, item[DENSE_START], space.chosen[number, :, :kept].long()
+
+
+def rows_of(batch, item):
+    """A segment's rows, query by query: ``[kv_heads, rows, head_dim]``."""
+    queries = reference.segment_queries(batch.query, item, batch.kv_cache.shape[1])
+    return queries.transpose(1, 2).flatten(1, 2)
 
 
 def assert_rounded(got, wanted):
@@ -72,15 +80,26 @@ def test_images_of_keys(ranked):
     assert (space.images[0, :, :seen, basis.RANK :].float() == factors).all()
 
 
+def test_chosen_rows_have_the_largest_images(ranked):
+    batch, work, space, _ = ranked
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    for _, item, _, chosen in each_item(work, space, group):
+        images = rows_of(batch, item) @ space.fit.a[0, :, :, : basis.RANK].float()
+        wanted = basis.scored_rows(images)
+        assert chosen.shape == wanted.shape
+        assert (chosen.diff() > 0).all(), "each once, in their order"
+        size = images.square().sum(-1)
+        # Of sizes that are equal but for rounding either may be chosen.
+        smallest, asked = size.gather(1, chosen).amin(1), size.gather(1, wanted).amin(1)
+        torch.testing.assert_close(smallest, asked, rtol=2e-2 if ON_GPU else 1e-4, atol=0)
+
+
 def test_images_of_rows(ranked):
     batch, work, space, _ = ranked
-    kv_heads = batch.kv_cache.shape[1]
-    group = batch.query.shape[1] // kv_heads
-    for number, item, _, scored in each_item(work, group):
-        queries = reference.segment_queries(batch.query, item, kv_heads)
-        # Rows follow one another query by query; the reference's are head by head.
-        queries = queries.transpose(1, 2)[:, scored.T.to(queries.device)]
-        wanted = queries @ space.fit.a[0, :, :, : basis.RANK].float()
+    group = batch.query.shape[1] // batch.kv_cache.shape[1]
+    for number, item, _, chosen in each_item(work, space, group):
+        images = rows_of(batch, item) @ space.fit.a[0, :, :, : basis.RANK].float()
+        wanted = images.gather(1, chosen[..., None].expand(-1, -1, basis.RANK))
         assert_rounded(space.rows[number, :, : wanted.shape[1], : basis.RANK], wanted)
 
 
@@ -88,14 +107,14 @@ def test_shifts_of_rows(ranked):
     batch, work, space, _ = ranked
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
-    for number, item, history, scored in each_item(work, group):
-        rows = space.rows[number, :, : int(scored.sum())].float()
+    for number, item, history, chosen in each_item(work, space, group):
+        rows = space.rows[number, :, : chosen.shape[1]].float()
         images = space.images[0, ..., : basis.RANK].float()
         places = range(basis.SHIFT_STEP // 2, history, basis.SHIFT_STEP)
         scores = rows[..., : basis.RANK] @ images[:, places].mT
         own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
-        query = scored.T.nonzero()[:, 0].to(own.device)  # of each row
-        own[:, torch.arange(item[2], device=own.device) > query[:, None]] = float("-inf")
+        future = torch.arange(item[2], device=own.device) > chosen[..., None] // group
+        own = own.masked_fill(future, float("-inf"))
         mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
         got = -(rows[..., basis.RANK :] @ factors)
         torch.testing.assert_close(got, mass.log2().float(), atol=2e-2, rtol=0)
@@ -104,8 +123,8 @@ def test_shifts_of_rows(ranked):
 def test_scores_are_the_largest_products(ranked):
     batch, work, space, scores = ranked
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    for number, _, history, scored in each_item(work, group):
-        rows = space.rows[number, :, : int(scored.sum())].float()
+    for number, _, history, chosen in each_item(work, space, group):
+        rows = space.rows[number, :, : chosen.shape[1]].float()
         wanted = (rows @ space.images[0, :, :history].float().mT).amax(1)
         torch.testing.assert_close(
             scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0

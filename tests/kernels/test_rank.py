@@ -45,7 +45,9 @@ def every_query(batch, works, chunk=64):
         low_rank.low_rank_scores(
             *arguments(batch, work), *results, space, scale=batch.scale, chunk=chunk
         )
-        wanted = reference.low_rank_scores(*arguments(batch, work), scale=batch.scale)
+        wanted = reference.low_rank_scores(
+            *arguments(batch, work), scale=batch.scale, chosen=space.chosen
+        )
         yield work, *results, wanted
 
 
@@ -140,12 +142,11 @@ def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
     assert (scores - unbounded)[0].abs().mean() > 3 * ATOL[batch.query.dtype] / 10
 
 
-@pytest.mark.parametrize("group", [1, 3, 4])
-def test_scored_rows_are_a_chessboard(group):
-    rows = basis.scored_rows(6, group, torch.device("cpu"))
-    assert rows.shape == (group, 6)
-    assert rows[0].tolist() == [True, False] * 3
-    assert (rows[1:] == ~rows[:-1]).all()
+def test_scored_rows_are_those_with_the_largest_images():
+    sizes = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 1.0])
+    rows = sizes[:, None] * torch.nn.functional.normalize(torch.randn(2, 7, 8), dim=-1)
+    assert basis.scored_rows(rows).tolist() == 2 * [[0, 2, 4, 5]]
+    assert basis.scored_rows(torch.ones(5, 3)).tolist() == [0, 1, 2], "the first of equal ones"
 
 
 def test_group_reduction_takes_the_largest_log_probability():

@@ -6,9 +6,9 @@ from s2o_vllm.kernels import reference_select, select
 from s2o_vllm.kernels.plan import (
     BUCKETS,
     CHUNK,
+    COUNTED,
     DENSE_START,
     ESTIMATE_EVERY,
-    ESTIMATE_TOKENS,
     LIST_LENGTH,
     MEAN_OF_MAX,
     TIERS,
@@ -17,7 +17,7 @@ from s2o_vllm.kernels.plan import (
 )
 
 
-def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS):
+def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED):
     space = select.SelectWorkspace(
         work.num_items,
         scores.shape[1],
@@ -30,7 +30,7 @@ def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS):
     set_bounds(space, work, scores)
     for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
-    select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers)
+    select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted)
     return space.lists(work)
 
 
@@ -60,12 +60,13 @@ def random_scores(work, kv_heads, device, kind):
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
-def test_lists_match_the_reference(device, kind, budget, page, tiers):
+@pytest.mark.parametrize("counted", [COUNTED, 150])  # all of them; every third
+def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     batch = make_batch(device, budget=budget, page=page, chunks=((400, 40), (0, 10), (129, 3)))
     for work in batch.work():
         scores = random_scores(work, 2, device, kind)
-        got = select_with_kernel(batch, work, scores, tiers=tiers)
-        wanted = reference_select.select(scores, batch.block_table, work, page, tiers)
+        got = select_with_kernel(batch, work, scores, tiers=tiers, counted=counted)
+        wanted = reference_select.select(scores, batch.block_table, work, page, tiers, counted)
         assert_same_lists(work, got, wanted)
 
 
@@ -77,7 +78,8 @@ def assert_same_lists(work, got, wanted):
             assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
             assert (slots[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
-                samples = min(int(work.items[number, DENSE_START]), ESTIMATE_TOKENS)
+                history = int(work.items[number, DENSE_START])
+                samples = len(reference_select.sample_positions(history, "cpu"))
                 one = got.samples[number // ESTIMATE_EVERY, head]
                 other = wanted.samples[number // ESTIMATE_EVERY, head]
                 assert one[:samples].tolist() == other[:samples].tolist()
@@ -168,6 +170,17 @@ def test_page_table_is_the_only_indirection(device):
         ]
     assert not torch.equal(batch.block_table, moved.block_table)
     assert position["a"] == position["b"]
+
+
+@pytest.mark.parametrize("step", [4, 16])
+def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step):
+    lengths = [
+        len(reference_select.select_positions(torch.randn(20000), 1000, step=step))
+        for _ in range(50)
+    ]
+    unsure = (1000 * (step - 1)) ** 0.5
+    assert max(lengths) == 1000, "those that would be longer are cut"
+    assert 1000 - 2 * unsure < sum(lengths) / 50 < 1000 - 0.5 * unsure
 
 
 def test_selection_keeps_the_best_up_to_one_bucket():

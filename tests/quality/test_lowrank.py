@@ -176,6 +176,6 @@ def test_one_query_of_a_group_can_have_a_list_of_its_own(spread):
     torch.testing.assert_close(wanted.scores, heads.flatten(0, 1))
 
 
-def test_the_served_ranking_has_no_such_units(spread):
-    with pytest.raises(ValueError, match="multiple of 32 queries"):
-        parse("served:unit=1xkv").ranking(spread)
+def test_the_served_ranking_has_lists_of_groups_only(spread):
+    with pytest.raises(ValueError, match="share the lists"):
+        parse("served:unit=64xhead").ranking(spread)
