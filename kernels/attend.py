@@ -27,6 +27,9 @@ from .plan import (
 from .tiles import AttendTile, input_precision
 
 LOG2E = 1.4426950408889634
+# A list's scores count in units of what the segment itself and the list's first tile have. Higher
+# ones than this, in base 2, count as this: far from what fp32 holds, with values and sums on top.
+HIGHEST = tl.constexpr(80.0)
 
 
 @triton.jit
@@ -73,9 +76,13 @@ def _offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
 def _visit(
     q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a whole tile of slots."""
+    """Attend to a whole tile of slots.
+
+    With SETTLED in units of exp2(m) as it is. Nothing is rescaled then, so that a product of
+    probabilities and values can still be under way while the next tile is scored.
+    """
     o_kv = _offset(slot, stride_block, stride_token, PAGE)
     k = _load_rows(p_k, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
     v = _load_rows(p_v, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
@@ -83,6 +90,10 @@ def _visit(
     if SOFTCAP:
         s = _softcap(s * scale, softcap)
         scale = 1.0
+    if SETTLED:
+        p = tl.exp2(tl.minimum(s * scale - m[:, None], HIGHEST))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        return m, mass + tl.sum(p, 1), acc
     return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
 
 
@@ -242,27 +253,39 @@ def _attend_kernel(
     # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
     # What is ahead is not used behind the loop, or it is loaded a second time for there.
     slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
+    # fp16 has no room for probabilities in units that later scores may exceed.
+    SETTLED: tl.constexpr = p_q.dtype.element_ty != tl.float16
+    m_before, mass_before = m, mass
+    if SETTLED and full > 0:
+        ahead = tl.load(p_list + tl.minimum(1, full - 1) * BLOCK_N + o_n)
+        m, mass, acc = _visit(
+            q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+            stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
+        )  # fmt: skip
+        slot = ahead
+        seen = 1
     if EARLY_STOP:
-        while (seen < full) & running:
-            m_before, mass_before = m, mass
-            stop = tl.minimum(seen + STOP_STEP, full)
+        stop = 0
+        while (stop < full) & running:
+            stop = tl.minimum(stop + STOP_STEP, full)
             for tile in range(seen, stop):
                 ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
                 m, mass, acc = _visit(
                     q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
-                    stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
+                    stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
                 )  # fmt: skip
                 slot = ahead
             seen = stop
             # The largest relative gain of any row decides: no row loses mass unseen.
             gain = 1.0 - mass_before * tl.exp2(m_before - m) / mass
             running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
+            m_before, mass_before = m, mass
     else:
-        for tile in range(0, full):
+        for tile in range(seen, full):
             ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
             m, mass, acc = _visit(
                 q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
-                stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION,
+                stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
             )  # fmt: skip
             slot = ahead
         seen = full
