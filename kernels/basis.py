@@ -146,19 +146,23 @@ def image_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def scored_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Return which rows of a segment are scored: the largest images, one in ``ROW_STEP``.
+def scored_rows(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """Return which rows of a segment are scored: one in ``ROW_STEP``.
 
-    A large image in coordinates where queries have unit moments is a query unlike the others.
+    Half of them are spread over queries and heads. The other half have the largest images: in
+    coordinates where queries have unit moments such a query is unlike the others.
 
     Args:
-        rows: images of all rows, ``[..., n, r]``.
+        rows: images of all rows, ``[..., n, r]``, the heads of a query one after the other.
+        group: heads of a query.
 
     Returns:
         int64 ``[..., ceil(n / ROW_STEP)]``, ascending.
     """
     size = rows.float().square().sum(-1)
-    order = size.argsort(dim=-1, descending=True, stable=True)
+    number = torch.arange(size.shape[-1], device=size.device)
+    always = (number // group + number % group) % (2 * ROW_STEP) == 0
+    order = size.masked_fill(always, float("inf")).argsort(dim=-1, descending=True, stable=True)
     return order[..., : -(-size.shape[-1] // ROW_STEP)].sort(-1).values
 
 

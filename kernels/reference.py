@@ -121,7 +121,7 @@ def low_rank_scores(
             queries = segment_queries(query, item, kv_heads).transpose(1, 2)
             count, group = queries.shape[1:3]
             queries = queries.flatten(1, 2)
-            scored = basis.scored_rows(queries @ own.a)  # [kv_heads, rows]
+            scored = basis.scored_rows(queries @ own.a, group)  # [kv_heads, rows]
             if chosen is not None:
                 scored = chosen[number, :, : scored.shape[1]].long()
             queries = queries.gather(1, scored[..., None].expand(-1, -1, head_dim))

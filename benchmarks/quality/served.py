@@ -51,7 +51,7 @@ class Served(Method):
             for start in range(0, segment.length, tile):
                 # A tile's rows query by query, as in the kernels.
                 queries = own[kv, :, start : start + tile].transpose(0, 1).flatten(0, 1)
-                scored = basis.scored_rows(queries @ of_head.a)
+                scored = basis.scored_rows(queries @ of_head.a, segment.group)
                 visible = torch.arange(segment.length) <= start + scored[:, None] // segment.group
                 rows = basis.query_images(
                     queries[scored], of_head, seen[kv], beside[kv], visible, torch.float8_e4m3fn

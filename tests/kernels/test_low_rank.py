@@ -85,7 +85,7 @@ def test_chosen_rows_have_the_largest_images(ranked):
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     for _, item, _, chosen in each_item(work, space, group):
         images = rows_of(batch, item) @ space.fit.a[0, :, :, : basis.RANK].float()
-        wanted = basis.scored_rows(images)
+        wanted = basis.scored_rows(images, group)
         assert chosen.shape == wanted.shape
         assert (chosen.diff() > 0).all(), "each once, in their order"
         size = images.square().sum(-1)

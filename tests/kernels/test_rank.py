@@ -142,11 +142,13 @@ def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
     assert (scores - unbounded)[0].abs().mean() > 3 * ATOL[batch.query.dtype] / 10
 
 
-def test_scored_rows_are_those_with_the_largest_images():
-    sizes = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 1.0])
-    rows = sizes[:, None] * torch.nn.functional.normalize(torch.randn(2, 7, 8), dim=-1)
-    assert basis.scored_rows(rows).tolist() == 2 * [[0, 2, 4, 5]]
-    assert basis.scored_rows(torch.ones(5, 3)).tolist() == [0, 1, 2], "the first of equal ones"
+def test_scored_rows_are_spread_and_have_the_largest_images():
+    sizes = torch.tensor([3.0, 1.0, 4.0, 1.0, 0.1, 5.0, 9.0, 1.0, 2.0])
+    rows = sizes[:, None] * torch.nn.functional.normalize(torch.randn(2, 9, 8), dim=-1)
+    assert basis.scored_rows(rows, 1).tolist() == 2 * [[0, 4, 5, 6, 8]]  # 0, 4 and 8 always
+    # Of three heads' rows always those whose query and head add up to 0 or 4: 0, 8 and 10.
+    spread = torch.zeros(12, 3)
+    assert basis.scored_rows(spread, 3).tolist() == [0, 1, 2, 3, 8, 10], "the first of equal ones"
 
 
 def test_group_reduction_takes_the_largest_log_probability():
