@@ -20,37 +20,40 @@ BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group
 BLOCK_N = 128
 
 
-@triton.jit(do_not_specialize=["row"])
+@triton.jit(do_not_specialize=["row", "fits"])
 def _project_keys_kernel(
-    p_kv, p_table, p_b, p_offset, p_images, p_fits, row,
+    p_kv, p_table, p_b, p_offset, p_images, p_fits, row, fits,
     stride_block, stride_head, stride_token, stride_table, stride_images_fit, stride_images_head,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    FITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK keys of one head by one basis: k B − offset."""
-    # Neighbours in the grid read the same keys.
-    i_fit, i_block, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n = tl.load(p_fits + 3 * i_fit + 2)
-    if i_block * BLOCK >= n:
-        return
+    """Images of BLOCK keys of one head by all bases of a chunk: k B − offset."""
+    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, D_PAD)
-    o_r = tl.arange(0, WIDTH)
-    m_n = o_n < n
+    # One product for all: of a basis WIDTH columns.
+    o_c = tl.arange(0, FITS * WIDTH)
+    fit = tl.minimum(o_c // WIDTH, fits - 1)
+    n = tl.load(p_fits + 3 * fit + 2)
+    longest = tl.max(n)
+    if i_block * BLOCK >= longest:
+        return
+    m_n = o_n < longest
     p_table += row.to(tl.int64) * stride_table
     page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
     o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
     k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
     k = k.to(p_b.dtype.element_ty)
-    i_basis = i_fit * tl.num_programs(2) + i_head
-    b = tl.load(p_b + (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
-    offset = tl.load(p_offset + i_basis * WIDTH + o_r)
+    i_basis = fit * tl.num_programs(1) + i_head
+    o_b = i_basis[None, :] * (D * WIDTH) + o_d[:, None] * WIDTH + (o_c % WIDTH)[None, :]
+    b = tl.load(p_b + o_b, (o_d < D)[:, None], 0.0)
+    offset = tl.load(p_offset + i_basis * WIDTH + o_c % WIDTH)
     image = tl.dot(k, b, input_precision=PRECISION) - offset[None, :]
     image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
-    p_images += i_fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head
+    o_image = fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head + o_c % WIDTH
     tl.store(
-        p_images + o_n[:, None] * WIDTH + o_r[None, :], image.to(p_images.dtype.element_ty),
-        m_n[:, None],
+        p_images + o_n[:, None] * WIDTH + o_image[None, :], image.to(p_images.dtype.element_ty),
+        (o_n[:, None] < n[None, :]) & (o_c // WIDTH < fits)[None, :],
     )  # fmt: skip
 
 
@@ -307,12 +310,13 @@ def project_keys(
     """Project the keys that a work list's chunk sees by the fitted bases."""
     fitted, block = space.fit, 64
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
-    _project_keys_kernel[(work.fits.shape[0], -(-work.max_fit_tokens // block), kv_heads)](
+    _project_keys_kernel[(-(-work.max_fit_tokens // block), kv_heads)](
         kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        space.images.stride(0), space.images.stride(1), D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH, BLOCK=block,
-        LIMIT=torch.finfo(space.images.dtype).max, PRECISION=input_precision(fitted.b.dtype),
+        work.fits.shape[0], kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        block_table.stride(0), space.images.stride(0), space.images.stride(1), FITS=FITS,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH,
+        BLOCK=block, LIMIT=torch.finfo(space.images.dtype).max,
+        PRECISION=input_precision(fitted.b.dtype),
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has 
 # (`benchmarks/quality/LOG.md`).
 REGION_TOKENS = 1024
 REGION_SAMPLES = 64
-REGION_WEIGHT = 2.0
+REGION_WEIGHT = 3.0
 NOT_LISTED = 2**30  # place of a token that a list leaves out
 
 # What an attend launch adds to its counters, in this order.
