@@ -6,6 +6,7 @@ from bisect import bisect_right
 import torch
 
 from .plan import (
+    BLOCK,
     BUCKETS,
     COUNTED,
     DENSE_START,
@@ -35,6 +36,7 @@ def select(
     page: int,
     tiers: int = TIERS,
     counted: int = COUNTED,
+    block: int = BLOCK,
 ) -> Lists:
     """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
@@ -60,7 +62,7 @@ def select(
             [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )
         for head, length in enumerate(lengths.tolist()):
-            positions = select_positions(of_item[head], length, tiers, step)
+            positions = select_positions(of_item[head], length, tiers, step, block)
             count = len(positions)
             lists.lengths[number, head] = count
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
@@ -128,30 +130,34 @@ def list_lengths(
 
 
 def select_positions(
-    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1
+    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1, block: int = BLOCK
 ) -> torch.Tensor:
-    """Return the positions of the ``length`` best of ``n`` scores, in the order of visiting.
+    """Return the positions of about the ``length`` best scores, never more, in order of visiting.
 
-    Scores are put into ``BUCKETS`` equal buckets between the best and the worst; whole
-    buckets are taken from the best on, and of the last one the first tokens by address until
-    the list is full. The order is by tier (the first ``length / 2^i`` tokens, rounded up to whole
-    buckets), and by address inside a tier.
+    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
+    they are taken to be spread evenly, which gives the score that so many reach. The order is by
+    tier (about the first ``length / 2^i`` tokens), and by address inside a tier, from the middle of
+    the history (in whole blocks) on: what is more than ``length`` is cut off the end, and neither
+    the first tokens of a history nor the last may be lost.
 
-    Where only one of ``step`` tokens is counted the list is about as long, never longer: by some
-    root of itself less is aimed at, and what is too much is cut off its end.
+    Where only one of ``step`` tokens is counted, some root of the length less is aimed at.
     """
     scores = scores.float()
-    bucket = bucket_of(scores, scores.max(), scores.min())
-    cumulative = torch.bincount(bucket[step // 2 :: step], minlength=BUCKETS).cumsum(0) * step
+    best, worst = scores.max(), scores.min()
+    bucket = bucket_of(scores, best, worst)
+    total = torch.bincount(bucket[step // 2 :: step], minlength=BUCKETS) * step
+    cumulative = total.cumsum(0)
     goal = max(length - int(math.sqrt(length * (step - 1))), 1)
-    *bounds, last = tier_bounds(cumulative, goal, tiers)
-    quota = goal - int(cumulative[last - 1] if last else 0)
-    of_last = bucket == last
+    width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(bucket)
-    for bound in bounds:
-        tier += bucket > bound
-    tier[(bucket > last) | (of_last & (of_last.cumsum(0) > quota))] = tiers
-    order = torch.argsort(tier, stable=True)
+    for number in range(tiers):
+        wanted = max(goal >> (tiers - 1 - number), 1)
+        if wanted < cumulative[-1]:
+            at = int((cumulative < wanted).sum())
+            share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
+            tier += scores < best - (at + share) * width
+    middle = len(scores) // block // 2 * block
+    order = (torch.argsort(tier.roll(-middle), stable=True) + middle) % len(scores)
     return order[: min(length, int((tier < tiers).sum()))]
 
 
@@ -159,14 +165,3 @@ def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> 
     """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
     width = torch.clamp(best - worst, min=1e-20)
     return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
-
-
-def tier_bounds(cumulative: torch.Tensor, count: int, tiers: int) -> list[int]:
-    """Return the last bucket of each tier but the last, and the bucket that fills a list.
-
-    ``cumulative`` is the number of tokens in buckets 0..b. No bound reaches the bucket that fills
-    the list, so that the only one which may be cut short is visited last.
-    """
-    goals = [count, *(max(1, count >> (tiers - 1 - tier)) for tier in range(tiers - 1))]
-    last, *bounds = (min(int((cumulative < goal).sum()), BUCKETS - 1) for goal in goals)
-    return [*(min(bound, last - 1) for bound in bounds), last]

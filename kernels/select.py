@@ -1,10 +1,10 @@
 """Select: from scores to a list of physical slots, without a sort.
 
 Two launches. One program a segment and pair of heads counts scores by bucket, of long histories
-those of every few tokens, shares the budget among its lists, and finds the bucket that fills each.
-One program a list then walks its scores in order of address and writes the slots of what it takes:
-whole buckets from the best on, and as many of the last one as are wanted. Importance orders the
-tiers, address orders a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
+those of every few tokens, shares the budget among its lists, and finds the score that so many
+tokens reach. One program a list then walks its scores in order of address, from the middle of the
+history on, and writes the slots of those that reach it. Importance orders the tiers, address orders
+a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
 Half of the budget is dealt equally, half by one level of probability for both heads of a pair. A
 list ends earlier where the scores say that what it leaves out holds less softmax mass than the
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .plan import (
+    BLOCK,
     BUCKETS,
     CHUNK,
     COLUMNS,
@@ -33,8 +34,6 @@ from .plan import (
     WorkList,
     list_places,
 )
-
-PLAN_COLUMNS = TIERS + 1  # the last bucket of each tier; how many are taken of the one after
 
 
 @triton.jit
@@ -62,20 +61,26 @@ def _lengths_above(level, total, edge, least):
 
 
 @triton.jit
-def _last_bucket(cumulative, goal, BUCKETS: tl.constexpr):
-    """Return the bucket with which lists of ``goal`` tokens are full."""
-    return tl.minimum(tl.sum((cumulative < goal[:, None]).to(tl.int32), 1), BUCKETS - 1)
+def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr):
+    """Return the score that about ``goal`` tokens of each list reach: linear inside a bucket."""
+    bucket = tl.sum((cumulative < goal[:, None]).to(tl.int32), 1)
+    this = o_b[None, :] == bucket[:, None]
+    inside = tl.sum(tl.where(this, total, 0), 1)
+    wanted = goal - tl.sum(tl.where(this, cumulative - total, 0), 1)
+    share = tl.div_rn(wanted.to(tl.float32), tl.maximum(inside, 1).to(tl.float32))
+    all_of_them = goal >= tl.max(cumulative, 1)
+    return tl.where(all_of_them, float("-inf"), best - (bucket.to(tl.float32) + share) * width)
 
 
 @triton.jit
 def _plan_kernel(
-    p_scores, p_items, p_bounds, p_lengths, p_plans, target_error, heads,
+    p_scores, p_items, p_bounds, p_lengths, p_thresholds, target_error, heads,
     stride_item, stride_head, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
     SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr,
-    TIERS: tl.constexpr, PLAN_COLUMNS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    TIERS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Share the budget of a segment among the lists of SHARED heads; find what fills each."""
+    """Share the budget of a segment among the lists of SHARED heads; find what scores fill each."""
     i_item = tl.program_id(1).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
@@ -146,24 +151,20 @@ def _plan_kernel(
     # list that is longer than planned is cut off at its end.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
     goal = tl.maximum(lengths - unsure, 1)
-    last = _last_bucket(cumulative, goal, BUCKETS)
-    p_plan = p_plans + i_list * PLAN_COLUMNS
-    for t in tl.static_range(TIERS - 1):
-        upper = _last_bucket(cumulative, tl.maximum(goal >> (TIERS - 1 - t), 1), BUCKETS)
-        tl.store(p_plan + t, tl.minimum(upper, last - 1), m_h)
-    tl.store(p_plan + TIERS - 1, last - 1, m_h)
-    before = tl.sum(tl.where(o_b[None, :] < last[:, None], total, 0), 1)
-    tl.store(p_plan + TIERS, goal - before, m_h)
+    width = tl.maximum(best - worst, 1e-20) / BUCKETS
+    for t in tl.static_range(TIERS):
+        part = tl.maximum(goal >> (TIERS - 1 - t), 1)
+        score = _threshold(cumulative, total, part, best, width, o_b, BUCKETS)
+        tl.store(p_thresholds + i_list * TIERS + t, score, m_h)
 
 
 @triton.jit
 def _emit_kernel(
-    p_scores, p_items, p_bounds, p_lengths, p_plans, p_table, p_slots, p_samples,
-    stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head, max_chunks,
-    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    BUCKETS: tl.constexpr, TIERS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    p_scores, p_items, p_lengths, p_thresholds, p_table, p_slots, p_samples,
+    stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
+    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    NOT_LISTED: tl.constexpr, PLAN_COLUMNS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    NOT_LISTED: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a list's tokens, and how many they became.
 
@@ -177,10 +178,6 @@ def _emit_kernel(
     count = tl.load(p_lengths + i_list)
     if count == 0:
         return
-    best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    per_score = BUCKETS / tl.maximum(best - worst, 1e-20)
-    p_plans += i_list * PLAN_COLUMNS
-    quota = tl.load(p_plans + TIERS)
     p_scores += i_item * stride_item + i_head * stride_head
     p_slots += i_item * stride_slots_item + i_head * stride_slots_head
     p_table += row * stride_table
@@ -188,31 +185,26 @@ def _emit_kernel(
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     o_run = tl.arange(0, BLOCK // RUN) * RUN
     o_in = tl.arange(0, RUN)
-    sure_before = 0
-    maybe_before = 0
-    lower = 0.0  # tiers in buckets, their bounds as numbers: conversions are slow
+    blocks = tl.cdiv(n, BLOCK)
+    # From the middle on: what a list has too much is cut off its end, and neither the first tokens
+    # of a history nor the last may be lost.
+    middle = n // BLOCK // 2
+    before = 0
+    below = float("inf")
     for t in tl.static_range(TIERS):
-        upper = (tl.load(p_plans + t) + 1).to(tl.float32)
-        for first in range(0, n, BLOCK):
-            start = first + o_run
+        least = tl.load(p_thresholds + i_list * TIERS + t)
+        for i in range(middle, middle + blocks):
+            start = tl.where(i < blocks, i, i - blocks) * BLOCK + o_run
+            o_n = start[:, None] + o_in[None, :]
             # Rows of scores hold whole chunks: loads without a mask are wide.
-            s = tl.load(p_scores + start[:, None] + o_in[None, :]).to(tl.float32)
-            s = tl.where(start[:, None] + o_in[None, :] < n, s, float("-inf"))
-            bucket = tl.maximum((best - s) * per_score, 0.0)
-            # One number counts both kinds, in halves: those of the last bucket above.
-            one = ((bucket >= lower) & (bucket < upper)).to(tl.int32)
-            if t == TIERS - 1:
-                # The worst bucket holds what rounding puts beyond it, too.
-                end = tl.where(upper < BUCKETS - 1, upper + 1.0, 3e38)
-                one += ((bucket >= upper) & (bucket < end)).to(tl.int32) << 16
+            s = tl.load(p_scores + o_n).to(tl.float32)
+            listed = (s >= least) & (o_n < n)
+            if t > 0:
+                listed &= s < below
+            one = listed.to(tl.int32)
             of_run = tl.sum(one, 1)
-            before = (tl.cumsum(of_run) - of_run)[:, None] + tl.cumsum(one, 1) - one
-            place = sure_before + (before & 0xFFFF)
-            if t == TIERS - 1:
-                of_last = maybe_before + (before >> 16)
-                one = tl.where((one > 1) & (of_last >= quota), 0, one)
-                place += tl.minimum(of_last, quota)
-            place = tl.where(one > 0, place, NOT_LISTED)
+            place = (tl.cumsum(of_run) - of_run + before)[:, None] + tl.cumsum(one, 1) - 1
+            place = tl.where(listed, place, NOT_LISTED)
             page = tl.load(p_table + start // PAGE, start < n, 0)
             slot = (page * PAGE + start % PAGE)[:, None] + o_in[None, :]
             tl.store(p_slots + place, slot, place < count)
@@ -220,16 +212,16 @@ def _emit_kernel(
                 # A run has one of them at most.
                 number = tl.maximum(start + step - 1 - step // 2, 0) // step
                 sample = number * step + step // 2
-                m_sample = (sample - start)[:, None] == o_in[None, :]
-                m_sample &= (sample < n)[:, None]
+                m_sample = ((sample - start)[:, None] == o_in[None, :]) & (sample < n)[:, None]
                 # What one pass says is not listed a later one may list.
                 m_sample &= (place < count) | (t == 0)
-                tl.store(p_samples + number[:, None] + 0 * o_in[None, :], place, m_sample)
-            whole = tl.sum(of_run)
-            sure_before += whole & 0xFFFF
-            maybe_before += whole >> 16
-        lower = upper
-    tl.store(p_lengths + i_list, tl.minimum(sure_before + tl.minimum(maybe_before, quota), count))
+                tl.store(
+                    p_samples + number[:, None] + 0 * o_in[None, :],
+                    tl.where(place < count, place, NOT_LISTED), m_sample,
+                )  # fmt: skip
+            before += tl.sum(of_run)
+        below = least
+    tl.store(p_lengths + i_list, tl.minimum(before, count))
 
 
 class SelectWorkspace:
@@ -264,7 +256,7 @@ class SelectWorkspace:
         sampled = -(-items // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
-        self.plans = empty(lists, PLAN_COLUMNS, dtype=torch.int32)
+        self.thresholds = empty(lists, TIERS, dtype=torch.float32)
 
     def lists(self, work: WorkList) -> Lists:
         """Return where the lists of a work list are."""
@@ -299,24 +291,16 @@ def select(
         lengths.zero_()
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
-    block = min(4096, space.chunk)
-    options = {
-        "CHUNK": space.chunk,
-        "BLOCK": block,
-        "BUCKETS": BUCKETS,
-        "TIERS": tiers,
-        "CHUNKS_PAD": triton.next_power_of_2(space.chunks),
-        "PLAN_COLUMNS": PLAN_COLUMNS,
-        "ITEM_COLUMNS": COLUMNS,
-    }
+    shape = {"BLOCK": min(BLOCK, space.chunk), "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
     _plan_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
-        space.scores, work.items, space.bounds, lengths, space.plans, work.target_error, heads,
-        *strides, space.chunks, COUNTED=counted, SHARED=HEADS_SHARED, MEAN_OF_MAX=MEAN_OF_MAX,
-        num_warps=8, **options,
+        space.scores, work.items, space.bounds, lengths, space.thresholds, work.target_error,
+        heads, *strides, space.chunks, CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
+        SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
+        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, **shape,
     )  # fmt: skip
     _emit_kernel[(heads, work.num_items)](
-        space.scores, work.items, space.bounds, lengths, space.plans, block_table, slots, samples,
-        *strides, block_table.stride(0), slots.stride(0), slots.stride(1), space.chunks,
-        PAGE=page, RUN=math.gcd(page, ESTIMATE_STEP), EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
-        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, num_warps=8, **options,
+        space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
+        *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
+        RUN=math.gcd(page, ESTIMATE_STEP), EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
+        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, num_warps=8, **shape,
     )  # fmt: skip

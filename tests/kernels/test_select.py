@@ -66,7 +66,9 @@ def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     for work in batch.work():
         scores = random_scores(work, 2, device, kind)
         got = select_with_kernel(batch, work, scores, tiers=tiers, counted=counted)
-        wanted = reference_select.select(scores, batch.block_table, work, page, tiers, counted)
+        wanted = reference_select.select(
+            scores, batch.block_table, work, page, tiers, counted, block=64
+        )
         assert_same_lists(work, got, wanted)
 
 
@@ -96,7 +98,7 @@ def test_a_target_error_ends_lists_where_the_reference_does(device, target, kind
     scores += torch.linspace(0, 4, 4, device=device)[:, None]
     got = select_with_kernel(batch, work, scores.half()).lengths
     wanted = reference_select.select(scores.half(), batch.block_table, work, 16).lengths
-    assert (got - wanted).abs().max() <= 1, "rounding may need a token more"
+    assert (got - wanted).abs().max() <= 2, "rounding may need a token more"
     whole = torch.tensor([[item[LIST_LENGTH]] for item in work.items.tolist()], device=device)
     assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
 
@@ -111,17 +113,20 @@ def test_lists_of_likelier_tokens_are_longer(device):
     scores[0, 2] += 9
     one, other, most, least, alone = select_with_kernel(batch, work, scores.half()).lengths[0]
     assert count * 1.5 > one > other > count / 2
-    assert 2 * count - 2 <= one + other <= 2 * count
-    assert (most, least) == (2 * count - (count + 1) // 2, (count + 1) // 2)
-    assert alone == count, "an odd head keeps its budget"
+    most_of_two, least_of_two = 2 * count - (count + 1) // 2, (count + 1) // 2
+    assert 0.95 * 2 * count <= one + other <= 2 * count
+    assert 0.95 * most_of_two <= most <= most_of_two
+    assert 0.95 * least_of_two <= least <= least_of_two
+    assert 0.95 * count <= alone <= count, "an odd head keeps its budget"
 
 
 def test_equal_heads_have_equal_lists(device):
     batch = make_batch(device, budget=0.2, chunks=((704, 32),))
     (work,) = batch.work()
     scores = torch.randn(1, 1, 704, device=device).half().expand(-1, 2, -1)
-    lengths = select_with_kernel(batch, work, scores).lengths[0].tolist()
-    assert lengths == 2 * [int(work.items[0, LIST_LENGTH])]
+    one, other = select_with_kernel(batch, work, scores).lengths[0].tolist()
+    assert one == other
+    assert 0.95 * int(work.items[0, LIST_LENGTH]) <= one <= int(work.items[0, LIST_LENGTH])
 
 
 @pytest.mark.parametrize(("p", "share"), [(1.0, 1.0), (100.0, MEAN_OF_MAX)])
@@ -139,6 +144,12 @@ def test_a_target_error_leaves_out_what_it_allows(p, share):
 def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
     scores = torch.full((2, 1000), -9.96578)  # a thousandth each
     assert reference_select.list_lengths(scores, 900, 0.3).tolist() == [700, 700]
+
+
+def test_what_is_too_much_is_cut_out_of_the_middle():
+    """Of equal scores all are wanted: the list ends before the middle of the history."""
+    taken = reference_select.select_positions(torch.zeros(1000), 700, block=10).tolist()
+    assert sorted(taken) == [*range(200), *range(500, 1000)]
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
@@ -186,11 +197,12 @@ def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step)
 def test_selection_keeps_the_best_up_to_one_bucket():
     scores = torch.randn(5000)
     taken = reference_select.select_positions(scores, 500)
-    assert len(set(taken.tolist())) == 500
+    assert 485 <= len(taken) == len(set(taken.tolist())) <= 500, "a bucket is about evenly full"
     width = float(scores.max() - scores.min()) / BUCKETS
     left = torch.ones(5000, dtype=torch.bool)
     left[taken] = False
-    assert scores[taken].min() >= scores[left].max() - width
+    better = left & (scores > scores[taken].min() + width)
+    assert int(better.sum()) <= 0.02 * 500, "what was cut off"
 
 
 def test_order_is_by_tier_and_by_address_inside_one():
@@ -198,17 +210,18 @@ def test_order_is_by_tier_and_by_address_inside_one():
     taken = reference_select.select_positions(scores, 4).tolist()
     assert set(taken) == {1, 3, 5, 7}
     assert taken[0] == 3, "the best comes first"
-    assert taken[-1] == 5, "the bucket that fills the list comes last"
+    assert taken[-1] == 5, "the worst comes last"
 
 
-def test_every_list_is_full_and_without_repeats(device):
+def test_lists_are_nearly_full_and_without_repeats(device):
     batch = make_batch(device, budget=0.3, chunks=((400, 64),))
     (work,) = batch.work()
     slots, lengths, _ = select_with_kernel(
         batch, work, random_scores(work, 2, device, "few values")
     )
-    assert lengths.min() > 0
     for number, of_item in enumerate(lengths.tolist()):
+        # Of equal scores all are taken or none.
+        assert sum(of_item) > 0.4 * 2 * int(work.items[number, LIST_LENGTH])
         for head, count in enumerate(of_item):
             chosen = slots[number, head, :count].tolist()
             assert len(set(chosen)) == count
