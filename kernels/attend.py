@@ -227,12 +227,21 @@ def _attend_kernel(
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     p_v = p_k + D
 
-    # Pass 1: dense and causal, from dense_start to the tile's last query.
+    # Pass 1: dense and causal, from dense_start to the tile's last query. Whole tiles of history,
+    # which only dense segments have, need no mask.
     end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
-    for start in range(dense_start, end, BLOCK_N):
+    masked = dense_start + (history - dense_start) // BLOCK_N * BLOCK_N
+    p_table += row * stride_table
+    for start in range(dense_start, masked, BLOCK_N):
+        page = tl.load(p_table + (start + o_n) // PAGE)
+        m, mass, acc = _visit(
+            q, p_k, p_v, page * PAGE + (start + o_n) % PAGE, m, mass, acc, o_d, scale, softcap,
+            stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
+        )  # fmt: skip
+    for start in range(masked, end, BLOCK_N):
         position = start + o_n
         m_n = position < end
-        page = tl.load(p_table + row * stride_table + position // PAGE, m_n, 0).to(tl.int64)
+        page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_kv = page * stride_block + (position % PAGE) * stride_token
         k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
         v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
@@ -323,7 +332,7 @@ def _attend_kernel(
         if dense_start > 0:
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
             dropped = _dropped_mass(
-                q, p_k, p_table + row * stride_table, p_places, visited, dense_start,
+                q, p_k, p_table, p_places, visited, dense_start,
                 m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
             )  # fmt: skip

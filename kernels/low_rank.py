@@ -16,6 +16,9 @@ from .fit import FitWorkspace, fit
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
 from .tiles import input_precision
 
+ROUGH = tl.constexpr(basis.ROUGH)
+ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
+
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
 BLOCK_N = 128
 
@@ -140,6 +143,13 @@ def _add_mass(s, m, mass):
 
 
 @triton.jit
+def _rough_exp2(s, m):
+    """See :func:`basis.rough_exp2`: one sum, one maximum and one shift."""
+    x = tl.maximum(s - (m + (ROUGH - 384.0))[:, None], 384.0 - 126.0)
+    return ((x.to(tl.int32, bitcast=True) << 8) + 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _shift_kernel(
     p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
@@ -176,21 +186,28 @@ def _shift_kernel(
     samples = tl.maximum((n + step // 2 - 1) // step, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    for o in tl.range(0, samples, BLOCK_N, num_stages=1):
-        o_n = o + tl.arange(0, BLOCK_N)
-        position = tl.minimum(o_n * step + step // 2, n - 1)
-        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        s = tl.where((o_n < samples)[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
-        m, mass = _add_mass(s, m, mass)
-    mass *= n.to(tl.float32) / samples.to(tl.float32)
-    p_images += n.to(tl.int64) * WIDTH
+    p_own = p_images + n.to(tl.int64) * WIDTH
     for o in tl.range(0, queries, BLOCK_N, num_stages=1):
         o_n = o + tl.arange(0, BLOCK_N)
         own = tl.minimum(o_n, queries - 1)
-        k = tl.load(p_images + own[:, None] * WIDTH + o_r[None, :])
+        k = tl.load(p_own + own[:, None] * WIDTH + o_r[None, :])
         s = tl.where(o_n[None, :] <= query[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
         m, mass = _add_mass(s, m, mass)
-    left = m + tl.log2(mass)
+    # The rest in units of that, by exponentials so rough that they cost less than a maximum.
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    full = samples // BLOCK_N * BLOCK_N
+    for o in tl.range(0, full, BLOCK_N, num_stages=1):
+        position = (o + tl.arange(0, BLOCK_N)) * step + step // 2
+        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        rest += tl.sum(_rough_exp2(tl.dot(q, tl.trans(k)), m), 1)
+    if full < samples:
+        o_n = full + tl.arange(0, BLOCK_N)
+        position = tl.minimum(o_n * step + step // 2, n - 1)
+        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        s = _rough_exp2(tl.dot(q, tl.trans(k)), m)
+        rest += tl.sum(tl.where((o_n < samples)[None, :], s, 0.0), 1)
+    rest *= ROUGH_UNIT * (n.to(tl.float32) / samples.to(tl.float32))
+    left = m + tl.log2(mass + rest)
     kind: tl.constexpr = p_rows.dtype.element_ty
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)

@@ -117,7 +117,8 @@ def test_shifts_of_rows(ranked):
         own = own.masked_fill(future, float("-inf"))
         mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
         got = -(rows[..., basis.RANK :] @ factors)
-        torch.testing.assert_close(got, mass.log2().float(), atol=2e-2, rtol=0)
+        # Rough exponentials have up to 6 % too much, images of shifts are rounded.
+        torch.testing.assert_close(got, mass.log2().float(), atol=0.1, rtol=0)
 
 
 def test_scores_are_the_largest_products(ranked):
