@@ -213,13 +213,14 @@ def rough_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
 
     The last 15 bits of the mantissa of x + 384 are the fraction of x, and the bits before them
     x + 128 without it: shifted by 8 they are the exponent and the mantissa of the result. Up to 6 %
-    too much, 4 % in the mean, and at least 2^−126. Right up to scores − most = 128 + ROUGH.
+    too much, 4 % in the mean. What would be less than 2^−126 is that, what would be more than 2^127 is
+    that: over a history it adds up to infinity, and such a row scores nothing.
 
     Args:
         scores: float32.
         most: float32, what they are relative to.
     """
-    x = (scores - (most + (ROUGH - 384.0))).clamp(min=384.0 - 126.0)
+    x = (scores - (most + (ROUGH - 384.0))).clamp(384.0 - 126.0, 384.0 + 127.0)
     return ((x.view(torch.int32) << 8) + 0x7F800000).view(torch.float32)
 
 

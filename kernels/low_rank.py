@@ -144,8 +144,8 @@ def _add_mass(s, m, mass):
 
 @triton.jit
 def _rough_exp2(s, m):
-    """See :func:`basis.rough_exp2`: one sum, one maximum and one shift."""
-    x = tl.maximum(s - (m + (ROUGH - 384.0))[:, None], 384.0 - 126.0)
+    """See :func:`basis.rough_exp2`: a sum, two bounds and a shift."""
+    x = tl.minimum(tl.maximum(s - (m + (ROUGH - 384.0))[:, None], 384.0 - 126.0), 384.0 + 127.0)
     return ((x.to(tl.int32, bitcast=True) << 8) + 0x7F800000).to(tl.float32, bitcast=True)
 
 

@@ -159,7 +159,8 @@ def test_rough_exponentials_are_within_their_bounds():
     assert ratio.max() < 1.063
     assert float(ratio.mean()) == pytest.approx(2**basis.ROUGH / basis.ROUGH_UNIT, abs=1e-3)
     small = basis.rough_exp2(torch.tensor([-1e4, float("-inf")]), torch.zeros(1))
-    assert (small <= 2.0**-126).all(), "nearly nothing is lost of nothing"
+    assert (small == 2.0**-126).all()
+    assert basis.rough_exp2(torch.tensor([1e4]), torch.zeros(1)) == 2.0**127
 
 
 def test_group_reduction_takes_the_largest_log_probability():
@@ -239,7 +240,7 @@ def test_scores_are_log_probabilities_over_a_sample_and_the_own_segment():
 
 
 def test_large_shifts_survive_fp8():
-    queries = torch.randn(1, 500, 64) * torch.linspace(0.1, 20, 500)[:, None]
+    queries = torch.randn(1, 500, 64) * torch.linspace(0.1, 12, 500)[:, None]
     keys = torch.randn(1, 2000, 64)
     fitted = basis.fit(queries, keys, 0.125)
     images = basis.key_images(keys, fitted, torch.float8_e4m3fn)
@@ -248,7 +249,7 @@ def test_large_shifts_survive_fp8():
     sample = images[:, basis.SHIFT_STEP // 2 :: basis.SHIFT_STEP, : basis.RANK]
     past, beside = (log2_mass(rows[..., : basis.RANK] @ k[..., : basis.RANK].mT) for k in (sample, own))
     wanted = torch.logaddexp2(past + math.log2(2000 / sample.shape[1]), beside)
-    assert wanted.max() > 50
+    assert wanted.max() > 40
     got = -rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)
     assert (got - wanted).abs().max() < ROUGHLY
 
