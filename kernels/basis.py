@@ -13,7 +13,6 @@ Scores become log2-probabilities when the row's log-sum-exp is taken from them: 
 the history and of the segment's own keys, in the image.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -30,9 +29,9 @@ RANK = WIDTH - len(SHIFT_FACTORS)
 ROUGH = 90.0  # binary orders above the largest own score that they have room for, and a third more
 ROUGH_UNIT = 2.0**ROUGH / 1.04073  # (1 + f) / 2^f is 1.04073 in the mean of 0 <= f < 1
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
-# Every so many keys one counts for the row shift, and at most so many: half of the error at 128K.
+# Every so many keys one counts for the row shift, and at most so many.
 SHIFT_STEP = 16
-SHIFT_SAMPLES = 4096
+SHIFT_SAMPLES = 2048
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -213,8 +212,8 @@ def rough_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
 
     The last 15 bits of the mantissa of x + 384 are the fraction of x, and the bits before them
     x + 128 without it: shifted by 8 they are the exponent and the mantissa of the result. Up to 6 %
-    too much, 4 % in the mean. What would be less than 2^−126 is that, what would be more than 2^127 is
-    that: over a history it adds up to infinity, and such a row scores nothing.
+    too much, 4 % in the mean. Less than 2^−126 counts as that; more than 2^127 counts as that and
+    adds up to infinity over a history: such a row scores nothing.
 
     Args:
         scores: float32.

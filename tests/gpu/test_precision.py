@@ -67,9 +67,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
                 device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.low_rank_scores(
-                *arguments, scale=batch.scale, chosen=space.chosen
-            )
+            wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
         select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
         lists = reference_select.select(wanted, batch.block_table, work, batch.kv_cache.shape[2])
         own = selection.lists(work)

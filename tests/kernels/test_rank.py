@@ -247,7 +247,9 @@ def test_large_shifts_survive_fp8():
     own, visible = images[:, :1], torch.ones(500, 1, dtype=torch.bool)
     rows = basis.query_images(queries, fitted, images, own, visible, torch.float8_e4m3fn)
     sample = images[:, basis.SHIFT_STEP // 2 :: basis.SHIFT_STEP, : basis.RANK]
-    past, beside = (log2_mass(rows[..., : basis.RANK] @ k[..., : basis.RANK].mT) for k in (sample, own))
+    past, beside = (
+        log2_mass(rows[..., : basis.RANK] @ k[..., : basis.RANK].mT) for k in (sample, own)
+    )
     wanted = torch.logaddexp2(past + math.log2(2000 / sample.shape[1]), beside)
     assert wanted.max() > 40
     got = -rows[..., basis.RANK :] @ torch.tensor(basis.SHIFT_FACTORS)

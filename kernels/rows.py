@@ -1,0 +1,204 @@
+"""The scored rows of a segment: which they are, their images, and the shift that these end with.
+
+Rows are queries x heads of a group, query by query; see :mod:`low_rank` and :mod:`basis` (ours).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from . import basis
+from .plan import COLUMNS, ROW_STEP, WorkList
+from .tiles import input_precision
+
+if TYPE_CHECKING:
+    from .low_rank import LowRankWorkspace
+
+ROUGH = tl.constexpr(basis.ROUGH)
+ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
+
+
+@triton.jit
+def _project_block(
+    p_q, p_a, row, o_basis, stride_q_token, stride_q_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Images of some rows of a segment and KV head, float32."""
+    o_d = tl.arange(0, D_PAD)
+    o_r = tl.arange(0, WIDTH)
+    o_q = row // GROUP * stride_q_token + row % GROUP * stride_q_head
+    q = tl.load(p_q + o_q[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
+    a = tl.load(p_a + (o_basis + o_d[:, None]) * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
+    return tl.dot(q, a, input_precision=PRECISION)
+
+
+@triton.jit
+def _project_rows_kernel(
+    p_q, p_a, p_items, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Choose which rows of a segment and KV head are scored; write their images without shift.
+
+    One stage in its loops: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    """
+    i_head = tl.program_id(0)
+    i_item = tl.program_id(1).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    start = tl.load(p_item + 1).to(tl.int64)
+    rows = tl.load(p_item + 2) * GROUP
+    if tl.load(p_item + 4) == 0:
+        return
+    o_basis = (tl.load(p_item + 6).to(tl.int64) * tl.num_programs(0) + i_head) * D
+    o_b = tl.arange(0, BLOCK)
+    o_r = tl.arange(0, WIDTH)
+    p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
+    number = tl.arange(0, BLOCKS)[:, None] * BLOCK + o_b[None, :]
+    size = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
+        image = _project_block(
+            p_q, p_a, tl.minimum(i * BLOCK + o_b, rows - 1), o_basis,
+            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
+        )  # fmt: skip
+        size = tl.where(number // BLOCK == i, tl.sum(image * image, 1)[None, :], size)
+    number = tl.reshape(number, [BLOCKS * BLOCK])
+    # As integers, which sizes that are not negative order like. Rows that are always chosen have
+    # the largest number.
+    size = tl.reshape(size, [BLOCKS * BLOCK]).to(tl.int32, bitcast=True)
+    always = (number // GROUP + number % GROUP) % (2 * ROW_STEP) == 0
+    size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
+    kept = tl.cdiv(rows, ROW_STEP)
+    least = 0  # the largest number that so many sizes reach, bit by bit
+    for i in range(0, 31):
+        higher = least | (1 << (30 - i))
+        least = tl.where(tl.sum((size >= higher).to(tl.int32)) >= kept, higher, least)
+    equal = (size == least).to(tl.int32)
+    room = kept - tl.sum((size > least).to(tl.int32))
+    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
+    place = tl.cumsum(chosen.to(tl.int32)) - 1
+    o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
+    tl.store(p_chosen + o_list + place, number, chosen)
+    tl.debug_barrier()  # other threads read them
+    for first in tl.range(0, kept, BLOCK, num_stages=1):
+        o_row = first + o_b
+        row = tl.load(p_chosen + o_list + tl.minimum(o_row, kept - 1))
+        image = _project_block(
+            p_q, p_a, row, o_basis, stride_q_token, stride_q_head,
+            GROUP, D, D_PAD, WIDTH, PRECISION,
+        )  # fmt: skip
+        image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+        p_row = p_rows + (o_list + o_row[:, None]) * WIDTH + o_r[None, :]
+        tl.store(p_row, image.to(p_rows.dtype.element_ty), (o_row < kept)[:, None])
+
+
+@triton.jit
+def _add_mass(s, m, mass):
+    """Fold base-2 scores [M, N] into the running maximum and mass of M rows."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    return m_new, mass * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+
+
+@triton.jit
+def _rough_exp2(s, m):
+    """See :func:`basis.rough_exp2`: a sum, two bounds and a shift."""
+    x = tl.minimum(tl.maximum(s - (m + (ROUGH - 384.0))[:, None], 384.0 - 126.0), 384.0 + 127.0)
+    return ((x.to(tl.int32, bitcast=True) << 8) + 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shift_kernel(
+    p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
+    SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
+    FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
+
+    Of the history a sample stands for all; of the own segment every key counts.
+
+    A launch of its own that stores the shift's parts alone. One stage, as for the moments in
+    :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    """
+    i_block, i_head = tl.program_id(0), tl.program_id(1)
+    i_item = tl.program_id(2).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    queries = tl.load(p_item + 2)
+    rows = tl.cdiv(queries * GROUP, ROW_STEP)
+    n = tl.load(p_item + 4)
+    i_fit = tl.load(p_item + 6).to(tl.int64)
+    if (i_block * BLOCK_M >= rows) | (n == 0):
+        return
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = tl.arange(0, WIDTH)
+    o_list = (i_item * tl.num_programs(1) + i_head) * max_kept
+    query = tl.load(p_chosen + o_list + tl.minimum(o_row, rows - 1)) // GROUP
+    p_rows += o_list * WIDTH
+    p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
+    # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
+    q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
+    step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
+    samples = tl.maximum((n + step // 2 - 1) // step, 1)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    p_own = p_images + n.to(tl.int64) * WIDTH
+    for o in tl.range(0, queries, BLOCK_N, num_stages=1):
+        o_n = o + tl.arange(0, BLOCK_N)
+        own = tl.minimum(o_n, queries - 1)
+        k = tl.load(p_own + own[:, None] * WIDTH + o_r[None, :])
+        s = tl.where(o_n[None, :] <= query[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
+        m, mass = _add_mass(s, m, mass)
+    # The rest in units of that, by exponentials so rough that they cost less than a maximum.
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    full = samples // BLOCK_N * BLOCK_N
+    for o in tl.range(0, full, BLOCK_N, num_stages=1):
+        position = (o + tl.arange(0, BLOCK_N)) * step + step // 2
+        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        rest += tl.sum(_rough_exp2(tl.dot(q, tl.trans(k)), m), 1)
+    if full < samples:
+        o_n = full + tl.arange(0, BLOCK_N)
+        position = tl.minimum(o_n * step + step // 2, n - 1)
+        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        s = _rough_exp2(tl.dot(q, tl.trans(k)), m)
+        rest += tl.sum(tl.where((o_n < samples)[None, :], s, 0.0), 1)
+    rest *= ROUGH_UNIT * (n.to(tl.float32) / samples.to(tl.float32))
+    left = m + tl.log2(mass + rest)
+    kind: tl.constexpr = p_rows.dtype.element_ty
+    for place in tl.static_range(3):
+        factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
+        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind)
+        left -= part.to(tl.float32) * factor
+        minus = (-part.to(tl.float32)).to(kind)
+        tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
+
+
+def project_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
+    """Choose and project the rows of a work list's segments; their keys must be projected."""
+    fitted, images = space.fit, space.images
+    head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
+    block = 64
+    shape = {
+        "GROUP": query.shape[1] // kv_heads,
+        "WIDTH": basis.WIDTH,
+        "ROW_STEP": ROW_STEP,
+        "LIMIT": torch.finfo(images.dtype).max,
+        "ITEM_COLUMNS": COLUMNS,
+    }
+    _project_rows_kernel[(kv_heads, work.num_items)](
+        query, fitted.a, work.items, space.chosen, space.rows, query.stride(0), query.stride(1),
+        kept, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
+        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // block)),
+        PRECISION=input_precision(query.dtype), **shape,
+    )  # fmt: skip
+    _shift_kernel[(-(-kept // block), kv_heads, work.num_items)](
+        space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
+        RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
+        BLOCK_M=block, BLOCK_N=64,
+        FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
+        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
+    )  # fmt: skip
