@@ -109,12 +109,14 @@ def _orthonormalise(y, z, o_r, ridge, RANK: tl.constexpr):
         at = (o_r == j)[None, :]
         v = tl.sum(tl.where(at, y, 0.0), 1)
         w = tl.sum(tl.where(at, z, 0.0), 1)
-        square = tl.sum(v * w, 0)
-        least = ridge * tl.sum(v * v, 0) + 1e-30
+        # One reduction for both: each is a round of messages between warps.
+        along, length = tl.split(tl.sum(tl.join(w[:, None] * y, v[:, None] * y), 0))
+        square = tl.sum(tl.where(o_r == j, along, 0.0))
+        least = ridge * tl.sum(tl.where(o_r == j, length, 0.0)) + 1e-30
         factor = tl.where(square > least, tl.rsqrt(tl.maximum(square, least)), 0.0)
         v *= factor
         w *= factor
-        along = tl.where(o_r > j, tl.sum(w[:, None] * y, 0), 0.0)
+        along = tl.where(o_r > j, along * factor, 0.0)
         y = tl.where(at, v[:, None], y - v[:, None] * along[None, :])
         z = tl.where(at, w[:, None], z - w[:, None] * along[None, :])
     return y, z
@@ -206,5 +208,5 @@ def fit(
         D=head_dim, D_PAD=pad, WIDTH=basis.WIDTH, RANK=basis.RANK, STEPS=basis.STEPS,
         RIDGE=RIDGE,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=8,
+        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=16,
     )  # fmt: skip
