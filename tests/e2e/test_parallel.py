@@ -49,7 +49,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     # Two pairs of KV heads that share budgets: a rank has one.
     write_model(folder, num_key_value_heads=4)
-    return write_weights(folder)
+    # With keys without structure rounding would decide which rows are scored, and so the tokens.
+    return write_weights(folder, gain=1.5, rank=4)
 
 
 # Without a compilation mode vLLM's CPU runner never makes the buffers between pipeline stages.
