@@ -23,10 +23,10 @@ BLOCK = 4096  # tokens of a history that are listed at a time
 COUNTED = 16384  # scores of a list that are counted, evenly spaced: all of them up to here
 TIERS = 4  # the first 1/8, 1/4, 1/2 of a list, the rest; each is a pass over the scores
 TIERS_UNORDERED = 1  # what is visited whole needs no order
-STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 5-7 %, every 512 9-14 %
+STOP_STEP_TOKENS = 1024  # an early-stop test every 1024 tokens costs 3 to 6 %
 
 FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
-ROW_STEP = 2  # one row (query and head of a group) of so many is scored: the most unlike ones
+ROW_STEP = 2  # one row (query and head of a group) of so many is scored: `basis.scored_rows`
 FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length

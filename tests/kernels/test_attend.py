@@ -119,6 +119,26 @@ def test_full_list_is_dense_attention(
     assert counters[DROPPED] == 0, "nothing is left out"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stop_threshold", [0.0, 1e-30])
+def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
+    """400 natural units above what the units of a list are told from: its value is the answer."""
+    batch = make_batch(device, chunks=((384, 20),), heads=2, kv_heads=1, dtype=dtype, budget=1.0)
+    batch.query.fill_(1.0)
+    key, page, place = 123, batch.kv_cache.shape[2], 2 * stop_step(batch) + 3
+    token = batch.kv_cache[int(batch.block_table[0, key // page]), 0, key % page]
+    token[: batch.query.shape[2]] = 400 / (batch.softmax_scale * batch.query.shape[2])
+    ((work, own),) = lists = full_lists(batch)
+    slots = own.slots[0, 0]
+    slot = int(batch.block_table[0, key // page]) * page + key % page
+    slots[slots == slot] = slots[place].clone()
+    slots[place] = slot
+    assert work.num_items == 1
+    out, _ = run(batch, lists, stop_threshold=stop_threshold)
+    wanted = token[batch.query.shape[2] :].expand_as(out)
+    torch.testing.assert_close(out.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+
+
 # Relative room that a threshold needs on both sides. Gains are made of fp32 sums on every
 # device and differ by some 1e-5; a wider margin than this refuses nearly every batch.
 STOP_MARGIN = 1e-3
