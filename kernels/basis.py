@@ -26,7 +26,7 @@ WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
 RANK = WIDTH - len(SHIFT_FACTORS)
 # The exponentials of a row's log-sum-exp are rough ones, see :func:`rough_exp2`.
-ROUGH = 90.0  # binary orders above the largest own score that they have room for, and a third more
+ROUGH = 90.0  # from 36 binary orders below the largest own score they reach to 217 above it
 ROUGH_UNIT = 2.0**ROUGH / 1.04073  # (1 + f) / 2^f is 1.04073 in the mean of 0 <= f < 1
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
 # Every so many keys one counts for the row shift, and at most so many.

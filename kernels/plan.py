@@ -17,9 +17,8 @@ COLUMNS = 7
 GROUP_ITEMS = 16  # segments of one request that are ranked together and share each key load
 
 # The selection's resolution and the early stop's distance; kernels and reference share them.
-CHUNK = 4096  # history tokens that a program of the ranking or the selection handles
+CHUNK = 4096  # history tokens that the ranking and the selection handle at a time
 BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
-BLOCK = 4096  # tokens of a history that are listed at a time
 COUNTED = 16384  # scores of a list that are counted, evenly spaced: all of them up to here
 TIERS = 4  # the first 1/8, 1/4, 1/2 of a list, the rest; each is a pass over the scores
 TIERS_UNORDERED = 1  # what is visited whole needs no order

@@ -6,8 +6,8 @@ from bisect import bisect_right
 import torch
 
 from .plan import (
-    BLOCK,
     BUCKETS,
+    CHUNK,
     COUNTED,
     DENSE_START,
     ESTIMATE_EVERY,
@@ -36,7 +36,7 @@ def select(
     page: int,
     tiers: int = TIERS,
     counted: int = COUNTED,
-    block: int = BLOCK,
+    chunk: int = CHUNK,
 ) -> Lists:
     """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
@@ -62,7 +62,7 @@ def select(
             [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )
         for head, length in enumerate(lengths.tolist()):
-            positions = select_positions(of_item[head], length, tiers, step, block)
+            positions = select_positions(of_item[head], length, tiers, step, chunk)
             count = len(positions)
             lists.lengths[number, head] = count
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
@@ -130,14 +130,14 @@ def list_lengths(
 
 
 def select_positions(
-    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1, block: int = BLOCK
+    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1, chunk: int = CHUNK
 ) -> torch.Tensor:
     """Return the positions of about the ``length`` best scores, never more, in order of visiting.
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
     they are taken to be spread evenly, which gives the score that so many reach. The order is by
     tier (about the first ``length / 2^i`` tokens), and by address inside a tier, from the middle of
-    the history (in whole blocks) on: what is more than ``length`` is cut off the end, and neither
+    the history (in whole chunks) on: what is more than ``length`` is cut off the end, and neither
     the first tokens of a history nor the last may be lost.
 
     Where only one of ``step`` tokens is counted, some root of the length less is aimed at.
@@ -156,7 +156,7 @@ def select_positions(
             at = int((cumulative < wanted).sum())
             share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
             tier += scores < best - (at + share) * width
-    middle = len(scores) // block // 2 * block
+    middle = len(scores) // chunk // 2 * chunk
     order = (torch.argsort(tier.roll(-middle), stable=True) + middle) % len(scores)
     return order[: min(length, int((tier < tiers).sum()))]
 

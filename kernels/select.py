@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from .plan import (
-    BLOCK,
     BUCKETS,
     CHUNK,
     COLUMNS,
@@ -76,7 +75,7 @@ def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr)
 def _plan_kernel(
     p_scores, p_items, p_bounds, p_lengths, p_thresholds, target_error, heads,
     stride_item, stride_head, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr,
     SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr,
     TIERS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +103,8 @@ def _plan_kernel(
         best_one, worst_one = _bounds_of_list(p_head, tl.cdiv(n, CHUNK), CHUNKS_PAD)
         p_score = p_scores + (first_head + i) * stride_head + step // 2
         counts = tl.zeros([BUCKETS], tl.int32)
-        for first in range(0, counted, BLOCK):
-            o_n = first + tl.arange(0, BLOCK)
+        for first in range(0, counted, CHUNK):
+            o_n = first + tl.arange(0, CHUNK)
             s = tl.load(p_score + o_n * step, o_n < counted, 0.0)
             bucket = _buckets(s, best_one, worst_one, BUCKETS)
             counts += tl.histogram(bucket, BUCKETS, mask=o_n < counted)
@@ -114,8 +113,8 @@ def _plan_kernel(
         best, worst = tl.where(this, best_one, best), tl.where(this, worst_one, worst)
     above = tl.max(tl.where(m_h, best, float("-inf"))) + 1.0
     below = tl.min(tl.where(m_h, worst, float("inf"))) - 1.0
-    width = (tl.maximum(best - worst, 1e-20) / BUCKETS)[:, None]
-    edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width
+    width = tl.maximum(best - worst, 1e-20) / BUCKETS
+    edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width[:, None]
 
     # The lowest level whose lists fit the budget, by bisection: below it they do not.
     least = tl.where(m_h, (count + 1) // 2, 0)
@@ -132,7 +131,7 @@ def _plan_kernel(
 
     cumulative = tl.cumsum(total, 1)
     if target_error > 0:
-        mass = total * tl.exp2(edge + 0.5 * width)
+        mass = total * tl.exp2(edge + 0.5 * width[:, None])
         whole = tl.sum(mass, 1)
         mass *= tl.maximum(MEAN_OF_MAX, 1.0 / tl.maximum(whole, 1e-30))[:, None]
         beyond = tl.sum(mass, 1)[:, None] - tl.cumsum(mass, 1)
@@ -151,7 +150,6 @@ def _plan_kernel(
     # list that is longer than planned is cut off at its end.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
     goal = tl.maximum(lengths - unsure, 1)
-    width = tl.maximum(best - worst, 1e-20) / BUCKETS
     for t in tl.static_range(TIERS):
         part = tl.maximum(goal >> (TIERS - 1 - t), 1)
         score = _threshold(cumulative, total, part, best, width, o_b, BUCKETS)
@@ -162,13 +160,13 @@ def _plan_kernel(
 def _emit_kernel(
     p_scores, p_items, p_lengths, p_thresholds, p_table, p_slots, p_samples,
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
-    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, TIERS: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     NOT_LISTED: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a list's tokens, and how many they became.
 
-    RUN neighbouring tokens lie on one page; BLOCK tokens are handled at a time.
+    RUN neighbouring tokens lie on one page; CHUNK tokens are handled at a time.
     """
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
@@ -183,18 +181,18 @@ def _emit_kernel(
     p_table += row * stride_table
     p_samples += (i_item // EVERY * tl.num_programs(0) + i_head) * SAMPLES
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
-    o_run = tl.arange(0, BLOCK // RUN) * RUN
+    o_run = tl.arange(0, CHUNK // RUN) * RUN
     o_in = tl.arange(0, RUN)
-    blocks = tl.cdiv(n, BLOCK)
+    chunks = tl.cdiv(n, CHUNK)
     # From the middle on: what a list has too much is cut off its end, and neither the first tokens
     # of a history nor the last may be lost.
-    middle = n // BLOCK // 2
+    middle = n // CHUNK // 2
     before = 0
     below = float("inf")
     for t in tl.static_range(TIERS):
         least = tl.load(p_thresholds + i_list * TIERS + t)
-        for i in range(middle, middle + blocks):
-            start = tl.where(i < blocks, i, i - blocks) * BLOCK + o_run
+        for i in range(middle, middle + chunks):
+            start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
             o_n = start[:, None] + o_in[None, :]
             # Rows of scores hold whole chunks: loads without a mask are wide.
             s = tl.load(p_scores + o_n).to(tl.float32)
@@ -291,10 +289,10 @@ def select(
         lengths.zero_()
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
-    shape = {"BLOCK": min(BLOCK, space.chunk), "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
+    shape = {"CHUNK": space.chunk, "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
     _plan_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         space.scores, work.items, space.bounds, lengths, space.thresholds, work.target_error,
-        heads, *strides, space.chunks, CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
+        heads, *strides, space.chunks, BUCKETS=BUCKETS, COUNTED=counted,
         SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, **shape,
     )  # fmt: skip

@@ -67,7 +67,7 @@ def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
         scores = random_scores(work, 2, device, kind)
         got = select_with_kernel(batch, work, scores, tiers=tiers, counted=counted)
         wanted = reference_select.select(
-            scores, batch.block_table, work, page, tiers, counted, block=64
+            scores, batch.block_table, work, page, tiers, counted, chunk=64
         )
         assert_same_lists(work, got, wanted)
 
@@ -148,7 +148,7 @@ def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
 
 def test_what_is_too_much_is_cut_out_of_the_middle():
     """Of equal scores all are wanted: the list ends before the middle of the history."""
-    taken = reference_select.select_positions(torch.zeros(1000), 700, block=10).tolist()
+    taken = reference_select.select_positions(torch.zeros(1000), 700, chunk=10).tolist()
     assert sorted(taken) == [*range(200), *range(500, 1000)]
 
 
