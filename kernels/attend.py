@@ -1,11 +1,12 @@
 """Attend: two passes over a paged cache, the second over a list of slots.
 
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a
-stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
-most to least important and may stop on measured softmax mass. The list is a page table of
+stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots
+from most to least important and may stop on measured softmax mass. The list is a page table of
 one-token pages: keys and values are never copied or moved. What was not visited is then attended
-to as the means of whole regions of the history. Of some segments a sample of the tokens that were
-not visited tells how much softmax mass they hold (both ours).
+to as the means of whole regions of the history, whose values follow the query by a slope. Of some
+segments a sample of the tokens that were not visited tells how much softmax mass they hold (all
+three ours).
 """
 
 import torch
@@ -25,76 +26,11 @@ from .plan import (
     WorkList,
 )
 from .tiles import AttendTile, input_precision
+from .visit import load_rows, online_softmax, slot_offset, soft_cap, visit
 
 LOG2E = 1.4426950408889634
-# A list's scores count in units of what the segment itself and the list's first tile have. Higher
-# ones than this, in base 2, count as this: far from what fp32 holds, with values and sums on top.
-HIGHEST = tl.constexpr(80.0)
-
-
-@triton.jit
-def _online_softmax(s, v, m, mass, acc, scale, PRECISION: tl.constexpr):
-    """Fold a tile of scores [M, N], base-2 once scaled, and values [N, D] into (m, mass, acc)."""
-    # Scaling after the maximum leaves one multiply-add per score. scale is positive. m_new is
-    # finite: the first tile of all holds a token that every row sees.
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    mass = mass * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m_new, mass, acc
-
-
-@triton.jit
-def _softcap(s, cap):
-    """Return cap * tanh(s / cap), s and cap in base-2 units."""
-    x = s / cap
-    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
-    return cap * tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-
-
-@triton.jit
-def _load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Gather [N, D_PAD] rows that start at o_row; masks only where something can be outside."""
-    if MASKED:
-        return tl.load(p + o_row[:, None] + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0)
-    if D == D_PAD:
-        return tl.load(p + o_row[:, None] + o_d[None, :])
-    return tl.load(p + o_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
-
-
-@triton.jit
-def _offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
-    """Return where slots start, in elements."""
-    if PAGE == 0:  # blocks follow one another without a gap
-        return slot.to(tl.int64) * stride_token
-    slot = slot.to(tl.uint32)  # division by shifting
-    return (slot // PAGE).to(tl.int64) * stride_block + (slot % PAGE).to(tl.int64) * stride_token
-
-
-@triton.jit
-def _visit(
-    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
-    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
-):  # fmt: skip
-    """Attend to a whole tile of slots.
-
-    With SETTLED in units of exp2(m) as it is. Nothing is rescaled then, so that a product of
-    probabilities and values can still be under way while the next tile is scored.
-    """
-    o_kv = _offset(slot, stride_block, stride_token, PAGE)
-    k = _load_rows(p_k, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
-    v = _load_rows(p_v, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        s = _softcap(s * scale, softcap)
-        scale = 1.0
-    if SETTLED:
-        p = tl.exp2(tl.minimum(s * scale - m[:, None], HIGHEST))
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        return m, mass + tl.sum(p, 1), acc
-    return _online_softmax(s, v, m, mass, acc, scale, PRECISION)
+LN2 = tl.constexpr(1 / LOG2E)
+BLOCK_K = tl.constexpr(32)  # rows of a slope that are held at a time
 
 
 @triton.jit
@@ -116,7 +52,7 @@ def _visit_rest(
         number = first + o_n
         m_n = number < end
         is_token = number < tail
-        o_slot = _offset(slot, stride_block, stride_token, PAGE)
+        o_slot = slot_offset(slot, stride_block, stride_token, PAGE)
         o_mean = (number - tail).to(tl.int64) * (2 * D)
         if SAME:
             # Without the hint Triton 3.9 loads by elements.
@@ -126,13 +62,13 @@ def _visit_rest(
             v = tl.load(p_row[:, None] + (o_d + D)[None, :], m_kv, 0.0)
         else:
             m_mean = m_n & (number >= tail)
-            k = _load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
-            k += _load_rows(p_means, o_mean, m_mean, o_d, True, D, D_PAD)
-            v = _load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
-            v += _load_rows(p_means + D, o_mean, m_mean, o_d, True, D, D_PAD)
+            k = load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            k += load_rows(p_means, o_mean, m_mean, o_d, True, D, D_PAD)
+            v = load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            v += load_rows(p_means + D, o_mean, m_mean, o_d, True, D, D_PAD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
-            s = _softcap(s, softcap)
+            s = soft_cap(s, softcap)
         s += tl.where(m_n, tl.where(is_token, 0.0, lift), float("-inf"))[None, :]
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
@@ -167,10 +103,10 @@ def _dropped_mass(
         position = number * step + step // 2
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (position % PAGE) * stride_token
-        k = _load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
+        k = load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
-            s = _softcap(s, softcap)
+            s = soft_cap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
     # Means may leave no mass of tokens in fp32.
     return 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
@@ -178,7 +114,8 @@ def _dropped_mass(
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_table, p_order, p_counters,
+    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_table,
+    p_order, p_counters,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -218,7 +155,7 @@ def _attend_kernel(
     # Within a segment 32 bits do: these take registers until the output is stored.
     p_q += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
     o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
-    q = _load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
+    q = load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -234,7 +171,7 @@ def _attend_kernel(
     p_table += row * stride_table
     for start in range(dense_start, masked, BLOCK_N):
         page = tl.load(p_table + (start + o_n) // PAGE)
-        m, mass, acc = _visit(
+        m, mass, acc = visit(
             q, p_k, p_v, page * PAGE + (start + o_n) % PAGE, m, mass, acc, o_d, scale, softcap,
             stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
@@ -243,15 +180,15 @@ def _attend_kernel(
         m_n = position < end
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_kv = page * stride_block + (position % PAGE) * stride_token
-        k = _load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
-        v = _load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
+        k = load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
+        v = load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scale_own = scale
         if SOFTCAP:
-            s = _softcap(s * scale, softcap)
+            s = soft_cap(s * scale, softcap)
             scale_own = 1.0
         s = tl.where(position[None, :] <= history + o_query[:, None], s, float("-inf"))
-        m, mass, acc = _online_softmax(s, v, m, mass, acc, scale_own, PRECISION)
+        m, mass, acc = online_softmax(s, v, m, mass, acc, scale_own, PRECISION)
 
     # Pass 2: the listed slots, each visible to every query of the segment.
     p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
@@ -267,7 +204,7 @@ def _attend_kernel(
     m_before, mass_before = m, mass
     if SETTLED and full > 0:
         ahead = tl.load(p_list + tl.minimum(1, full - 1) * BLOCK_N + o_n)
-        m, mass, acc = _visit(
+        m, mass, acc = visit(
             q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
             stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
@@ -279,7 +216,7 @@ def _attend_kernel(
             stop = tl.minimum(stop + STOP_STEP, full)
             for tile in range(seen, stop):
                 ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
-                m, mass, acc = _visit(
+                m, mass, acc = visit(
                     q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
                     stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
                 )  # fmt: skip
@@ -292,7 +229,7 @@ def _attend_kernel(
     else:
         for tile in range(seen, full):
             ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
-            m, mass, acc = _visit(
+            m, mass, acc = visit(
                 q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
                 stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
             )  # fmt: skip
@@ -312,6 +249,16 @@ def _attend_kernel(
     )  # fmt: skip
 
     acc = acc / mass[:, None]
+    if regions > 0:
+        p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * D * D
+        # A row's slope counts by its mass of regions; scale is in base 2.
+        lean = (1.0 - tokens / mass) * (scale * LN2)
+        # Queries are read again, for registers' sake. One stage, as to other caches above.
+        for first_k in tl.range(0, D_PAD, BLOCK_K, num_stages=1):
+            o_k = first_k + tl.arange(0, BLOCK_K)
+            part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD).to(tl.float32) * lean[:, None]
+            slope = load_rows(p_slopes, o_k * D, o_k < D, o_d, True, D, D_PAD)
+            acc = tl.dot(part.to(q.dtype), slope, acc, input_precision=PRECISION)
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
     p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
@@ -370,7 +317,7 @@ def attend(
         work: the segments.
         lists: what the segments visit of their histories.
         regions: means of the request's whole regions, in units of the cache and ``query``'s
-            dtype, at least of those in any history here; what
+            dtype, at least of those in any history here, and the slopes of its fits; what
             a segment does not visit of its history counts as them, ``REGION_WEIGHT`` times.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
@@ -387,7 +334,8 @@ def attend(
             fill the tiles; None keeps theirs.
         tile: tile shape, see :mod:`tiles`.
 
-    Source: S2O, two passes and early stop; packing the GQA group into a tile is ours.
+    Source: S2O, two passes and early stop; packing the GQA group into a tile and what stands
+    for the tokens that are not visited are ours.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
@@ -397,7 +345,7 @@ def attend(
     segment_tiles = -(-work.max_queries // queries_per_tile)
     _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
         query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
-        block_table,
+        regions.slopes, block_table,
         order if order is not None else work.items, counters,
         scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),

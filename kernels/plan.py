@@ -50,8 +50,18 @@ ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has 
 # counts so much more than its tokens: a mean key has less than the mean probability of its tokens
 # (`benchmarks/quality/LOG.md`).
 REGION_TOKENS = 1024
-REGION_SAMPLES = 64
-REGION_WEIGHT = 3.0
+REGION_SAMPLES = 256  # at most, and of all regions together at most as many as the next
+REGIONS_SAMPLES = 16384
+REGION_PIECE = 64  # samples at a time
+REGION_WEIGHT = 4.0
+# The covariance of keys and values, by which a mean value follows the query, is summed over at
+# most so many parts of a history, each told by so many tokens, so many at a time about their own
+# mean. It counts a little less than it is: it is told by a sample, and lists hold the tokens that
+# have most of it.
+SLOPE_PARTS = 16
+SLOPE_SAMPLES = 256
+SLOPE_GROUP = 64
+SLOPE_WEIGHT = 0.9
 NOT_LISTED = 2**30  # place of a token that a list leaves out
 
 # What an attend launch adds to its counters, in this order.
@@ -103,11 +113,32 @@ class Regions(NamedTuple):
     Attributes:
         means: ``[kv_heads, regions, 2 * head_dim]``, in units of the cache and the queries'
             dtype: a mean value follows its mean key.
+        slopes: ``[FITS, kv_heads, head_dim, head_dim]``, likewise: for every row of
+            ``WorkList.fits`` the covariance of keys (rows) and values in the history before it.
         tokens: of a region.
+        sums: scratch of the kernels, float32 ``[SLOPE_PARTS, kv_heads, pad, pad]``.
     """
 
     means: torch.Tensor
+    slopes: torch.Tensor
     tokens: int
+    sums: torch.Tensor | None = None
+
+
+def region_samples(history: int, region: int = REGION_TOKENS) -> int:
+    """Return how many evenly spaced tokens tell the mean of a region of a history."""
+    piece = min(REGION_PIECE, region)
+    most = min(REGION_SAMPLES, region, REGIONS_SAMPLES // max(1, history // region))
+    return piece * max(1, most // piece)
+
+
+def slope_parts(history: int, region: int = REGION_TOKENS) -> tuple[int, int]:
+    """Return of how many tokens a slope's parts are, whole regions, and how many parts there are.
+
+    At most ``SLOPE_PARTS``; the tokens behind the last whole part count in none.
+    """
+    span = region * max(1, -(-(history // region) // SLOPE_PARTS))
+    return span, history // span
 
 
 class Limits(NamedTuple):

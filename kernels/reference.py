@@ -18,15 +18,19 @@ from .plan import (
     HISTORY,
     NUM_QUERIES,
     QUERY_START,
-    REGION_SAMPLES,
     REGION_TOKENS,
     REGION_WEIGHT,
     ROW,
     SAMPLED,
+    SLOPE_GROUP,
+    SLOPE_SAMPLES,
+    SLOPE_WEIGHT,
     STOP_STEP_TOKENS,
     Lists,
     Regions,
     WorkList,
+    region_samples,
+    slope_parts,
 )
 from .reference_select import physical_slots, sample_positions
 
@@ -168,17 +172,56 @@ def average(
         -1,
     )
     means = tokens.unflatten(1, positions.shape).mean(2)
-    return Regions(means.to(dtype), region)
+    sampled = slope_positions(work.max_fit_tokens, kv_cache.device, region)
+    keys, values = load_tokens(
+        kv_cache, physical_slots(sampled.flatten(), block_table[work.row], page), head_dim
+    )
+    starts = [tokens - queries for _, queries, tokens in work.fits.tolist()]
+    span, _ = slope_parts(work.max_fit_tokens, region)
+    slopes = [
+        slope(keys.unflatten(1, sampled.shape), values.unflatten(1, sampled.shape), start // span)
+        for start in starts
+    ]
+    return Regions(means.to(dtype), torch.stack(slopes).to(dtype), region)
 
 
 def region_positions(
     history: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
     """Return which tokens tell the mean of every whole region: ``[regions, samples]``."""
-    samples = min(REGION_SAMPLES, region)
-    step = region // samples
+    samples = region_samples(history, region)
     starts = torch.arange(history // region, device=device)[:, None] * region
-    return starts + torch.arange(samples, device=device) * step + step // 2
+    return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
+
+
+def slope_positions(
+    history: int, device: torch.device, region: int = REGION_TOKENS
+) -> torch.Tensor:
+    """Return which tokens tell a slope: ``[parts, groups, samples of a group]``."""
+    span, parts = slope_parts(history, region)
+    samples = min(SLOPE_SAMPLES, region)
+    step = span // samples
+    starts = torch.arange(parts, device=device)[:, None] * span
+    positions = starts + torch.arange(samples, device=device) * step + step // 2
+    return positions.unflatten(1, (-1, min(SLOPE_GROUP, samples)))
+
+
+def slope(keys: torch.Tensor, values: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return the slope that the first ``parts`` of :func:`slope_positions` give.
+
+    Args:
+        keys: ``[kv_heads, parts, groups, samples, head_dim]``, at those positions.
+        values: likewise.
+        parts: how many count; none give zeros.
+
+    Returns:
+        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and values inside
+        groups, times ``SLOPE_WEIGHT``.
+    """
+    keys, values = (x[:, : max(parts, 0)] - x[:, : max(parts, 0)].mean(3, keepdim=True)
+                    for x in (keys, values))  # fmt: skip
+    total = torch.einsum("hpgsd,hpgse->hde", keys, values)
+    return total * (SLOPE_WEIGHT / max(1, keys.shape[1:4].numel()))
 
 
 def attend(
@@ -247,8 +290,12 @@ def attend(
         s_mean = scores(queries, k_mean) + missing.log()[:, None, :, None]
 
         p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
-        values = torch.cat([v_own, v_list, v_mean], 1) * v_scale
+        values = torch.cat([v_own, v_list, v_mean], 1)
         result = torch.einsum("hgqn,hnd->hgqd", p, values)
+        if means.shape[1]:
+            lean = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
+            result += torch.einsum("hgqd,hde->hgqe", lean, regions.slopes[item[FIT]].float())
+        result *= v_scale
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[item[QUERY_START] : start + count] = result.to(out.dtype)
 

@@ -3,36 +3,118 @@
 Softmax attention to few tokens leaves the mass of all others out. A mean key and a mean value tell
 of a whole region what that mass is about; the attend kernel adds them as tokens of the weight
 that is missing (FlashPrefill's mean term, of fixed regions instead of blocks: ours).
+
+A softmax does not weigh a region's values alike: those whose keys are like the query count for
+more. To first order in the query its mean value moves by Cov(value, key)·query, as it does
+exactly where keys and values are jointly normal. One covariance serves all regions of a history:
+its slope (ours).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .plan import REGION_SAMPLES, REGION_TOKENS, Regions, WorkList
+from .plan import (
+    FITS,
+    REGION_PIECE,
+    REGION_TOKENS,
+    SLOPE_GROUP,
+    SLOPE_PARTS,
+    SLOPE_SAMPLES,
+    SLOPE_WEIGHT,
+    Regions,
+    WorkList,
+    region_samples,
+    slope_parts,
+)
+from .tiles import input_precision
+
+STRIP_ENTRIES = 16384  # of a covariance that a program sums
+ROWS = 8  # of a slope that a program averages
+KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit(do_not_specialize=["row", "history"])
+@triton.jit(do_not_specialize=["row", "history", "samples"])
 def _region_kernel(
-    p_kv, p_table, p_means, row, history,
+    p_kv, p_table, p_means, row, history, samples,
     stride_block, stride_head, stride_token, stride_table, stride_means,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr,
-    REGION: tl.constexpr, SAMPLES: tl.constexpr,
+    REGION: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Mean of a region's keys and values, which are neighbours, of one KV head."""
     i_region, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (i_region + 1) * REGION > history:
         return
-    STEP: tl.constexpr = REGION // SAMPLES
-    position = i_region * REGION + tl.arange(0, SAMPLES) * STEP + STEP // 2
-    page = tl.load(p_table + row.to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
-    o_kv = page * stride_block + (position % PAGE) * stride_token + i_head * stride_head
+    p_table += row.to(tl.int64) * stride_table
     o_w = tl.arange(0, WIDTH_PAD)
     m_w = o_w < WIDTH
-    tokens = tl.load(p_kv + o_kv[:, None] + o_w[None, :], m_w[None, :], 0.0).to(tl.float32)
-    mean = tl.sum(tokens, 0) / SAMPLES
+    total = tl.zeros([WIDTH_PAD], tl.float32)
+    for first in range(0, samples, PIECE):
+        number = first + tl.arange(0, PIECE)
+        position = i_region * REGION + (2 * number + 1) * REGION // (2 * samples)
+        page = tl.load(p_table + position // PAGE).to(tl.int64)
+        o_kv = page * stride_block + (position % PAGE) * stride_token + i_head * stride_head
+        tokens = tl.load(p_kv + o_kv[:, None] + o_w[None, :], m_w[None, :], 0.0)
+        total += tl.sum(tokens.to(tl.float32), 0)
+    mean = total / samples
     p_means += i_head * stride_means + i_region * WIDTH
     tl.store(p_means + o_w, mean.to(p_means.dtype.element_ty), m_w)
+
+
+@triton.jit(do_not_specialize=["row", "span"])
+def _covariance_kernel(
+    p_kv, p_table, p_sums, row, span,
+    stride_block, stride_head, stride_token, stride_table,
+    D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr, PAGE: tl.constexpr,
+    SAMPLES: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of keys and a strip of values about their means, summed over a part's samples."""
+    i_part, i_head, i_strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    p_table += row.to(tl.int64) * stride_table
+    p_kv += i_head.to(tl.int64) * stride_head
+    o_d = tl.arange(0, D_PAD)
+    o_v = i_strip * STRIP + tl.arange(0, STRIP)
+    step = span // SAMPLES
+    total = tl.zeros([D_PAD, STRIP], tl.float32)
+    for group in range(0, SAMPLES, GROUP):
+        number = group + tl.arange(0, GROUP)
+        position = i_part * span + number * step + step // 2
+        page = tl.load(p_table + position // PAGE).to(tl.int64)
+        p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
+        k = tl.load(p_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0).to(tl.float32)
+        v = tl.load(p_row[:, None] + D + o_v[None, :], (o_v < D)[None, :], 0.0).to(tl.float32)
+        k -= (tl.sum(k, 0) / GROUP)[None, :]
+        v -= (tl.sum(v, 0) / GROUP)[None, :]
+        total = tl.dot(tl.trans(k.to(KIND)), v.to(KIND), total, input_precision=PRECISION)
+    p_sums += (i_part * tl.num_programs(1) + i_head).to(tl.int64) * D_PAD * D_PAD
+    tl.store(p_sums + o_d[:, None] * D_PAD + o_v[None, :], total)
+
+
+@triton.jit(do_not_specialize=["span", "fits"])
+def _slope_kernel(
+    p_sums, p_fits, p_slopes, span, fits, weight,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Some rows of the slopes of all fits: of each the parts that end before its first query."""
+    i_strip, i_head = tl.program_id(0), tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    o_row = i_strip * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, D_PAD)
+    p_sums += i_head.to(tl.int64) * D_PAD * D_PAD + o_row[:, None] * D_PAD + o_d[None, :]
+    p_slopes += i_head.to(tl.int64) * D * D + o_row[:, None] * D + o_d[None, :]
+    inside = (o_row < D)[:, None] & (o_d < D)[None, :]
+    total = tl.zeros([ROWS, D_PAD], tl.float32)
+    done = 0
+    for fit in range(fits):
+        start = tl.load(p_fits + 3 * fit + 2) - tl.load(p_fits + 3 * fit + 1)
+        end = tl.maximum(start // span, done)  # fits that rank nothing come first
+        for part in range(done, end):
+            total += tl.load(p_sums + part * kv_heads * D_PAD * D_PAD)
+        done = end
+        slope = total * (weight / tl.maximum(done, 1))
+        out = p_slopes + fit * kv_heads * D * D
+        tl.store(out, slope.to(p_slopes.dtype.element_ty), inside)
 
 
 def workspace(
@@ -44,16 +126,23 @@ def workspace(
     region: int = REGION_TOKENS,
 ) -> Regions:
     """Return room for the regions of a history; nothing in it is set."""
-    shape = (kv_heads, max(1, max_history // region), 2 * head_dim)
-    return Regions(torch.empty(shape, dtype=dtype, device=device), region)
+    pad = triton.next_power_of_2(head_dim)
+    means = (kv_heads, max(1, max_history // region), 2 * head_dim)
+    return Regions(
+        torch.empty(means, dtype=dtype, device=device),
+        torch.empty((FITS, kv_heads, head_dim, head_dim), dtype=dtype, device=device),
+        region,
+        torch.empty((SLOPE_PARTS, kv_heads, pad, pad), device=device),
+    )
 
 
 def average(
     kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, regions: Regions
 ) -> None:
-    """Average the regions that a work list's chunk sees, from samples of them.
+    """Average the regions that a work list's chunk sees, and find its slopes, from samples.
 
-    Means are in units of the cache: an fp8 cache's scales apply to them as to its tokens.
+    Both are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope
+    holds no token behind its fit's first query, so that nothing is told of what comes later.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
@@ -63,9 +152,26 @@ def average(
     """
     count = max(1, work.max_fit_tokens // regions.tokens)  # a warm-up compiles it without a region
     kv_heads, page, width = kv_cache.shape[1:]
+    strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
     _region_kernel[(count, kv_heads)](
         kv_cache, block_table, regions.means, work.row, work.max_fit_tokens,
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        regions.means.stride(0), WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page,
-        REGION=regions.tokens, SAMPLES=min(REGION_SAMPLES, regions.tokens),
+        region_samples(work.max_fit_tokens, regions.tokens), *strides, regions.means.stride(0),
+        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page, REGION=regions.tokens,
+        PIECE=min(REGION_PIECE, regions.tokens),
+    )  # fmt: skip
+    head_dim = width // 2
+    pad = triton.next_power_of_2(head_dim)
+    strip = min(pad, STRIP_ENTRIES // pad)
+    samples = min(SLOPE_SAMPLES, regions.tokens)
+    span, parts = slope_parts(work.max_fit_tokens, regions.tokens)
+    dtype = regions.slopes.dtype
+    _covariance_kernel[(max(1, parts), kv_heads, pad // strip)](
+        kv_cache, block_table, regions.sums, work.row, span, *strides,
+        D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
+        GROUP=min(SLOPE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
+        num_warps=8,
+    )  # fmt: skip
+    _slope_kernel[(pad // ROWS, kv_heads)](
+        regions.sums, work.fits, regions.slopes, span, work.fits.shape[0], SLOPE_WEIGHT / samples,
+        D=head_dim, D_PAD=pad, ROWS=ROWS,
     )  # fmt: skip

@@ -52,7 +52,12 @@ def measure(segment: Segment, selection: Selection) -> Errors:
         lse[rows] = part.lse
         if selection.pseudo is not None:
             mean = selection.pseudo[u]
-            part = merge(part, attend(q[rows], mean.k, mean.v, segment.scale, mean.count.log()))
+            stand_in = attend(q[rows], mean.k, mean.v, segment.scale, mean.count.log())
+            if mean.slope is not None and len(mean.count):
+                stand_in = stand_in._replace(
+                    out=stand_in.out + q[rows] @ mean.slope * segment.scale
+                )
+            part = merge(part, stand_in)
             visited += len(mean.count) * len(rows)
         out[rows] = part.out
         visited += len(tokens) * len(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s2o_vllm.kernels.plan import HEADS_SHARED, REGION_TOKENS, REGION_WEIGHT
-from s2o_vllm.kernels.reference import region_positions
+from s2o_vllm.kernels.reference import region_positions, slope, slope_positions
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
@@ -29,11 +29,13 @@ class Pseudo:
         k: mean keys [P, D].
         v: mean values [P, D].
         count: tokens that each stands for [P].
+        slope: how their values follow a query's scaled product with it [D, D], or None.
     """
 
     k: Tensor
     v: Tensor
     count: Tensor
+    slope: Tensor | None = None
 
 
 @dataclass
@@ -222,4 +224,10 @@ class Selector:
         positions = region_positions(self.segment.history, self.segment.k.device)
         weight = torch.full((len(positions),), REGION_WEIGHT * REGION_TOKENS * skipped)
         k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
-        return Pseudo(k, v, weight)
+        return Pseudo(k, v, weight, self.segment.memo(("slope", kv), lambda: self._slope(kv)))
+
+    def _slope(self, kv: int) -> Tensor:
+        """Return the slope of a KV head's history."""
+        positions = slope_positions(self.segment.history, self.segment.k.device)
+        keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
+        return slope(keys, values, len(positions))[0]

@@ -74,7 +74,7 @@ def test_compiles_and_fits(compiled, target):
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_rows_kernel", "_shift_kernel", "_plan_kernel",
-        "_emit_kernel", "_region_kernel", "_attend_kernel",
+        "_emit_kernel", "_region_kernel", "_covariance_kernel", "_slope_kernel", "_attend_kernel",
     }  # fmt: skip
     for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one

@@ -8,11 +8,14 @@ from s2o_vllm.kernels import attend, reference, regions
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     NUM_COUNTERS,
-    REGION_SAMPLES,
     REGION_TOKENS,
     REGION_WEIGHT,
+    SLOPE_GROUP,
+    SLOPE_WEIGHT,
     Lists,
     Regions,
+    region_samples,
+    slope_parts,
 )
 from s2o_vllm.kernels.tiles import attend_tile
 
@@ -26,7 +29,8 @@ def averaged(batch, work, region):
     space = regions.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
     )
-    space.means.fill_(float("nan"))
+    for part in (space.means, space.slopes, space.sums):
+        part.fill_(float("nan"))
     regions.average(batch.kv_cache, batch.block_table, work, space)
     return space
 
@@ -45,12 +49,52 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     keys, values = tokens_of(batch, batch.rows[0])
     tokens = torch.cat([keys / batch.k_scale, values / batch.v_scale], -1)
     tokens = tokens[:, : count * region].double()  # in units of the cache
-    step = max(1, region // REGION_SAMPLES)
-    wanted = tokens.unflatten(1, (count, region))[:, :, step // 2 :: step].mean(2)
+    samples = region_samples(work.max_fit_tokens, region)
+    places = (torch.arange(samples, device=device) + 0.5) * region / samples
+    wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
     assert relative_error(means[:, :count], wanted) < rounding
     own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).means
     assert relative_error(means[:, :count], own) < rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48)])
+@pytest.mark.parametrize("fp8", CACHES)
+def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_dim, page, fp8):
+    """Two fits of a chunk, the second with one part more; every token is a sample."""
+    region, fits = 128, (2016, 2048)
+    batch = make_batch(
+        device, chunks=((fits[0], 64),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
+    )
+    (work,) = batch.work(segment=32)
+    assert work.fits.shape[0] == 2
+    assert slope_parts(work.max_fit_tokens, region) == (region, 16)
+    slopes = averaged(batch, work, region).slopes
+    assert torch.isnan(slopes[2:]).all(), "no more than there are fits"
+    keys, values = tokens_of(batch, batch.rows[0])
+    keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
+    for fit, start in enumerate(fits):
+        count = start // region * region
+        groups = [x[:, :count].unflatten(1, (-1, SLOPE_GROUP)) for x in (keys, values)]
+        k, v = (x - x.mean(2, keepdim=True) for x in groups)
+        wanted = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / count
+        assert relative_error(slopes[fit], wanted) < 40 * torch.finfo(dtype).eps
+    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).slopes
+    assert relative_error(slopes[:2], own) < 40 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("history", "expected"), [(100, (32, 3)), (16 * 32 + 31, (32, 16)),
+                                                   (17 * 32, (64, 8))])  # fmt: skip
+def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, expected):
+    assert slope_parts(history, 32) == expected
+
+
+@pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
+                                                  (256, 64), (2000, 64)])  # fmt: skip
+def test_means_of_long_histories_are_told_by_fewer_tokens(regions, samples):
+    assert region_samples(regions * REGION_TOKENS + 5) == samples
+    assert region_samples(regions * 32, 32) == 32, "all, where a region has no more"
 
 
 def attended(batch, work, own):
@@ -87,8 +131,28 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
     scores[..., 3 * region :].masked_fill_(future, float("-inf"))
     wanted = (scores.softmax(-1) @ values).transpose(0, 1)
     assert relative_error(out, wanted) < TOLERANCE
-    none = Regions(torch.empty(2, 1, 2 * head_dim, device=device, dtype=DTYPE), 2**20)
+    empty = (torch.empty(2, 1, n, device=device, dtype=DTYPE) for n in (2 * head_dim, head_dim))
+    none = Regions(*empty, 2**20)
     assert relative_error(attended(batch, work, none), wanted) > 0.1
+
+
+def test_a_mean_value_follows_the_query(device):
+    """Values that are linear in their keys: the slope has most of what a mean alone lacks."""
+    region, own_tokens, heads = 256, 1, 4
+    batch = make_batch(device, chunks=((4 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2)
+    head_dim = batch.query.shape[2]
+    keys = batch.kv_cache[..., :head_dim]
+    batch.kv_cache[..., head_dim:] = keys.flip(-1)  # of covariance one, a permutation
+    (work,) = batch.work(segment=64)
+    own = averaged(batch, work, region)
+    k, v = (x.double().repeat_interleave(heads // 2, 0) for x in tokens_of(batch, batch.rows[0]))
+    queries = batch.query.double().transpose(0, 1)
+    wanted = ((queries @ k.mT * batch.scale).softmax(-1) @ v).transpose(0, 1)
+    errors = [
+        float(relative_error(attended(batch, work, regions), wanted))
+        for regions in (own, own._replace(slopes=torch.zeros_like(own.slopes)))
+    ]
+    assert errors[0] < 0.6 * errors[1], errors
 
 
 def test_no_segment_sees_a_mean_of_later_tokens(device):

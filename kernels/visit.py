@@ -1,0 +1,73 @@
+"""Steps of the attend kernel: gather a tile of tokens, score it, fold it into the softmax."""
+
+import triton
+import triton.language as tl
+
+# A list's scores count in units of what the segment itself and the list's first tile have. Higher
+# ones than this, in base 2, count as this: far from what fp32 holds, with values and sums on top.
+HIGHEST = tl.constexpr(80.0)
+
+
+@triton.jit
+def online_softmax(s, v, m, mass, acc, scale, PRECISION: tl.constexpr):
+    """Fold a tile of scores [M, N], base-2 once scaled, and values [N, D] into (m, mass, acc)."""
+    # Scaling after the maximum leaves one multiply-add per score. scale is positive. m_new is
+    # finite: the first tile of all holds a token that every row sees.
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    mass = mass * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, mass, acc
+
+
+@triton.jit
+def soft_cap(s, cap):
+    """Return cap * tanh(s / cap), s and cap in base-2 units."""
+    x = s / cap
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
+    return cap * tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+
+
+@triton.jit
+def load_rows(p, o_row, m_row, o_d, MASKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Gather [N, D_PAD] rows that start at o_row; masks only where something can be outside."""
+    if MASKED:
+        return tl.load(p + o_row[:, None] + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0)
+    if D == D_PAD:
+        return tl.load(p + o_row[:, None] + o_d[None, :])
+    return tl.load(p + o_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0)
+
+
+@triton.jit
+def slot_offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
+    """Return where slots start, in elements."""
+    if PAGE == 0:  # blocks follow one another without a gap
+        return slot.to(tl.int64) * stride_token
+    slot = slot.to(tl.uint32)  # division by shifting
+    return (slot // PAGE).to(tl.int64) * stride_block + (slot % PAGE).to(tl.int64) * stride_token
+
+
+@triton.jit
+def visit(
+    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
+    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
+):  # fmt: skip
+    """Attend to a whole tile of slots.
+
+    With SETTLED in units of exp2(m) as it is. Nothing is rescaled then, so that a product of
+    probabilities and values can still be under way while the next tile is scored.
+    """
+    o_kv = slot_offset(slot, stride_block, stride_token, PAGE)
+    k = load_rows(p_k, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
+    v = load_rows(p_v, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        s = soft_cap(s * scale, softcap)
+        scale = 1.0
+    if SETTLED:
+        p = tl.exp2(tl.minimum(s * scale - m[:, None], HIGHEST))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        return m, mass + tl.sum(p, 1), acc
+    return online_softmax(s, v, m, mass, acc, scale, PRECISION)
