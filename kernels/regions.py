@@ -61,9 +61,9 @@ def _region_kernel(
     tl.store(p_means + o_w, mean.to(p_means.dtype.element_ty), m_w)
 
 
-@triton.jit(do_not_specialize=["row", "span"])
+@triton.jit(do_not_specialize=["row", "history", "span"])
 def _covariance_kernel(
-    p_kv, p_table, p_sums, row, span,
+    p_kv, p_table, p_sums, row, history, span,
     stride_block, stride_head, stride_token, stride_table,
     D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr, PAGE: tl.constexpr,
     SAMPLES: tl.constexpr, GROUP: tl.constexpr,
@@ -71,6 +71,8 @@ def _covariance_kernel(
 ):  # fmt: skip
     """Products of keys and a strip of values about their means, summed over a part's samples."""
     i_part, i_head, i_strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if (i_part + 1) * span > history:
+        return
     p_table += row.to(tl.int64) * stride_table
     p_kv += i_head.to(tl.int64) * stride_head
     o_d = tl.arange(0, D_PAD)
@@ -166,7 +168,7 @@ def average(
     span, parts = slope_parts(work.max_fit_tokens, regions.tokens)
     dtype = regions.slopes.dtype
     _covariance_kernel[(max(1, parts), kv_heads, pad // strip)](
-        kv_cache, block_table, regions.sums, work.row, span, *strides,
+        kv_cache, block_table, regions.sums, work.row, work.max_fit_tokens, span, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
         GROUP=min(SLOPE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
         num_warps=8,
