@@ -50,9 +50,9 @@ ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has 
 # counts so much more than its tokens: a mean key has less than the mean probability of its tokens
 # (`benchmarks/quality/LOG.md`).
 REGION_TOKENS = 1024
-REGION_SAMPLES = 256  # at most, and of all regions together at most as many as the next
-REGIONS_SAMPLES = 16384
-REGION_PIECE = 64  # samples at a time
+REGION_SAMPLES = 256  # at most
+REGIONS_SAMPLES = 16384  # of all regions together, where these are more than a piece of each
+REGION_PIECE = 128  # samples at a time
 REGION_WEIGHT = 4.0
 # The covariance of keys and values, by which a mean value follows the query, is summed over at
 # most so many parts of a history, each told by so many tokens, so many at a time about their own

@@ -30,7 +30,7 @@ from .plan import (
 from .tiles import input_precision
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
-ROWS = 8  # of a slope that a program averages
+ROWS = 4  # of a slope that a program averages
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -96,27 +96,25 @@ def _covariance_kernel(
 @triton.jit(do_not_specialize=["span", "fits"])
 def _slope_kernel(
     p_sums, p_fits, p_slopes, span, fits, weight,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the slopes of all fits: of each the parts that end before its first query."""
     i_strip, i_head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    o_row = i_strip * ROWS + tl.arange(0, ROWS)
-    o_d = tl.arange(0, D_PAD)
-    p_sums += i_head.to(tl.int64) * D_PAD * D_PAD + o_row[:, None] * D_PAD + o_d[None, :]
-    p_slopes += i_head.to(tl.int64) * D * D + o_row[:, None] * D + o_d[None, :]
-    inside = (o_row < D)[:, None] & (o_d < D)[None, :]
-    total = tl.zeros([ROWS, D_PAD], tl.float32)
-    done = 0
+    o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
+    o_part = tl.arange(0, PARTS)
+    o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
+    # Parts are read at once: one after the other, each read would wait for the one before.
+    start = tl.load(p_fits + 3 * (fits - 1) + 2) - tl.load(p_fits + 3 * (fits - 1) + 1)
+    o_sum = (o_part * kv_heads + i_head)[:, None] * (D_PAD * D_PAD) + o_entry[None, :]
+    sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
     for fit in range(fits):
         start = tl.load(p_fits + 3 * fit + 2) - tl.load(p_fits + 3 * fit + 1)
-        end = tl.maximum(start // span, done)  # fits that rank nothing come first
-        for part in range(done, end):
-            total += tl.load(p_sums + part * kv_heads * D_PAD * D_PAD)
-        done = end
-        slope = total * (weight / tl.maximum(done, 1))
-        out = p_slopes + fit * kv_heads * D * D
-        tl.store(out, slope.to(p_slopes.dtype.element_ty), inside)
+        count = tl.maximum(start // span, 0)  # a fit that ranks nothing has no start
+        total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
+        slope = total * (weight / tl.maximum(count, 1))
+        out = p_slopes + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
+        tl.store(out, slope.to(p_slopes.dtype.element_ty), (o_row < D) & (o_d < D))
 
 
 def workspace(
@@ -159,7 +157,7 @@ def average(
         kv_cache, block_table, regions.means, work.row, work.max_fit_tokens,
         region_samples(work.max_fit_tokens, regions.tokens), *strides, regions.means.stride(0),
         WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page, REGION=regions.tokens,
-        PIECE=min(REGION_PIECE, regions.tokens),
+        PIECE=min(REGION_PIECE, regions.tokens), num_warps=8,
     )  # fmt: skip
     head_dim = width // 2
     pad = triton.next_power_of_2(head_dim)
@@ -175,5 +173,5 @@ def average(
     )  # fmt: skip
     _slope_kernel[(pad // ROWS, kv_heads)](
         regions.sums, work.fits, regions.slopes, span, work.fits.shape[0], SLOPE_WEIGHT / samples,
-        D=head_dim, D_PAD=pad, ROWS=ROWS,
+        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=SLOPE_PARTS,
     )  # fmt: skip

@@ -84,6 +84,18 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
     assert relative_error(slopes[:2], own) < 40 * torch.finfo(dtype).eps
 
 
+def test_a_history_shorter_than_a_part_has_no_slope(device):
+    """And nothing is read behind it: the sums keep what they held."""
+    batch = make_batch(device, chunks=((90, 10),))
+    (work,) = batch.work()
+    own = averaged(batch, work, 128)
+    assert torch.isnan(own.sums).all()
+    assert (own.slopes[0] == 0).all()
+    assert (
+        reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128).slopes == 0
+    ).all()
+
+
 @pytest.mark.parametrize(("history", "expected"), [(100, (32, 3)), (16 * 32 + 31, (32, 16)),
                                                    (17 * 32, (64, 8))])  # fmt: skip
 def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, expected):
@@ -91,7 +103,7 @@ def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, expected):
 
 
 @pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
-                                                  (256, 64), (2000, 64)])  # fmt: skip
+                                                  (256, 128), (2000, 128)])  # fmt: skip
 def test_means_of_long_histories_are_told_by_fewer_tokens(regions, samples):
     assert region_samples(regions * REGION_TOKENS + 5) == samples
     assert region_samples(regions * 32, 32) == 32, "all, where a region has no more"
