@@ -1,6 +1,7 @@
 """``s2o eval report``: benchmarks/QUALITY.md and its pictures, from the result files alone.
 
-Reads quality.json, attention.json, ruler.json and perplexity.json in a folder; what is not there
+Reads quality.json, quality_layers.json (the same of every layer of a model), attention.json,
+ruler.json and perplexity.json in a folder; what is not there
 is "not measured". Every number of the report stands in one of these files.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from .samples import EvalError, Row
 from .tables import Result, number, perplexity_table, read_result, ruler_tables, table
 
-NAMES = ("quality", "attention", "ruler", "perplexity")
+NAMES = ("quality", "quality_layers", "attention", "ruler", "perplexity")
 # What attention.json's rankings compute, as a method of quality.json.
 RANKINGS = {
     "low_rank": "served",
@@ -23,6 +24,7 @@ RANKINGS = {
 NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
 COMMANDS = {
     "quality": "s2o eval attention --model DIR --text FILE",
+    "quality_layers": "s2o eval attention --layers 0,1,2,... --out quality_layers.json",
     "attention": "s2o bench attention",
     "ruler": "s2o eval ruler --url URL --tasks DIR",
     "perplexity": "s2o eval perplexity --url URL --text FILE",
@@ -31,6 +33,8 @@ ATTENTION = """\
 Relative MSE of the attention output against dense attention, fp32, mean over layers and segment
 positions; the segment's own tokens are always dense. A column is the share of the history that is
 visited. `served` goes through the kernels' own functions; oracles rank by the true attention."""
+LAYERS = """\
+The same over all layers of the model: their mean, and each of them."""
 RULER = """\
 RULER's scores: the share of the wanted strings that the answer holds, in percent, greedy decoding,
 with 95 % intervals (Wilson's); "less dense" is the paired difference on the same prompts and the
@@ -91,6 +95,35 @@ def attention_tables(order: Sequence[str], rows: Sequence[Row]) -> str:
         head = ["method", *(f"{100 * one:g} %" for one in budgets)]
         parts.append(f"{model}, {text}, {context:,} tokens:\n\n{table(head, lines)}")
     return "\n\n".join(parts)
+
+
+def layer_tables(order: Sequence[str], rows: Sequence[Row]) -> str:
+    """Return errors of every layer: for each model, text and context, layers by methods."""
+    parts = [attention_tables(order, rows)]
+    for place in sorted({(row["model"], row["text"], row["context"]) for row in rows}):
+        here = [row for row in rows if (row["model"], row["text"], row["context"]) == place]
+        methods = [name for name in order if any(row["method"] == name for row in here)]
+        settings = [
+            (method, budget)
+            for method in methods
+            for budget in sorted({row["budget"] for row in here if row["method"] == method})
+        ]
+        errors: dict[tuple, list[float]] = {}
+        for row in here:
+            setting = (row["layer"], row["method"], row["budget"])
+            errors.setdefault(setting, []).append(row["relative_mse"])
+        lines = [
+            [str(layer), *(number(mean(errors.get((layer, *one))), 4) for one in settings)]
+            for layer in sorted({row["layer"] for row in here})
+        ]
+        head = ["layer", *(f"`{method}`, {100 * budget:g} %" for method, budget in settings)]
+        parts.append(table(head, lines))
+    return "\n\n".join(parts)
+
+
+def mean(values: Sequence[float] | None) -> float | None:
+    """Return the mean of values, if there are any."""
+    return sum(values) / len(values) if values else None
 
 
 def source(name: str, result: Result | None) -> str:
@@ -173,6 +206,10 @@ def write(results: dict[str, Result | None], out: Path, plots: Path) -> str:
         section("RULER", RULER, "ruler", body("ruler", ruler_tables)),
         section("Perplexity", PERPLEXITY, "perplexity", body("perplexity", perplexity_table)),
         section("Attention", ATTENTION, "quality", attention_tables(order, rows)),
+        section(
+            "All layers", LAYERS, "quality_layers",
+            layer_tables(*every) if (every := chosen_rows(results["quality_layers"]))[1] else "",
+        ),
         image("density", "Error against density"),
         image("time", "Error against time"),
     ]  # fmt: skip

@@ -33,6 +33,13 @@ QUALITY = [
     quality_row("pbs", 0.05, 0.0834),
     quality_row("mean_query:unit=512xkv,rule=heads,correction=regions", 1.0, 3e-14),
 ]
+LAYERS = [
+    quality_row("served", 0.05, 0.02, layer=3, position=0.5),
+    quality_row("served", 0.05, 0.04, layer=3, position=1.0),
+    quality_row("served", 0.05, 0.054, layer=11, position=0.5),
+    quality_row("served", 0.05, 0.078, layer=11, position=1.0),
+    quality_row("pbs", 0.05, 0.0912, layer=3, position=1.0),
+]
 ATTENTION = [
     {"shape": "qwen2.5-1.5b", "context": 16384, "ranking": "low_rank", "budget": 0.05,
      "total_ms": 3.5, "fa3_paged_ms": 9.5},
@@ -78,7 +85,10 @@ def write(tmp_path):
 
 
 def test_every_number_comes_from_a_file(write, tmp_path):
-    code, text = write(quality=QUALITY, attention=ATTENTION, ruler=RULER, perplexity=PERPLEXITY)
+    code, text = write(
+        quality=QUALITY, quality_layers=LAYERS, attention=ATTENTION, ruler=RULER,
+        perplexity=PERPLEXITY,
+    )  # fmt: skip
     assert code == 0
     assert "not measured" not in text.lower()
     assert "| `served` | 0.0400 | 0.0150 | - |" in text  # the mean of two layers
@@ -89,7 +99,11 @@ def test_every_number_comes_from_a_file(write, tmp_path):
     assert "m, 16,384 tokens. dense: 20 answers over 1 tasks, 1 refused; s2o, budget 0.1:" in text
     assert "density 0.123" in text
     assert "| 12.182 | +0.0123 | 13.464 | +0.0200 [-0.0100, +0.0500] | 4 | 0 | 0.111 |" in text
-    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 4
+    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 5
+    assert "| `served` | 0.0480 |" in text  # of all layers, and each of them
+    assert "| layer | `served`, 5 % | `pbs`, 5 % |" in text
+    assert "| 3 | 0.0300 | 0.0912 |" in text
+    assert "| 11 | 0.0660 | - |" in text
     for name in ("density", "time"):
         assert f"](plots/error_by_{name}.png)" in text
         assert (tmp_path / "plots" / f"error_by_{name}.png").read_bytes().startswith(PNG)
@@ -100,7 +114,7 @@ def test_every_number_comes_from_a_file(write, tmp_path):
 def test_without_any_file_everything_is_not_measured(write, tmp_path):
     code, text = write()
     assert code == 0
-    assert text.lower().count("not measured") == 5
+    assert text.lower().count("not measured") == 6
     for command in report.COMMANDS.values():
         assert (command in text) == (command != report.COMMANDS["attention"])
     assert not list(tmp_path.glob("plots/*.png"))
