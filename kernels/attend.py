@@ -319,6 +319,7 @@ def attend(
         regions: means of the request's whole regions, in units of the cache and ``query``'s
             dtype, at least of those in any history here, and the slopes of its fits; what
             a segment does not visit of its history counts as them, ``REGION_WEIGHT`` times.
+            Slopes take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
