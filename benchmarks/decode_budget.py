@@ -131,7 +131,7 @@ def attending(batch: Batch, slots: torch.Tensor, parts: int) -> Callable[[], tor
         dtype=torch.int32, device=device,
     )  # fmt: skip
     none = torch.empty(0, 3, dtype=torch.int32, device=device)
-    work = WorkList(0, 0.0, True, none, 1, history, items, none, history, length, 1)
+    work = WorkList(0, 0.0, True, none, 1, 1, history, items, none, history, length, 1)
     sampled = (-(-count // ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS)
     lists = Lists(
         cut,

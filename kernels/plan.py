@@ -114,7 +114,8 @@ class Regions(NamedTuple):
         means: ``[kv_heads, regions, 2 * head_dim]``, in units of the cache and the queries'
             dtype: a mean value follows its mean key.
         slopes: ``[FITS, kv_heads, head_dim, head_dim]``, likewise: for every row of
-            ``WorkList.fits`` the covariance of keys (rows) and values in the history before it.
+            ``WorkList.fits`` the covariance of keys (rows) and values in the history before the
+            multiple of ``fit_span`` that it begins at or behind.
         tokens: of a region.
         sums: scratch of the kernels, float32 ``[SLOPE_PARTS, kv_heads, pad, pad]``.
     """
@@ -126,19 +127,19 @@ class Regions(NamedTuple):
 
 
 def region_samples(history: int, region: int = REGION_TOKENS) -> int:
-    """Return how many evenly spaced tokens tell the mean of a region of a history."""
+    """Return how many evenly spaced tokens tell the mean of a region of so long a history."""
     piece = min(REGION_PIECE, region)
     most = min(REGION_SAMPLES, region, REGIONS_SAMPLES // max(1, history // region))
     return piece * max(1, most // piece)
 
 
-def slope_parts(history: int, region: int = REGION_TOKENS) -> tuple[int, int]:
-    """Return of how many tokens a slope's parts are, whole regions, and how many parts there are.
+def slope_span(history: int, region: int = REGION_TOKENS) -> int:
+    """Return of how many tokens the parts are that the slopes of so long a history sum over.
 
-    At most ``SLOPE_PARTS``; the tokens behind the last whole part count in none.
+    They are whole regions, at most ``SLOPE_PARTS``; what is behind the last whole part counts in
+    none.
     """
-    span = region * max(1, -(-(history // region) // SLOPE_PARTS))
-    return span, history // span
+    return region * max(1, -(-(history // region) // SLOPE_PARTS))
 
 
 class Limits(NamedTuple):
@@ -168,6 +169,7 @@ class WorkList:
         fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
             chunk: first query, queries, tokens that their last segment sees (its own among
             them; 0 if it ranks none).
+        fit_span: tokens at whose multiples in the sequence the fits are cut.
         max_fit_queries: most queries of a row of ``fits``.
         max_fit_tokens: most tokens of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
@@ -184,6 +186,7 @@ class WorkList:
     target_error: float
     first_of_chunk: bool
     fits: torch.Tensor
+    fit_span: int
     max_fit_queries: int
     max_fit_tokens: int
     items: torch.Tensor
@@ -196,6 +199,15 @@ class WorkList:
     def num_items(self) -> int:
         """Number of segments."""
         return self.items.shape[0]
+
+    @property
+    def whole_chunk(self) -> int:
+        """Tokens up to the end of the chunk if it were whole.
+
+        What is told of a history in pieces depends on this, and not on how a prompt is cut.
+        """
+        span = FITS * self.fit_span
+        return -(-self.max_fit_tokens // span) * span
 
 
 def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int, ...]]:
@@ -273,17 +285,18 @@ def build_work_lists(
         items = segments(row, segment, min_context)
         for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
-            lists += chunk_lists(row, parts, device, limits)
+            lists += chunk_lists(row, parts, span, device, limits)
     return lists
 
 
 def chunk_lists(
     row: PrefillRow,
     parts: Sequence[Sequence[tuple[int, ...]]],
+    span: int,
     device: torch.device,
     limits: Limits,
 ) -> list[WorkList]:
-    """Make the lists of a chunk from the items of each of its fits."""
+    """Make the lists of a chunk from the items of each of its fits, which ``span`` tokens cut."""
     fits = [
         (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
@@ -301,6 +314,7 @@ def chunk_lists(
                 target_error=row.target_error,
                 first_of_chunk=not lists,
                 fits=table,
+                fit_span=span,
                 max_fit_queries=max(queries for _, queries, _ in fits),
                 max_fit_tokens=max(tokens for *_, tokens in fits),
                 items=to_device(items, device),

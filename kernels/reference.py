@@ -30,7 +30,7 @@ from .plan import (
     Regions,
     WorkList,
     region_samples,
-    slope_parts,
+    slope_span,
 )
 from .reference_select import physical_slots, sample_positions
 
@@ -164,7 +164,8 @@ def average(
 ) -> Regions:
     """Average the regions of a request's history into ``dtype``; see :func:`regions.average`."""
     page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
-    positions = region_positions(work.max_fit_tokens, kv_cache.device, region)
+    samples = region_samples(work.whole_chunk, region)
+    positions = region_positions(work.max_fit_tokens, samples, kv_cache.device, region)
     tokens = torch.cat(
         load_tokens(
             kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
@@ -172,12 +173,13 @@ def average(
         -1,
     )
     means = tokens.unflatten(1, positions.shape).mean(2)
-    sampled = slope_positions(work.max_fit_tokens, kv_cache.device, region)
+    span = slope_span(work.whole_chunk, region)
+    sampled = slope_positions(work.max_fit_tokens, span, kv_cache.device, region)
     keys, values = load_tokens(
         kv_cache, physical_slots(sampled.flatten(), block_table[work.row], page), head_dim
     )
-    starts = [tokens - queries for _, queries, tokens in work.fits.tolist()]
-    span, _ = slope_parts(work.max_fit_tokens, region)
+    cuts = work.fit_span
+    starts = [max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.fits.tolist()]
     slopes = [
         slope(keys.unflatten(1, sampled.shape), values.unflatten(1, sampled.shape), start // span)
         for start in starts
@@ -186,22 +188,20 @@ def average(
 
 
 def region_positions(
-    history: int, device: torch.device, region: int = REGION_TOKENS
+    history: int, samples: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
     """Return which tokens tell the mean of every whole region: ``[regions, samples]``."""
-    samples = region_samples(history, region)
     starts = torch.arange(history // region, device=device)[:, None] * region
     return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
 
 
 def slope_positions(
-    history: int, device: torch.device, region: int = REGION_TOKENS
+    history: int, span: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
     """Return which tokens tell a slope: ``[parts, groups, samples of a group]``."""
-    span, parts = slope_parts(history, region)
     samples = min(SLOPE_SAMPLES, region)
     step = span // samples
-    starts = torch.arange(parts, device=device)[:, None] * span
+    starts = torch.arange(history // span, device=device)[:, None] * span
     positions = starts + torch.arange(samples, device=device) * step + step // 2
     return positions.unflatten(1, (-1, min(SLOPE_GROUP, samples)))
 

@@ -25,7 +25,7 @@ from .plan import (
     Regions,
     WorkList,
     region_samples,
-    slope_parts,
+    slope_span,
 )
 from .tiles import input_precision
 
@@ -93,24 +93,29 @@ def _covariance_kernel(
     tl.store(p_sums + o_d[:, None] * D_PAD + o_v[None, :], total)
 
 
-@triton.jit(do_not_specialize=["span", "fits"])
+@triton.jit
+def _fit_start(p_fit, fit_span):
+    """Return where in the sequence a fit is cut; 0 if it ranks nothing."""
+    return tl.maximum(tl.load(p_fit + 2) - tl.load(p_fit + 1), 0) // fit_span * fit_span
+
+
+@triton.jit(do_not_specialize=["span", "fits", "fit_span"])
 def _slope_kernel(
-    p_sums, p_fits, p_slopes, span, fits, weight,
+    p_sums, p_fits, p_slopes, span, fits, fit_span, weight,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the slopes of all fits: of each the parts that end before its first query."""
+    """Some rows of the slopes of all fits: of each the parts that end before where it is cut."""
     i_strip, i_head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
     o_part = tl.arange(0, PARTS)
     o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
     # Parts are read at once: one after the other, each read would wait for the one before.
-    start = tl.load(p_fits + 3 * (fits - 1) + 2) - tl.load(p_fits + 3 * (fits - 1) + 1)
+    start = _fit_start(p_fits + 3 * (fits - 1), fit_span)
     o_sum = (o_part * kv_heads + i_head)[:, None] * (D_PAD * D_PAD) + o_entry[None, :]
     sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
     for fit in range(fits):
-        start = tl.load(p_fits + 3 * fit + 2) - tl.load(p_fits + 3 * fit + 1)
-        count = tl.maximum(start // span, 0)  # a fit that ranks nothing has no start
+        count = _fit_start(p_fits + 3 * fit, fit_span) // span
         total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
         slope = total * (weight / tl.maximum(count, 1))
         out = p_slopes + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
@@ -142,7 +147,8 @@ def average(
     """Average the regions that a work list's chunk sees, and find its slopes, from samples.
 
     Both are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope
-    holds no token behind its fit's first query, so that nothing is told of what comes later.
+    holds no token behind its fit's first query, so that nothing is told of what comes later, and
+    is the same however a prompt is cut.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
@@ -155,7 +161,7 @@ def average(
     strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
     _region_kernel[(count, kv_heads)](
         kv_cache, block_table, regions.means, work.row, work.max_fit_tokens,
-        region_samples(work.max_fit_tokens, regions.tokens), *strides, regions.means.stride(0),
+        region_samples(work.whole_chunk, regions.tokens), *strides, regions.means.stride(0),
         WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page, REGION=regions.tokens,
         PIECE=min(REGION_PIECE, regions.tokens), num_warps=8,
     )  # fmt: skip
@@ -163,15 +169,16 @@ def average(
     pad = triton.next_power_of_2(head_dim)
     strip = min(pad, STRIP_ENTRIES // pad)
     samples = min(SLOPE_SAMPLES, regions.tokens)
-    span, parts = slope_parts(work.max_fit_tokens, regions.tokens)
+    span = slope_span(work.whole_chunk, regions.tokens)
     dtype = regions.slopes.dtype
-    _covariance_kernel[(max(1, parts), kv_heads, pad // strip)](
+    _covariance_kernel[(max(1, work.max_fit_tokens // span), kv_heads, pad // strip)](
         kv_cache, block_table, regions.sums, work.row, work.max_fit_tokens, span, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
         GROUP=min(SLOPE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
         num_warps=8,
     )  # fmt: skip
     _slope_kernel[(pad // ROWS, kv_heads)](
-        regions.sums, work.fits, regions.slopes, span, work.fits.shape[0], SLOPE_WEIGHT / samples,
+        regions.sums, work.fits, regions.slopes, span, work.fits.shape[0], work.fit_span,
+        SLOPE_WEIGHT / samples,
         D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=SLOPE_PARTS,
     )  # fmt: skip

@@ -11,7 +11,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.plan import HEADS_SHARED, REGION_TOKENS, REGION_WEIGHT
+from s2o_vllm.kernels.plan import (
+    FIT_QUERIES,
+    FITS,
+    HEADS_SHARED,
+    REGION_TOKENS,
+    REGION_WEIGHT,
+    region_samples,
+    slope_span,
+)
 from s2o_vllm.kernels.reference import region_positions, slope, slope_positions
 from s2o_vllm.kernels.reference_select import list_lengths
 
@@ -164,6 +172,11 @@ REGIONS = "regions"  # as the kernels do: means of whole regions, of all their t
 CORRECTIONS = ("none", "tiers", "blocks", REGIONS)
 
 
+def whole_chunk(history: int) -> int:
+    """Return where the chunk ends that a segment with this history belongs to."""
+    return (history // (FITS * FIT_QUERIES) + 1) * FITS * FIT_QUERIES
+
+
 class Selector:
     """A ranking, sorted once, from which selections of any density are read."""
 
@@ -221,13 +234,17 @@ class Selector:
 
     def _regions(self, kv: int, skipped: float) -> Pseudo:
         """Return the regions of a history of which this share is skipped."""
-        positions = region_positions(self.segment.history, self.segment.k.device)
+        history = self.segment.history
+        samples = region_samples(whole_chunk(history))
+        positions = region_positions(history, samples, self.segment.k.device)
         weight = torch.full((len(positions),), REGION_WEIGHT * REGION_TOKENS * skipped)
         k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
         return Pseudo(k, v, weight, self.segment.memo(("slope", kv), lambda: self._slope(kv)))
 
     def _slope(self, kv: int) -> Tensor:
-        """Return the slope of a KV head's history."""
-        positions = slope_positions(self.segment.history, self.segment.k.device)
+        """Return the slope of a KV head's history, as a segment there has it."""
+        history = self.segment.history
+        known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(whole_chunk(history))
+        positions = slope_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
         return slope(keys, values, len(positions))[0]

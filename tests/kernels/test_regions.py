@@ -15,7 +15,7 @@ from s2o_vllm.kernels.plan import (
     Lists,
     Regions,
     region_samples,
-    slope_parts,
+    slope_span,
 )
 from s2o_vllm.kernels.tiles import attend_tile
 
@@ -49,7 +49,7 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     keys, values = tokens_of(batch, batch.rows[0])
     tokens = torch.cat([keys / batch.k_scale, values / batch.v_scale], -1)
     tokens = tokens[:, : count * region].double()  # in units of the cache
-    samples = region_samples(work.max_fit_tokens, region)
+    samples = region_samples(work.whole_chunk, region)
     places = (torch.arange(samples, device=device) + 0.5) * region / samples
     wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
@@ -62,23 +62,23 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
 @pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48)])
 @pytest.mark.parametrize("fp8", CACHES)
 def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_dim, page, fp8):
-    """Two fits of a chunk, the second with one part more; every token is a sample."""
-    region, fits = 128, (2016, 2048)
+    """Two fits of a chunk, the first begun before it; four samples of a part lie side by side."""
+    region, cuts = 128, (2048, 4096)
     batch = make_batch(
-        device, chunks=((fits[0], 64),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
+        device, chunks=((4064, 64),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
     )
     (work,) = batch.work(segment=32)
     assert work.fits.shape[0] == 2
-    assert slope_parts(work.max_fit_tokens, region) == (region, 16)
+    span = slope_span(work.whole_chunk, region)
+    assert span == 4 * region
     slopes = averaged(batch, work, region).slopes
     assert torch.isnan(slopes[2:]).all(), "no more than there are fits"
     keys, values = tokens_of(batch, batch.rows[0])
     keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
-    for fit, start in enumerate(fits):
-        count = start // region * region
-        groups = [x[:, :count].unflatten(1, (-1, SLOPE_GROUP)) for x in (keys, values)]
+    for fit, cut in enumerate(cuts):
+        groups = [x[:, 2:cut:4].unflatten(1, (-1, SLOPE_GROUP)) for x in (keys, values)]
         k, v = (x - x.mean(2, keepdim=True) for x in groups)
-        wanted = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / count
+        wanted = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
         assert relative_error(slopes[fit], wanted) < 40 * torch.finfo(dtype).eps
     own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).slopes
     assert relative_error(slopes[:2], own) < 40 * torch.finfo(dtype).eps
@@ -96,10 +96,27 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     ).all()
 
 
-@pytest.mark.parametrize(("history", "expected"), [(100, (32, 3)), (16 * 32 + 31, (32, 16)),
-                                                   (17 * 32, (64, 8))])  # fmt: skip
-def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, expected):
-    assert slope_parts(history, 32) == expected
+@pytest.mark.parametrize(("history", "span"), [(100, 32), (16 * 32 + 31, 32), (17 * 32, 64)])
+def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, span):
+    assert slope_span(history, 32) == span
+
+
+def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
+    """Whichever part of a chunk comes, its means and slopes are those of the whole chunk."""
+    batch = make_batch(device, chunks=((4000, 400),))
+    (row,) = batch.rows
+    (whole,) = batch.work(segment=32)
+    own = averaged(batch, whole, 128)
+    for start, count in ((0, 90), (96, 304), (390, 10)):
+        batch.rows = [
+            row._replace(query_start=start, num_queries=count, context=row.context + start)
+        ]
+        (part,) = batch.work(segment=32)
+        cut = averaged(batch, part, 128)
+        seen = part.max_fit_tokens // 128
+        assert torch.equal(cut.means[:, :seen], own.means[:, :seen])
+        fits = part.fits.shape[0]
+        assert torch.equal(cut.slopes[:fits], own.slopes[2 - fits : 2] if start else own.slopes[:1])
 
 
 @pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
@@ -151,7 +168,7 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
 def test_a_mean_value_follows_the_query(device):
     """Values that are linear in their keys: the slope has most of what a mean alone lacks."""
     region, own_tokens, heads = 256, 1, 4
-    batch = make_batch(device, chunks=((4 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2)
+    batch = make_batch(device, chunks=((9 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2)
     head_dim = batch.query.shape[2]
     keys = batch.kv_cache[..., :head_dim]
     batch.kv_cache[..., head_dim:] = keys.flip(-1)  # of covariance one, a permutation
