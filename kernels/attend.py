@@ -1,8 +1,8 @@
 """Attend: two passes over a paged cache, the second over a list of slots.
 
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a
-stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots
-from most to least important and may stop on measured softmax mass. The list is a page table of
+stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
+most to least important and may stop on measured softmax mass. The list is a page table of
 one-token pages: keys and values are never copied or moved. What was not visited is then attended
 to as the means of whole regions of the history, whose values follow the query by a slope. Of some
 segments a sample of the tokens that were not visited tells how much softmax mass they hold (all

@@ -133,6 +133,11 @@ def region_samples(history: int, region: int = REGION_TOKENS) -> int:
     return piece * max(1, most // piece)
 
 
+def chunk_end(tokens: int, span: int = FIT_QUERIES) -> int:
+    """Return where the whole chunk ends that so many tokens reach into, of fits of ``span``."""
+    return -(-tokens // (FITS * span)) * FITS * span
+
+
 def slope_span(history: int, region: int = REGION_TOKENS) -> int:
     """Return of how many tokens the parts are that the slopes of so long a history sum over.
 
@@ -206,8 +211,7 @@ class WorkList:
 
         What is told of a history in pieces depends on this, and not on how a prompt is cut.
         """
-        span = FITS * self.fit_span
-        return -(-self.max_fit_tokens // span) * span
+        return chunk_end(self.max_fit_tokens, self.fit_span)
 
 
 def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int, ...]]:

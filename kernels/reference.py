@@ -175,15 +175,11 @@ def average(
     means = tokens.unflatten(1, positions.shape).mean(2)
     span = slope_span(work.whole_chunk, region)
     sampled = slope_positions(work.max_fit_tokens, span, kv_cache.device, region)
-    keys, values = load_tokens(
-        kv_cache, physical_slots(sampled.flatten(), block_table[work.row], page), head_dim
-    )
+    slots = physical_slots(sampled.flatten(), block_table[work.row], page)
+    keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
     cuts = work.fit_span
     starts = [max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.fits.tolist()]
-    slopes = [
-        slope(keys.unflatten(1, sampled.shape), values.unflatten(1, sampled.shape), start // span)
-        for start in starts
-    ]
+    slopes = [slope(keys, values, start // span) for start in starts]
     return Regions(means.to(dtype), torch.stack(slopes).to(dtype), region)
 
 
@@ -218,8 +214,8 @@ def slope(keys: torch.Tensor, values: torch.Tensor, parts: int) -> torch.Tensor:
         ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and values inside
         groups, times ``SLOPE_WEIGHT``.
     """
-    keys, values = (x[:, : max(parts, 0)] - x[:, : max(parts, 0)].mean(3, keepdim=True)
-                    for x in (keys, values))  # fmt: skip
+    keys, values = (x[:, :parts] for x in (keys, values))
+    keys, values = (x - x.mean(3, keepdim=True) for x in (keys, values))
     total = torch.einsum("hpgsd,hpgse->hde", keys, values)
     return total * (SLOPE_WEIGHT / max(1, keys.shape[1:4].numel()))
 

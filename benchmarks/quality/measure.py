@@ -53,7 +53,7 @@ def measure(segment: Segment, selection: Selection) -> Errors:
         if selection.pseudo is not None:
             mean = selection.pseudo[u]
             stand_in = attend(q[rows], mean.k, mean.v, segment.scale, mean.count.log())
-            if mean.slope is not None and len(mean.count):
+            if mean.slope is not None:
                 stand_in = stand_in._replace(
                     out=stand_in.out + q[rows] @ mean.slope * segment.scale
                 )

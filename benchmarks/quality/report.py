@@ -99,31 +99,25 @@ def attention_tables(order: Sequence[str], rows: Sequence[Row]) -> str:
 
 def layer_tables(order: Sequence[str], rows: Sequence[Row]) -> str:
     """Return errors of every layer: for each model, text and context, layers by methods."""
+    from .plots import error_by_density
+
     parts = [attention_tables(order, rows)]
-    for place in sorted({(row["model"], row["text"], row["context"]) for row in rows}):
-        here = [row for row in rows if (row["model"], row["text"], row["context"]) == place]
-        methods = [name for name in order if any(row["method"] == name for row in here)]
-        settings = [
-            (method, budget)
-            for method in methods
-            for budget in sorted({row["budget"] for row in here if row["method"] == method})
-        ]
-        errors: dict[tuple, list[float]] = {}
-        for row in here:
-            setting = (row["layer"], row["method"], row["budget"])
-            errors.setdefault(setting, []).append(row["relative_mse"])
-        lines = [
-            [str(layer), *(number(mean(errors.get((layer, *one))), 4) for one in settings)]
-            for layer in sorted({row["layer"] for row in here})
-        ]
+    layers = {
+        layer: error_by_density([row for row in rows if row["layer"] == layer])
+        for layer in sorted({row["layer"] for row in rows})
+    }
+    for place, points in error_by_density(rows).items():
+        settings = sorted(
+            {(point.method, point.budget) for point in points},
+            key=lambda one: (order.index(one[0]), one[1]),
+        )
+        lines = []
+        for layer, places in layers.items():
+            own = {(point.method, point.budget): point.error for point in places.get(place, ())}
+            lines.append([str(layer), *(number(own.get(setting), 4) for setting in settings)])
         head = ["layer", *(f"`{method}`, {100 * budget:g} %" for method, budget in settings)]
         parts.append(table(head, lines))
     return "\n\n".join(parts)
-
-
-def mean(values: Sequence[float] | None) -> float | None:
-    """Return the mean of values, if there are any."""
-    return sum(values) / len(values) if values else None
 
 
 def source(name: str, result: Result | None) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from s2o_vllm.kernels.plan import (
     FIT_QUERIES,
-    FITS,
     HEADS_SHARED,
     REGION_TOKENS,
     REGION_WEIGHT,
+    chunk_end,
     region_samples,
     slope_span,
 )
@@ -172,11 +172,6 @@ REGIONS = "regions"  # as the kernels do: means of whole regions, of all their t
 CORRECTIONS = ("none", "tiers", "blocks", REGIONS)
 
 
-def whole_chunk(history: int) -> int:
-    """Return where the chunk ends that a segment with this history belongs to."""
-    return (history // (FITS * FIT_QUERIES) + 1) * FITS * FIT_QUERIES
-
-
 class Selector:
     """A ranking, sorted once, from which selections of any density are read."""
 
@@ -235,7 +230,7 @@ class Selector:
     def _regions(self, kv: int, skipped: float) -> Pseudo:
         """Return the regions of a history of which this share is skipped."""
         history = self.segment.history
-        samples = region_samples(whole_chunk(history))
+        samples = region_samples(chunk_end(history + 1))
         positions = region_positions(history, samples, self.segment.k.device)
         weight = torch.full((len(positions),), REGION_WEIGHT * REGION_TOKENS * skipped)
         k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
@@ -244,7 +239,7 @@ class Selector:
     def _slope(self, kv: int) -> Tensor:
         """Return the slope of a KV head's history, as a segment there has it."""
         history = self.segment.history
-        known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(whole_chunk(history))
+        known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(chunk_end(history + 1))
         positions = slope_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
         return slope(keys, values, len(positions))[0]
