@@ -290,11 +290,13 @@ def select(
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
     shape = {"CHUNK": space.chunk, "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
+    # Fused, a threshold is rounded once and not twice: equal scores on it would be listed here and
+    # not by the reference.
     _plan_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
         space.scores, work.items, space.bounds, lengths, space.thresholds, work.target_error,
         heads, *strides, space.chunks, BUCKETS=BUCKETS, COUNTED=counted,
         SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
-        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, **shape,
+        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, enable_fp_fusion=False, **shape,
     )  # fmt: skip
     _emit_kernel[(heads, work.num_items)](
         space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
