@@ -141,6 +141,7 @@ def attending(batch: Batch, slots: torch.Tensor, parts: int) -> Callable[[], tor
     means = regions.workspace(kv_heads, head_dim, history, batch.query.dtype, device)
     means.means.zero_()
     means.slopes.zero_()
+    means.spreads.zero_()
     query = batch.query.repeat_interleave(parts, 0)
     out = torch.empty_like(query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)

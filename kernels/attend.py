@@ -4,10 +4,12 @@ Pass 1 is dense and causal over the segment itself and starts the online softmax
 stable state (S2O, section on the two passes). Pass 2 walks a list of physical slots from
 most to least important and may stop on measured softmax mass. The list is a page table of
 one-token pages: keys and values are never copied or moved. What was not visited is then attended
-to as the means of whole regions of the history, whose values follow the query by a slope. Of some
-segments a sample of the tokens that were not visited tells how much softmax mass they hold (all
-three ours).
+to as the means of whole regions of the history, whose values follow the query by a slope and whose
+weights its spread. Of some segments a sample of the tokens that were not visited tells how much
+softmax mass they hold (all ours).
 """
+
+import math
 
 import torch
 import triton
@@ -19,6 +21,8 @@ from .plan import (
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
     ESTIMATE_TOKENS,
+    REGION_MOST,
+    REGION_SPREAD,
     REGION_WEIGHT,
     STOP_STEP_TOKENS,
     Lists,
@@ -30,7 +34,26 @@ from .visit import load_rows, online_softmax, slot_offset, soft_cap, visit
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(1 / LOG2E)
-BLOCK_K = tl.constexpr(32)  # rows of a slope that are held at a time
+BLOCK_K = tl.constexpr(32)  # rows of a slope, columns of a spread that are held at a time
+
+
+@triton.jit
+def _region_lift(
+    q, p_q, o_q, m_row, p_spreads, o_d, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, LEAST: tl.constexpr, SPREAD: tl.constexpr,
+    MOST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """How many times a token of a region counts for each row, in base 2: q' spread q tells it."""
+    variance = tl.zeros([q.shape[0]], tl.float32)
+    # Queries are read again, for registers' sake. One stage, as to other caches below.
+    for first_k in tl.range(0, D_PAD, BLOCK_K, num_stages=1):
+        o_k = first_k + tl.arange(0, BLOCK_K)
+        spread = load_rows(p_spreads, o_k * D, o_k < D, o_d, True, D, D_PAD)  # symmetric
+        product = tl.dot(q, tl.trans(spread), input_precision=PRECISION)
+        part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
+        variance += tl.sum(product * part.to(tl.float32), 1)
+    # scale is in base 2: the variance is that of natural logarithms once one LN2 is put in here.
+    return tl.minimum(LEAST + SPREAD * LN2 * tl.maximum(variance, 0.0) * scale * scale, MOST)
 
 
 @triton.jit
@@ -40,7 +63,7 @@ def _visit_rest(
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the tail of a list, and to regions as to tokens of base-2 scores ``lift`` higher.
+    """Attend to the tail of a list, and to regions as to tokens of a row's ``lift`` higher scores.
 
     One loop for both: loops as short as these are all latency. Returns the mass of tokens, too.
     """
@@ -69,7 +92,7 @@ def _visit_rest(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
             s = soft_cap(s, softcap)
-        s += tl.where(m_n, tl.where(is_token, 0.0, lift), float("-inf"))[None, :]
+        s = tl.where(m_n[None, :], tl.where(is_token[None, :], s, s + lift[:, None]), float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
@@ -114,8 +137,8 @@ def _dropped_mass(
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_table,
-    p_order, p_counters,
+    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_spreads,
+    p_table, p_order, p_counters,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -126,7 +149,8 @@ def _attend_kernel(
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     DROPPED_PER_ROW: tl.constexpr,
-    REGION: tl.constexpr, REGION_WEIGHT: tl.constexpr,
+    REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
+    LIFT_MOST: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
@@ -242,15 +266,21 @@ def _attend_kernel(
     missing = tl.maximum(1.0 - visited / tl.maximum(dense_start, 1), 0.0)
     regions = tl.where(visited < dense_start, dense_start // REGION, 0)
     slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
+    o_fit = (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+    lift = tl.zeros([BLOCK_M], tl.float32)
+    if regions > 0:
+        lift = tl.log2(REGION * missing) + _region_lift(
+            q, p_q, o_q, m_row, p_spreads + o_fit, o_d, scale,
+            D, D_PAD, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
+        )  # fmt: skip
     m, mass, tokens, acc = _visit_rest(
-        q, p_k, p_means, slot, tail, regions, tl.log2(REGION_WEIGHT * REGION * missing),
-        m, mass, acc, o_n, o_d, scale, softcap, stride_block, stride_token,
-        LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
+        q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
+        stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
     )  # fmt: skip
 
     acc = acc / mass[:, None]
     if regions > 0:
-        p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * D * D
+        p_slopes += o_fit
         # A row's slope counts by its mass of regions; scale is in base 2.
         lean = (1.0 - tokens / mass) * (scale * LN2)
         # Queries are read again, for registers' sake. One stage, as to other caches above.
@@ -317,9 +347,9 @@ def attend(
         work: the segments.
         lists: what the segments visit of their histories.
         regions: means of the request's whole regions, in units of the cache and ``query``'s
-            dtype, at least of those in any history here, and the slopes of its fits; what
-            a segment does not visit of its history counts as them, ``REGION_WEIGHT`` times.
-            Slopes take the soft cap for linear.
+            dtype, at least of those in any history here, and the slopes and spreads of its
+            fits; what a segment does not visit of its history counts as them, several times,
+            see :mod:`plan`. Slopes and spreads take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
@@ -346,7 +376,7 @@ def attend(
     segment_tiles = -(-work.max_queries // queries_per_tile)
     _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
         query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
-        regions.slopes, block_table,
+        regions.slopes, regions.spreads, block_table,
         order if order is not None else work.items, counters,
         scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
@@ -359,7 +389,8 @@ def attend(
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
         EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
         DROPPED_PER_ROW=1 / DROPPED_UNIT,
-        REGION=regions.tokens, REGION_WEIGHT=REGION_WEIGHT,
+        REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
+        LIFT_MOST=math.log2(REGION_MOST),
         PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -46,18 +46,22 @@ MEAN_OF_MAX = 0.022
 ESTIMATE_EVERY = 8
 ESTIMATE_TOKENS = 256
 ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has few of them
-# What is left out is attended to as means of whole regions, told from so many tokens of each, and
-# counts so much more than its tokens: a mean key has less than the mean probability of its tokens
-# (`benchmarks/quality/LOG.md`).
+# What is left out is attended to as means of whole regions, told from so many tokens of each.
 REGION_TOKENS = 1024
 REGION_SAMPLES = 256  # at most
 REGIONS_SAMPLES = 16384  # of all regions together, where these are more than a piece of each
 REGION_PIECE = 128  # samples at a time
-REGION_WEIGHT = 4.0
-# The covariance of keys and values, by which a mean value follows the query, is summed over at
-# most so many parts of a history, each told by so many tokens, so many at a time about their own
-# mean. It counts a little less than it is: it is told by a sample, and lists hold the tokens that
-# have most of it.
+# A mean key has less than the mean probability of its tokens, the less the more a row's scores
+# spread: a region counts REGION_WEIGHT * exp(REGION_SPREAD * variance) times, at most REGION_MOST
+# times. All tokens of a normal distribution would have exp(variance / 2); lists hold the best of
+# them (`benchmarks/quality/LOG.md`).
+REGION_WEIGHT = 1.5
+REGION_SPREAD = 0.3
+REGION_MOST = 16.0
+# The covariances of keys and values, by which a mean value follows the query, and of keys, by
+# which scores spread, are summed over at most so many parts of a history, each told by so many
+# tokens, so many at a time about their own mean. The first counts a little less than it is: it is
+# told by a sample, and lists hold the tokens that have most of it.
 SLOPE_PARTS = 16
 SLOPE_SAMPLES = 256
 SLOPE_GROUP = 64
@@ -116,12 +120,14 @@ class Regions(NamedTuple):
         slopes: ``[FITS, kv_heads, head_dim, head_dim]``, likewise: for every row of
             ``WorkList.fits`` the covariance of keys (rows) and values in the history before the
             multiple of ``fit_span`` that it begins at or behind.
+        spreads: likewise, the covariance of keys.
         tokens: of a region.
-        sums: scratch of the kernels, float32 ``[SLOPE_PARTS, kv_heads, pad, pad]``.
+        sums: scratch of the kernels, float32 ``[SLOPE_PARTS, 2, kv_heads, pad, pad]``.
     """
 
     means: torch.Tensor
     slopes: torch.Tensor
+    spreads: torch.Tensor
     tokens: int
     sums: torch.Tensor | None = None
 

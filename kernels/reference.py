@@ -18,6 +18,8 @@ from .plan import (
     HISTORY,
     NUM_QUERIES,
     QUERY_START,
+    REGION_MOST,
+    REGION_SPREAD,
     REGION_TOKENS,
     REGION_WEIGHT,
     ROW,
@@ -179,8 +181,12 @@ def average(
     keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
     cuts = work.fit_span
     starts = [max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.fits.tolist()]
-    slopes = [slope(keys, values, start // span) for start in starts]
-    return Regions(means.to(dtype), torch.stack(slopes).to(dtype), region)
+    most = torch.finfo(dtype).max
+    slopes, spreads = (
+        torch.stack([covariance(keys, others, start // span) * weight for start in starts])
+        for others, weight in ((values, SLOPE_WEIGHT), (keys, 1.0))
+    )
+    return Regions(means.to(dtype), slopes.to(dtype), spreads.clamp(-most, most).to(dtype), region)
 
 
 def region_positions(
@@ -194,7 +200,7 @@ def region_positions(
 def slope_positions(
     history: int, span: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
-    """Return which tokens tell a slope: ``[parts, groups, samples of a group]``."""
+    """Return which tokens tell a slope and a spread: ``[parts, groups, samples of a group]``."""
     samples = min(SLOPE_SAMPLES, region)
     step = span // samples
     starts = torch.arange(history // span, device=device)[:, None] * span
@@ -202,22 +208,37 @@ def slope_positions(
     return positions.unflatten(1, (-1, min(SLOPE_GROUP, samples)))
 
 
-def slope(keys: torch.Tensor, values: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return the slope that the first ``parts`` of :func:`slope_positions` give.
+def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return what the first ``parts`` of :func:`slope_positions` tell of keys and others.
 
     Args:
         keys: ``[kv_heads, parts, groups, samples, head_dim]``, at those positions.
-        values: likewise.
+        others: keys or values, likewise.
         parts: how many count; none give zeros.
 
     Returns:
-        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and values inside
-        groups, times ``SLOPE_WEIGHT``.
+        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and others inside
+        groups.
     """
-    keys, values = (x[:, :parts] for x in (keys, values))
-    keys, values = (x - x.mean(3, keepdim=True) for x in (keys, values))
-    total = torch.einsum("hpgsd,hpgse->hde", keys, values)
-    return total * (SLOPE_WEIGHT / max(1, keys.shape[1:4].numel()))
+    keys, others = (x[:, :parts] for x in (keys, others))
+    keys, others = (x - x.mean(3, keepdim=True) for x in (keys, others))
+    total = torch.einsum("hpgsd,hpgse->hde", keys, others)
+    return total / max(1, keys.shape[1:4].numel())
+
+
+def region_weight(queries: torch.Tensor, spread: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return how many times a token of a region counts for each query (ours; see :mod:`plan`).
+
+    Args:
+        queries: ``[..., n, head_dim]``.
+        spread: covariance of the keys, ``[..., head_dim, head_dim]``.
+        scale: softmax scale.
+
+    Returns:
+        ``[..., n]``.
+    """
+    variance = ((queries @ spread) * queries).sum(-1).clamp(min=0) * scale**2
+    return (REGION_WEIGHT * (REGION_SPREAD * variance).exp()).clamp(max=REGION_MOST)
 
 
 def attend(
@@ -282,8 +303,11 @@ def attend(
         # What was not visited, as means of whole regions.
         means = regions.means[:, : dense_start // regions.tokens].float()
         k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
-        missing = REGION_WEIGHT * regions.tokens * (1 - visited / max(dense_start, 1))
-        s_mean = scores(queries, k_mean) + missing.log()[:, None, :, None]
+        missing = regions.tokens * (1 - visited / max(dense_start, 1))[:, None]
+        if means.shape[1]:
+            spread = regions.spreads[item[FIT]].float()[:, None]
+            missing = missing * region_weight(queries, spread, scale)
+        s_mean = scores(queries, k_mean) + missing.log()[..., None]
 
         p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
         values = torch.cat([v_own, v_list, v_mean], 1)

@@ -7,7 +7,8 @@ that is missing (FlashPrefill's mean term, of fixed regions instead of blocks: o
 A softmax does not weigh a region's values alike: those whose keys are like the query count for
 more. To first order in the query its mean value moves by Cov(value, key)·query, as it does
 exactly where keys and values are jointly normal. One covariance serves all regions of a history:
-its slope (ours).
+its slope. Likewise a region has more mass than its mean key tells, by the variance of the scores
+inside it: the covariance of keys tells it for every query, its spread (both ours).
 """
 
 import torch
@@ -69,14 +70,15 @@ def _covariance_kernel(
     SAMPLES: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of keys and a strip of values about their means, summed over a part's samples."""
-    i_part, i_head, i_strip = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Products of keys and a strip of keys or values about their means, summed over a part."""
+    i_part, i_head = tl.program_id(0), tl.program_id(1)
+    i_half, i_strip = tl.program_id(2) // (D_PAD // STRIP), tl.program_id(2) % (D_PAD // STRIP)
     if (i_part + 1) * span > history:
         return
     p_table += row.to(tl.int64) * stride_table
     p_kv += i_head.to(tl.int64) * stride_head
     o_d = tl.arange(0, D_PAD)
-    o_v = i_strip * STRIP + tl.arange(0, STRIP)
+    o_x = i_strip * STRIP + tl.arange(0, STRIP)
     step = span // SAMPLES
     total = tl.zeros([D_PAD, STRIP], tl.float32)
     for group in range(0, SAMPLES, GROUP):
@@ -85,12 +87,13 @@ def _covariance_kernel(
         page = tl.load(p_table + position // PAGE).to(tl.int64)
         p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
         k = tl.load(p_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0).to(tl.float32)
-        v = tl.load(p_row[:, None] + D + o_v[None, :], (o_v < D)[None, :], 0.0).to(tl.float32)
+        p_x = p_row[:, None] + i_half * D + o_x[None, :]
+        x = tl.load(p_x, (o_x < D)[None, :], 0.0).to(tl.float32)
         k -= (tl.sum(k, 0) / GROUP)[None, :]
-        v -= (tl.sum(v, 0) / GROUP)[None, :]
-        total = tl.dot(tl.trans(k.to(KIND)), v.to(KIND), total, input_precision=PRECISION)
-    p_sums += (i_part * tl.num_programs(1) + i_head).to(tl.int64) * D_PAD * D_PAD
-    tl.store(p_sums + o_d[:, None] * D_PAD + o_v[None, :], total)
+        x -= (tl.sum(x, 0) / GROUP)[None, :]
+        total = tl.dot(tl.trans(k.to(KIND)), x.to(KIND), total, input_precision=PRECISION)
+    p_sums += ((2 * i_part + i_half) * tl.num_programs(1) + i_head).to(tl.int64) * D_PAD * D_PAD
+    tl.store(p_sums + o_d[:, None] * D_PAD + o_x[None, :], total)
 
 
 @triton.jit
@@ -99,27 +102,32 @@ def _fit_start(p_fit, fit_span):
     return tl.maximum(tl.load(p_fit + 2) - tl.load(p_fit + 1), 0) // fit_span * fit_span
 
 
-@triton.jit(do_not_specialize=["span", "fits", "fit_span"])
+@triton.jit(do_not_specialize=["span", "fits", "fit_span", "samples"])
 def _slope_kernel(
-    p_sums, p_fits, p_slopes, span, fits, fit_span, weight,
+    p_sums, p_fits, p_slopes, p_spreads, span, fits, fit_span, samples, slope_weight,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the slopes of all fits: of each the parts that end before where it is cut."""
-    i_strip, i_head = tl.program_id(0), tl.program_id(1)
+    """Some rows of the slopes or spreads of all fits: the parts that end before each is cut."""
+    i_strip, i_head, i_half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
     o_part = tl.arange(0, PARTS)
     o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
     # Parts are read at once: one after the other, each read would wait for the one before.
     start = _fit_start(p_fits + 3 * (fits - 1), fit_span)
-    o_sum = (o_part * kv_heads + i_head)[:, None] * (D_PAD * D_PAD) + o_entry[None, :]
+    o_sum = ((2 * o_part + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
+    o_sum += o_entry[None, :]
+    weight = tl.where(i_half == 0, 1.0, slope_weight) / samples
+    p_covariances = p_spreads if i_half == 0 else p_slopes
     sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
     for fit in range(fits):
         count = _fit_start(p_fits + 3 * fit, fit_span) // span
         total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
-        slope = total * (weight / tl.maximum(count, 1))
-        out = p_slopes + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
-        tl.store(out, slope.to(p_slopes.dtype.element_ty), (o_row < D) & (o_d < D))
+        one = total * (weight / tl.maximum(count, 1))
+        one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # keys may spread beyond fp16
+        out = p_covariances + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
+        tl.store(out, one.to(p_slopes.dtype.element_ty), (o_row < D) & (o_d < D))
 
 
 def workspace(
@@ -133,22 +141,24 @@ def workspace(
     """Return room for the regions of a history; nothing in it is set."""
     pad = triton.next_power_of_2(head_dim)
     means = (kv_heads, max(1, max_history // region), 2 * head_dim)
+    covariances = (FITS, kv_heads, head_dim, head_dim)
     return Regions(
         torch.empty(means, dtype=dtype, device=device),
-        torch.empty((FITS, kv_heads, head_dim, head_dim), dtype=dtype, device=device),
+        torch.empty(covariances, dtype=dtype, device=device),
+        torch.empty(covariances, dtype=dtype, device=device),
         region,
-        torch.empty((SLOPE_PARTS, kv_heads, pad, pad), device=device),
+        torch.empty((SLOPE_PARTS, 2, kv_heads, pad, pad), device=device),
     )
 
 
 def average(
     kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, regions: Regions
 ) -> None:
-    """Average the regions that a work list's chunk sees, and find its slopes, from samples.
+    """Average the regions that a work list's chunk sees, find its slopes and spreads, from samples.
 
-    Both are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope
-    holds no token behind its fit's first query, so that nothing is told of what comes later, and
-    is the same however a prompt is cut.
+    All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope or
+    spread holds no token behind its fit's first query, so that nothing is told of what comes later,
+    and is the same however a prompt is cut.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
@@ -171,14 +181,14 @@ def average(
     samples = min(SLOPE_SAMPLES, regions.tokens)
     span = slope_span(work.whole_chunk, regions.tokens)
     dtype = regions.slopes.dtype
-    _covariance_kernel[(max(1, work.max_fit_tokens // span), kv_heads, pad // strip)](
+    _covariance_kernel[(max(1, work.max_fit_tokens // span), kv_heads, 2 * (pad // strip))](
         kv_cache, block_table, regions.sums, work.row, work.max_fit_tokens, span, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
         GROUP=min(SLOPE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
         num_warps=8,
     )  # fmt: skip
-    _slope_kernel[(pad // ROWS, kv_heads)](
-        regions.sums, work.fits, regions.slopes, span, work.fits.shape[0], work.fit_span,
-        SLOPE_WEIGHT / samples,
-        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=SLOPE_PARTS,
+    _slope_kernel[(pad // ROWS, kv_heads, 2)](
+        regions.sums, work.fits, regions.slopes, regions.spreads, span, work.fits.shape[0],
+        work.fit_span, samples, SLOPE_WEIGHT,
+        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=SLOPE_PARTS, LIMIT=torch.finfo(dtype).max,
     )  # fmt: skip

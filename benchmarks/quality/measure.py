@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_vllm.kernels.reference import region_weight
+
 from .attention import Partial, Segment, attend, merge
 from .selection import Selection
 
@@ -52,7 +54,10 @@ def measure(segment: Segment, selection: Selection) -> Errors:
         lse[rows] = part.lse
         if selection.pseudo is not None:
             mean = selection.pseudo[u]
-            stand_in = attend(q[rows], mean.k, mean.v, segment.scale, mean.count.log())
+            counts = mean.count
+            if mean.spread is not None:
+                counts = counts * region_weight(q[rows], mean.spread, segment.scale)[:, None]
+            stand_in = attend(q[rows], mean.k, mean.v, segment.scale, counts.log())
             if mean.slope is not None:
                 stand_in = stand_in._replace(
                     out=stand_in.out + q[rows] @ mean.slope * segment.scale

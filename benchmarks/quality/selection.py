@@ -15,12 +15,12 @@ from s2o_vllm.kernels.plan import (
     FIT_QUERIES,
     HEADS_SHARED,
     REGION_TOKENS,
-    REGION_WEIGHT,
+    SLOPE_WEIGHT,
     chunk_end,
     region_samples,
     slope_span,
 )
-from s2o_vllm.kernels.reference import region_positions, slope, slope_positions
+from s2o_vllm.kernels.reference import covariance, region_positions, slope_positions
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
@@ -38,12 +38,15 @@ class Pseudo:
         v: mean values [P, D].
         count: tokens that each stands for [P].
         slope: how their values follow a query's scaled product with it [D, D], or None.
+        spread: the covariance of keys [D, D] that says how much more they count for a query, or
+            None.
     """
 
     k: Tensor
     v: Tensor
     count: Tensor
     slope: Tensor | None = None
+    spread: Tensor | None = None
 
 
 @dataclass
@@ -232,14 +235,16 @@ class Selector:
         history = self.segment.history
         samples = region_samples(chunk_end(history + 1))
         positions = region_positions(history, samples, self.segment.k.device)
-        weight = torch.full((len(positions),), REGION_WEIGHT * REGION_TOKENS * skipped)
+        count = torch.full((len(positions),), REGION_TOKENS * skipped)
         k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
-        return Pseudo(k, v, weight, self.segment.memo(("slope", kv), lambda: self._slope(kv)))
+        lean = self.segment.memo(("covariances", kv), lambda: self._covariances(kv))
+        return Pseudo(k, v, count, *lean)
 
-    def _slope(self, kv: int) -> Tensor:
-        """Return the slope of a KV head's history, as a segment there has it."""
+    def _covariances(self, kv: int) -> tuple[Tensor, Tensor]:
+        """Return the slope and the spread of a KV head's history, as a segment there has them."""
         history = self.segment.history
         known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(chunk_end(history + 1))
         positions = slope_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
-        return slope(keys, values, len(positions))[0]
+        slope, spread = (covariance(keys, x, len(positions))[0] for x in (values, keys))
+        return SLOPE_WEIGHT * slope, spread

@@ -8,6 +8,8 @@ from s2o_vllm.kernels import attend, reference, regions
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     NUM_COUNTERS,
+    REGION_MOST,
+    REGION_SPREAD,
     REGION_TOKENS,
     REGION_WEIGHT,
     SLOPE_GROUP,
@@ -29,7 +31,7 @@ def averaged(batch, work, region):
     space = regions.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
     )
-    for part in (space.means, space.slopes, space.sums):
+    for part in (space.means, space.slopes, space.spreads, space.sums):
         part.fill_(float("nan"))
     regions.average(batch.kv_cache, batch.block_table, work, space)
     return space
@@ -71,17 +73,33 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
     assert work.fits.shape[0] == 2
     span = slope_span(work.whole_chunk, region)
     assert span == 4 * region
-    slopes = averaged(batch, work, region).slopes
-    assert torch.isnan(slopes[2:]).all(), "no more than there are fits"
+    got = averaged(batch, work, region)
+    for covariances in (got.slopes, got.spreads):
+        assert torch.isnan(covariances[2:]).all(), "no more than there are fits"
     keys, values = tokens_of(batch, batch.rows[0])
     keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
     for fit, cut in enumerate(cuts):
         groups = [x[:, 2:cut:4].unflatten(1, (-1, SLOPE_GROUP)) for x in (keys, values)]
         k, v = (x - x.mean(2, keepdim=True) for x in groups)
-        wanted = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
-        assert relative_error(slopes[fit], wanted) < 40 * torch.finfo(dtype).eps
-    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).slopes
-    assert relative_error(slopes[:2], own) < 40 * torch.finfo(dtype).eps
+        slope = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
+        spread = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
+        for covariances, wanted in ((got.slopes, slope), (got.spreads, spread)):
+            assert relative_error(covariances[fit], wanted) < 40 * torch.finfo(dtype).eps
+    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region)
+    for one, other in ((got.slopes, own.slopes), (got.spreads, own.spreads)):
+        assert relative_error(one[:2], other) < 40 * torch.finfo(dtype).eps
+
+
+def test_keys_may_spread_further_than_their_dtype(device):
+    """Of fp16 keys of some hundreds: what is too much counts as the most that there is."""
+    batch = make_batch(device, chunks=((2048, 32),), dtype=torch.float16)
+    batch.kv_cache *= 400
+    (work,) = batch.work(segment=32)
+    own = reference.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
+    got = averaged(batch, work, 128)
+    for regions in (got, own):
+        assert regions.spreads[0].isfinite().all()
+        assert (regions.spreads[0].diagonal(dim1=1, dim2=2) == 65504).all()
 
 
 def test_a_history_shorter_than_a_part_has_no_slope(device):
@@ -90,10 +108,10 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     (work,) = batch.work()
     own = averaged(batch, work, 128)
     assert torch.isnan(own.sums).all()
-    assert (own.slopes[0] == 0).all()
-    assert (
-        reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128).slopes == 0
-    ).all()
+    wanted = reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
+    for regions in (own, wanted):
+        assert (regions.slopes[0] == 0).all()
+        assert (regions.spreads[0] == 0).all()
 
 
 @pytest.mark.parametrize(("history", "span"), [(100, 32), (16 * 32 + 31, 32), (17 * 32, 64)])
@@ -116,7 +134,9 @@ def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
         seen = part.max_fit_tokens // 128
         assert torch.equal(cut.means[:, :seen], own.means[:, :seen])
         fits = part.fits.shape[0]
-        assert torch.equal(cut.slopes[:fits], own.slopes[2 - fits : 2] if start else own.slopes[:1])
+        of_whole = slice(2 - fits, 2) if start else slice(0, 1)
+        assert torch.equal(cut.slopes[:fits], own.slopes[of_whole])
+        assert torch.equal(cut.spreads[:fits], own.spreads[of_whole])
 
 
 @pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
@@ -160,8 +180,8 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
     scores[..., 3 * region :].masked_fill_(future, float("-inf"))
     wanted = (scores.softmax(-1) @ values).transpose(0, 1)
     assert relative_error(out, wanted) < TOLERANCE
-    empty = (torch.empty(2, 1, n, device=device, dtype=DTYPE) for n in (2 * head_dim, head_dim))
-    none = Regions(*empty, 2**20)
+    empty = torch.empty(2, 1, 2 * head_dim, device=device, dtype=DTYPE)
+    none = Regions(empty, empty, empty, 2**20)
     assert relative_error(attended(batch, work, none), wanted) > 0.1
 
 
@@ -182,6 +202,35 @@ def test_a_mean_value_follows_the_query(device):
         for regions in (own, own._replace(slopes=torch.zeros_like(own.slopes)))
     ]
     assert errors[0] < 0.6 * errors[1], errors
+
+
+@pytest.mark.parametrize("size", [0.2, 1.0, 30.0])
+def test_a_region_counts_more_where_scores_spread(device, size):
+    """By the variance of each query's scores, up to a bound: the own token's share falls."""
+    region, regions_of = 128, 16
+    batch = make_batch(device, chunks=((regions_of * region, 1),), budget=NONE_LISTED, kv_heads=2)
+    head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
+    batch.query *= size
+    (row,) = batch.rows
+    batch.kv_cache[..., head_dim:] = 0.0
+    own_token = batch.kv_cache[
+        batch.block_table[row.row, row.context // page], :, row.context % page
+    ]
+    own_token[:, :head_dim], own_token[:, head_dim:] = 0.0, 1.0
+    (work,) = batch.work(segment=64)
+    own = averaged(batch, work, region)
+    own.means[..., :head_dim] = 0.0  # a score of zero, as the own token has it
+    out = attended(batch, work, own._replace(slopes=torch.zeros_like(own.slopes)))
+    keys, _ = tokens_of(batch, row)
+    groups = keys[:, : row.context].double().unflatten(1, (-1, region))
+    centred = (groups - groups.mean(2, keepdim=True)).flatten(1, 2).repeat_interleave(2, 0)
+    queries = batch.query.double().transpose(0, 1)
+    variance = (queries @ centred.mT * batch.scale).square().mean(-1)
+    weight = (REGION_WEIGHT * (REGION_SPREAD * variance).exp()).clamp(max=REGION_MOST)
+    wanted = 1 / (1 + regions_of * region * weight)
+    found = out.double().transpose(0, 1)[..., 0]
+    assert (found / wanted).log().abs().max() < 0.3, "a sample tells the covariance"
+    assert (weight == REGION_MOST).all() == (size == 30.0)
 
 
 def test_no_segment_sees_a_mean_of_later_tokens(device):

@@ -23,6 +23,7 @@ DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch, not of the kernel
 
 
 @dataclass
@@ -44,7 +45,7 @@ class CompileOnly:
         self.compiled: list[Compiled] = []
 
     def run(self, kernel, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         source = ASTSource(kernel, *specialisation(kernel, args, kwargs))
         result = triton.compile(source, target=self.target, options=options)
         self.compiled.append(describe(kernel.fn.__name__, result))
@@ -57,7 +58,7 @@ class RecordOnly:
         self.compiled: list[tuple] = []
 
     def run(self, kernel, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         parts = specialisation(kernel, args, kwargs)
         key = json.dumps([[*map(str, part.items())] for part in (*parts, options)])
         self.compiled.append((kernel.fn.__name__, key))
