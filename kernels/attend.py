@@ -181,6 +181,13 @@ def _attend_kernel(
     o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
     q = load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
 
+    o_fit = (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+    lift = tl.zeros([BLOCK_M], tl.float32)
+    if dense_start >= REGION:
+        lift = _region_lift(
+            q, p_q, o_q, m_row, p_spreads + o_fit, o_d, scale,
+            D, D_PAD, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
+        )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
@@ -266,13 +273,7 @@ def _attend_kernel(
     missing = tl.maximum(1.0 - visited / tl.maximum(dense_start, 1), 0.0)
     regions = tl.where(visited < dense_start, dense_start // REGION, 0)
     slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
-    o_fit = (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
-    lift = tl.zeros([BLOCK_M], tl.float32)
-    if regions > 0:
-        lift = tl.log2(REGION * missing) + _region_lift(
-            q, p_q, o_q, m_row, p_spreads + o_fit, o_d, scale,
-            D, D_PAD, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
-        )  # fmt: skip
+    lift += tl.log2(REGION * missing)
     m, mass, tokens, acc = _visit_rest(
         q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
         stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
@@ -280,7 +281,7 @@ def _attend_kernel(
 
     acc = acc / mass[:, None]
     if regions > 0:
-        p_slopes += o_fit
+        p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
         # A row's slope counts by its mass of regions; scale is in base 2.
         lean = (1.0 - tokens / mass) * (scale * LN2)
         # Queries are read again, for registers' sake. One stage, as to other caches above.
