@@ -97,9 +97,9 @@ def test_keys_may_spread_further_than_their_dtype(device):
     (work,) = batch.work(segment=32)
     own = reference.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
     got = averaged(batch, work, 128)
-    for regions in (got, own):
-        assert regions.spreads[0].isfinite().all()
-        assert (regions.spreads[0].diagonal(dim1=1, dim2=2) == 65504).all()
+    for one in (got, own):
+        assert one.spreads[0].isfinite().all()
+        assert (one.spreads[0].diagonal(dim1=1, dim2=2) == 65504).all()
 
 
 def test_a_history_shorter_than_a_part_has_no_slope(device):
@@ -109,9 +109,9 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     own = averaged(batch, work, 128)
     assert torch.isnan(own.sums).all()
     wanted = reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
-    for regions in (own, wanted):
-        assert (regions.slopes[0] == 0).all()
-        assert (regions.spreads[0] == 0).all()
+    for one in (own, wanted):
+        assert (one.slopes[0] == 0).all()
+        assert (one.spreads[0] == 0).all()
 
 
 @pytest.mark.parametrize(("history", "span"), [(100, 32), (16 * 32 + 31, 32), (17 * 32, 64)])
