@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from . import basis
+from .beside import IN_TURN, Beside
 from .fit import FitWorkspace, fit
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
-from .rows import project_rows
+from .rows import choose_rows, shift_rows
 from .tiles import input_precision
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
@@ -189,6 +190,7 @@ def low_rank_scores(
     *,
     scale: float,
     chunk: int = CHUNK,
+    beside: Beside = IN_TURN,
 ) -> None:
     """Score every item's history, one score per KV head and token.
 
@@ -206,15 +208,21 @@ def low_rank_scores(
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
+        beside: where rows are chosen meanwhile; joined.
     """
     if work.max_fit_tokens == 0:
         return
     if work.first_of_chunk:
         fit(query, kv_cache, block_table, work, space.fit, scale=scale)
+        with beside:  # of the keys' images, which wait for memory
+            choose_rows(query, work, space)
         project_keys(kv_cache, block_table, work, space)
+        beside.join()
     if work.max_history == 0:
         return
-    project_rows(query, work, space)
+    if not work.first_of_chunk:
+        choose_rows(query, work, space)
+    shift_rows(query, work, space)
     kv_heads = kv_cache.shape[1]
     images = space.images
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](

@@ -3,7 +3,7 @@
 Rows are queries x heads of a group, query by query; see :mod:`low_rank` and :mod:`basis` (ours).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from .tiles import input_precision
 if TYPE_CHECKING:
     from .low_rank import LowRankWorkspace
 
+BLOCK = 64  # rows at a time
 ROUGH = tl.constexpr(basis.ROUGH)
 ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
 
@@ -177,28 +178,35 @@ def _shift_kernel(
         tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
 
 
-def project_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
-    """Choose and project the rows of a work list's segments; their keys must be projected."""
-    fitted, images = space.fit, space.images
+def choose_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
+    """Choose and project the rows of a work list's segments; the bases must be fitted."""
     head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
-    block = 64
-    shape = {
-        "GROUP": query.shape[1] // kv_heads,
-        "WIDTH": basis.WIDTH,
-        "ROW_STEP": ROW_STEP,
-        "LIMIT": torch.finfo(images.dtype).max,
-        "ITEM_COLUMNS": COLUMNS,
-    }
     _project_rows_kernel[(kv_heads, work.num_items)](
-        query, fitted.a, work.items, space.chosen, space.rows, query.stride(0), query.stride(1),
-        kept, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
-        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // block)),
-        PRECISION=input_precision(query.dtype), **shape,
+        query, space.fit.a, work.items, space.chosen, space.rows, query.stride(0), query.stride(1),
+        kept, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
+        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // BLOCK)),
+        PRECISION=input_precision(query.dtype), **_shape(query, space),
     )  # fmt: skip
-    _shift_kernel[(-(-kept // block), kv_heads, work.num_items)](
+
+
+def shift_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
+    """End the chosen rows' images with their shifts; the keys must be projected."""
+    images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
+    _shift_kernel[(-(-kept // BLOCK), kv_heads, work.num_items)](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
-        BLOCK_M=block, BLOCK_N=64,
+        BLOCK_M=BLOCK, BLOCK_N=64,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
+        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space),
     )  # fmt: skip
+
+
+def _shape(query: torch.Tensor, space: "LowRankWorkspace") -> dict[str, Any]:
+    """Return the constants that both kernels take."""
+    return {
+        "GROUP": query.shape[1] // space.rows.shape[1],
+        "WIDTH": basis.WIDTH,
+        "ROW_STEP": ROW_STEP,
+        "LIMIT": torch.finfo(space.images.dtype).max,
+        "ITEM_COLUMNS": COLUMNS,
+    }
