@@ -9,13 +9,16 @@ class Beside:
     They see what was launched before; :meth:`join` makes the current stream wait for them, which
     the operator does before it returns: so no tensor that they use is freed or written meanwhile.
     Without CUDA (the interpreter, a compilation) all runs in turn.
+
+    The stream goes first: its launches are small, and would wait for the last block of a large one.
     """
 
     def __init__(self, device: torch.device):
+        cuda = device.type == "cuda"
         self.running = False
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if cuda else None
         # One does: a wait is for the record before it, whatever is recorded later.
-        self.event = torch.cuda.Event() if device.type == "cuda" else None
+        self.event = torch.cuda.Event() if cuda else None
 
     def __enter__(self) -> None:
         """Begin what runs beside."""

@@ -7,13 +7,15 @@ in ``ROW_STEP`` is scored: half of them evenly spread, the other half those with
 the queries that are least like others.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import basis
 from .beside import IN_TURN, Beside
-from .fit import FitWorkspace, fit
+from .fit import FitWorkspace, find_bases, take_moments
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
 from .rows import choose_rows, shift_rows
 from .tiles import input_precision
@@ -191,6 +193,7 @@ def low_rank_scores(
     scale: float,
     chunk: int = CHUNK,
     beside: Beside = IN_TURN,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Score every item's history, one score per KV head and token.
 
@@ -208,12 +211,16 @@ def low_rank_scores(
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
-        beside: where rows are chosen meanwhile; joined.
+        beside: where some of it runs beside the rest; joined.
+        meanwhile: launches what else a chunk with histories needs, and nothing here reads.
     """
     if work.max_fit_tokens == 0:
         return
     if work.first_of_chunk:
-        fit(query, kv_cache, block_table, work, space.fit, scale=scale)
+        take_moments(query, kv_cache, block_table, work, space.fit)
+        with beside:  # of the bases, which fill a quarter of a card
+            meanwhile()
+        find_bases(work, space.fit, scale=scale)
         with beside:  # of the keys' images, which wait for memory
             choose_rows(query, work, space)
         project_keys(kv_cache, block_table, work, space)

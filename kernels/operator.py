@@ -195,17 +195,21 @@ class SparsePrefill:
         from . import low_rank, rank, regions, select
 
         space, scale = self.space, self.scale * k_scale
-        if work.first_of_chunk:
-            with space.beside:  # only the attend kernel reads them
-                regions.average(kv_cache, block_table, work, space.regions)
+
+        def average() -> None:
+            regions.average(kv_cache, block_table, work, space.regions)
+
         results = (space.selection.scores, space.selection.bounds)
         arguments = (query, kv_cache, block_table, work, *results, space.ranking)
         if isinstance(space.ranking, rank.RankWorkspace):
+            if work.first_of_chunk:
+                average()
             rank.mean_query_scores(*arguments, scale=scale)
         else:
-            low_rank.low_rank_scores(*arguments, scale=scale, beside=space.beside)
+            low_rank.low_rank_scores(
+                *arguments, scale=scale, beside=space.beside, meanwhile=average
+            )
         select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers)
-        space.beside.join()
 
 
 class Workspace(NamedTuple):
