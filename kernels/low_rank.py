@@ -161,6 +161,7 @@ class LowRankWorkspace:
         shape = (FITS, kv_heads, max_history, basis.WIDTH)
         self.images = torch.empty(shape, dtype=kind, device=device)
         rows = -(-segment * (heads // kv_heads) // ROW_STEP)
+        self.sizes = torch.empty(items, kv_heads, rows * ROW_STEP, device=device)
         self.chosen = torch.empty(items, kv_heads, rows, dtype=torch.int32, device=device)
         self.rows = torch.empty(items, kv_heads, rows, basis.WIDTH, dtype=kind, device=device)
 
