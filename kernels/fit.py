@@ -1,9 +1,10 @@
 """Fit the bases of a chunk on the device: moments of samples, then subspace iteration.
 
 :func:`basis.fit_work` is the reference. Torch needs some sixty launches for it, which take
-longer on the host than the whole attention of a layer takes on the device; here there are three.
-Where the reference uses float64 and Cholesky, this uses float32 and Gram–Schmidt in the inner
-product of the queries' moments, twice: the same basis, up to rounding.
+longer on the host than the whole attention of a layer takes on the device; here there are two.
+Where the reference uses float64, this uses float32 and makes the directions orthogonal before
+their moments are taken and factored: the same basis, up to rounding. Products are of three TF32
+ones, whose rounding is some 2^-21: less than what the moments' own sample leaves unknown.
 """
 
 import torch
@@ -14,8 +15,11 @@ from . import basis
 from .plan import FITS, WorkList
 from .tiles import input_precision
 
-STRIP = 32  # columns of a moment that a program computes
+STRIP_ENTRIES = 8192  # of a moment that a program computes: all programs run at once
 RIDGE = 1e-6  # of the queries' mean moment
+# Columns that the others are made orthogonal to between two steps: what is left then differs so
+# little in length that float32 tells it behind the next one.
+SPREAD = 12
 
 
 @triton.jit
@@ -24,15 +28,15 @@ def _even(number, count, samples):
     return (number.to(tl.uint32) * count.to(tl.uint32) // samples.to(tl.uint32)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["row", "samples"])
-def _moment_kernel(
-    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples,
+@triton.jit
+def _moment(
+    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples, i_fit,
     stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
     OF_KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """STRIP columns of the keys' covariance, or of the queries' second moment."""
-    i_strip, i_head, i_fit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_strip, i_head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     p_table += row.to(tl.int64) * stride_table
     start = tl.load(p_fits + 3 * i_fit)
@@ -52,7 +56,9 @@ def _moment_kernel(
         o_first = tl.load(p_table).to(tl.int64) * stride_block
         first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
         first_s = tl.load(p_kv + o_first + o_s, o_s < D, 0.0).to(tl.float32)
-    for o in range(0, n, BLOCK):
+    # Queries would go from asynchronous copies straight into wgmma, and Triton 3.6 sets no fence
+    # between the two: one stage loads them through registers. Keys go that way in any case.
+    for o in tl.range(0, n, BLOCK, num_stages=3 if OF_KEYS else 1):
         o_n = o + tl.arange(0, BLOCK)
         m_n = o_n < n
         if OF_KEYS:
@@ -82,6 +88,29 @@ def _moment_kernel(
     tl.store(p_moments + o_moment, moment)
 
 
+@triton.jit(do_not_specialize=["row", "samples_q", "samples_k"])
+def _moment_kernel(
+    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, samples_k,
+    stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """STRIP columns of either moment of a fit: one launch, for each alone waits for memory."""
+    i_fit = tl.program_id(2) // 2
+    if tl.program_id(2) % 2 == 0:
+        _moment(
+            p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_k, i_fit,
+            stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
+            True, GROUP, D, D_PAD, PAGE, STRIP, BLOCK, PRECISION,
+        )  # fmt: skip
+    else:
+        _moment(
+            p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, i_fit,
+            stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
+            False, GROUP, D, D_PAD, PAGE, STRIP, 2 * BLOCK, PRECISION,
+        )  # fmt: skip
+
+
 @triton.jit
 def _product(p_matrix, p_y, y, o_d, o_r, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
     """Return matrix @ y for a symmetric matrix [D_PAD, D_PAD]; y [D_PAD, WIDTH] goes by memory."""
@@ -94,39 +123,78 @@ def _product(p_matrix, p_y, y, o_d, o_r, D_PAD: tl.constexpr, WIDTH: tl.constexp
         o_k = o + tl.arange(0, BLOCK)
         m = tl.load(p_matrix + o_d[:, None] * D_PAD + o_k[None, :])
         part = tl.load(p_y + o_k[:, None] * WIDTH + o_r[None, :])
-        out = tl.dot(m, part, out, input_precision="ieee")
+        out = tl.dot(m, part, out, input_precision="tf32x3")
     return out
 
 
 @triton.jit
-def _orthonormalise(y, z, o_r, ridge, RANK: tl.constexpr):
-    """Gram–Schmidt on the columns of y in the inner product x'Cy, where z = Cy is kept beside.
+def _gram(p_y, z, o_d, o_r, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Return y'z, where memory holds y already, in the layout of memory.
 
-    Few queries leave directions without moment, where rounding would be blown up to one: a
-    column with less than ``ridge`` times its length ends as zeros.
+    There threads have some of a row; what the matrix unit leaves is spread over few warps.
     """
-    for j in range(RANK):
+    BLOCK: tl.constexpr = 32
+    p_z = p_y + D_PAD * WIDTH
+    tl.store(p_z + o_d[:, None] * WIDTH + o_r[None, :], z)
+    tl.debug_barrier()
+    out = tl.zeros([WIDTH, WIDTH], tl.float32)
+    for o in range(0, D_PAD, BLOCK):
+        o_k = o + tl.arange(0, BLOCK)
+        part_y = tl.load(p_y + o_k[:, None] * WIDTH + o_r[None, :])
+        part_z = tl.load(p_z + o_k[:, None] * WIDTH + o_r[None, :])
+        out = tl.dot(tl.trans(part_y), part_z, out, input_precision="tf32x3")
+    o_out = o_r[:, None] * WIDTH + o_r[None, :]
+    tl.debug_barrier()
+    tl.store(p_y + o_out, out)
+    tl.debug_barrier()
+    return tl.load(p_y + o_out)
+
+
+@triton.jit
+def _spread(y, o_r, columns):
+    """Keep the space of y's columns and spread them over it: Gram–Schmidt along the first ones.
+
+    Products turn all columns towards the same directions, until rounding hides the others.
+    """
+    y *= tl.rsqrt(tl.maximum(tl.sum(y * y, 0), 1e-30))[None, :]
+    for j in range(columns):
         at = (o_r == j)[None, :]
         v = tl.sum(tl.where(at, y, 0.0), 1)
-        w = tl.sum(tl.where(at, z, 0.0), 1)
-        # One reduction for both: each is a round of messages between warps.
-        along, length = tl.split(tl.sum(tl.join(w[:, None] * y, v[:, None] * y), 0))
-        square = tl.sum(tl.where(o_r == j, along, 0.0))
-        least = ridge * tl.sum(tl.where(o_r == j, length, 0.0)) + 1e-30
-        factor = tl.where(square > least, tl.rsqrt(tl.maximum(square, least)), 0.0)
+        along = tl.sum(v[:, None] * y, 0)
+        factor = tl.rsqrt(tl.maximum(tl.sum(tl.where(o_r == j, along, 0.0)), 1e-30))
         v *= factor
-        w *= factor
         along = tl.where(o_r > j, along * factor, 0.0)
         y = tl.where(at, v[:, None], y - v[:, None] * along[None, :])
-        z = tl.where(at, w[:, None], z - w[:, None] * along[None, :])
-    return y, z
+    return y
+
+
+@triton.jit
+def _inverse_factor(gram, o_r, least, RANK: tl.constexpr):
+    """Return the inverse of the lower Cholesky factor of a Gram matrix, in its place.
+
+    Few queries leave directions without moment, where rounding would be blown up to one: a
+    row whose rest is less than ``least`` ends as zeros.
+    """
+    o_i = o_r[:, None]
+    o_j = o_r[None, :]
+    for j in range(RANK):
+        row = tl.sum(tl.where(o_i == j, gram, 0.0), 0)
+        column = tl.sum(tl.where(o_j == j, gram, 0.0), 1)
+        square = tl.sum(tl.where(o_r == j, row, 0.0))
+        factor = tl.where(square > least, tl.rsqrt(tl.maximum(square, least)), 0.0)
+        row = tl.where(o_r == j, 1.0, row) * factor
+        column = tl.where(o_r > j, column * factor, 0.0)
+        # Behind column j are the rows that are left, up to it those of the inverse.
+        rest = tl.where(o_j == j, 0.0, gram) - column[:, None] * row[None, :]
+        gram = tl.where(o_i == j, row[None, :], rest)
+    return tl.where((o_j <= o_i) & (o_i < RANK), gram, 0.0)
 
 
 @triton.jit
 def _basis_kernel(
     p_moments, p_means, p_start, p_y, p_a, p_b, p_offset, unit,
     D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
-    STEPS: tl.constexpr, RIDGE: tl.constexpr,
+    STEPS: tl.constexpr, SPREAD: tl.constexpr, RIDGE: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
 ):  # fmt: skip
     """One basis: directions from random ones by subspace iteration, padded to WIDTH."""
@@ -135,17 +203,19 @@ def _basis_kernel(
     o_r = tl.arange(0, WIDTH)
     p_cq = p_moments + 2 * i_basis * D_PAD * D_PAD
     p_ck = p_cq + D_PAD * D_PAD
-    p_y += i_basis * D_PAD * WIDTH
+    p_y += i_basis * 2 * D_PAD * WIDTH
     ridge = RIDGE * tl.sum(tl.load(p_cq + o_d * (D_PAD + 1)), 0) / D
     y = tl.load(p_start + o_d[:, None] * WIDTH + o_r[None, :])
-    z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
-    for _ in range(STEPS):
-        y = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
+    for step in range(STEPS):
         z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
-        y, z = _orthonormalise(y, z, o_r, ridge, RANK)
-    # Once more: what the first pass leaves of nearly dependent columns is not yet orthogonal.
+        y = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
+        y = _spread(y, o_r, tl.where(step == STEPS - 1, RANK, SPREAD))
     z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
-    y, z = _orthonormalise(y, z, o_r, ridge, RANK)
+    # Columns of y have length 1: a moment's ridge is theirs.
+    gram = _gram(p_y, z, o_d, o_r, D_PAD, WIDTH)
+    factor = tl.trans(_inverse_factor(gram, o_r, ridge + 1e-30, RANK))
+    y = tl.dot(y, factor, input_precision="tf32x3")
+    z = tl.dot(z, factor, input_precision="tf32x3")
     mean = tl.load(p_means + i_basis * D_PAD + o_d)
     offset = tl.sum(mean[:, None] * z, 0) * unit
     offset = tl.where(o_r == RANK, -FACTOR_0, offset)
@@ -169,7 +239,7 @@ class FitWorkspace:
 
         self.moments = empty(2, pad, pad)
         self.means = empty(pad)
-        self.y = empty(pad, width)
+        self.y = empty(2, pad, width)
         extra = (0, width - basis.RANK, 0, pad - head_dim)
         start = torch.nn.functional.pad(basis.start(head_dim, basis.RANK), extra)
         self.start = start.float().to(device)
@@ -188,25 +258,38 @@ def fit(
     scale: float,
 ) -> None:
     """Fit the bases of a work list's chunk into ``space``; see :func:`basis.fit_work`."""
+    take_moments(query, kv_cache, block_table, work, space)
+    find_bases(work, space, scale=scale)
+
+
+def take_moments(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    space: FitWorkspace,
+) -> None:
+    """Take the moments of a chunk's queries and keys; the first half of :func:`fit`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group, fits = query.shape[1] // kv_heads, work.fits.shape[0]
-    pad = triton.next_power_of_2(head_dim)
-    precision = input_precision(query.dtype)
-    # Queries would go from asynchronous copies straight into wgmma, and Triton 3.6 sets no fence
-    # between the two: one stage loads them through registers. Keys go that way in any case.
-    for of_keys, samples in enumerate(basis.samples(work, group)):
-        _moment_kernel[(pad // STRIP, kv_heads, fits)](
-            query, kv_cache, block_table, work.fits, space.moments, space.means,
-            work.row, samples, query.stride(0), query.stride(1),
-            kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-            OF_KEYS=of_keys == 1, GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=STRIP,
-            BLOCK=64, PRECISION=precision, num_warps=8, num_stages=3 if of_keys else 1,
-        )  # fmt: skip
-    _basis_kernel[(fits * kv_heads,)](
+    group, pad = query.shape[1] // kv_heads, triton.next_power_of_2(head_dim)
+    strip = min(pad, STRIP_ENTRIES // pad)
+    _moment_kernel[(pad // strip, kv_heads, 2 * work.fits.shape[0])](
+        query, kv_cache, block_table, work.fits, space.moments, space.means,
+        work.row, *basis.samples(work, group), query.stride(0), query.stride(1),
+        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
+        GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=strip,
+        BLOCK=64, PRECISION=input_precision(query.dtype), num_warps=8,
+    )  # fmt: skip
+
+
+def find_bases(work: WorkList, space: FitWorkspace, *, scale: float) -> None:
+    """Find the bases that the moments tell of; the second half of :func:`fit`."""
+    _, kv_heads, head_dim, _ = space.a.shape
+    _basis_kernel[(work.fits.shape[0] * kv_heads,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
         scale * basis.LOG2E,
-        D=head_dim, D_PAD=pad, WIDTH=basis.WIDTH, RANK=basis.RANK, STEPS=basis.STEPS,
-        RIDGE=RIDGE,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,
+        STEPS=basis.STEPS, SPREAD=SPREAD, RIDGE=RIDGE,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=16,
+        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=8,
     )  # fmt: skip

@@ -7,14 +7,17 @@ in ``ROW_STEP`` is scored: half of them evenly spread, the other half those with
 the queries that are least like others.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import basis
-from .fit import FitWorkspace, fit
+from .beside import IN_TURN, Beside
+from .fit import FitWorkspace, find_bases, take_moments
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
-from .rows import project_rows
+from .rows import choose_rows, shift_rows
 from .tiles import input_precision
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
@@ -158,6 +161,7 @@ class LowRankWorkspace:
         shape = (FITS, kv_heads, max_history, basis.WIDTH)
         self.images = torch.empty(shape, dtype=kind, device=device)
         rows = -(-segment * (heads // kv_heads) // ROW_STEP)
+        self.sizes = torch.empty(items, kv_heads, rows * ROW_STEP, device=device)
         self.chosen = torch.empty(items, kv_heads, rows, dtype=torch.int32, device=device)
         self.rows = torch.empty(items, kv_heads, rows, basis.WIDTH, dtype=kind, device=device)
 
@@ -189,6 +193,8 @@ def low_rank_scores(
     *,
     scale: float,
     chunk: int = CHUNK,
+    beside: Beside = IN_TURN,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Score every item's history, one score per KV head and token.
 
@@ -206,15 +212,25 @@ def low_rank_scores(
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
+        beside: where some of it runs beside the rest; joined.
+        meanwhile: launches what else a chunk with histories needs, and nothing here reads.
     """
     if work.max_fit_tokens == 0:
         return
     if work.first_of_chunk:
-        fit(query, kv_cache, block_table, work, space.fit, scale=scale)
+        take_moments(query, kv_cache, block_table, work, space.fit)
+        with beside:  # of the bases, which fill a quarter of a card
+            meanwhile()
+        find_bases(work, space.fit, scale=scale)
+        with beside:  # of the keys' images, which wait for memory
+            choose_rows(query, work, space)
         project_keys(kv_cache, block_table, work, space)
+        beside.join()
     if work.max_history == 0:
         return
-    project_rows(query, work, space)
+    if not work.first_of_chunk:
+        choose_rows(query, work, space)
+    shift_rows(query, work, space)
     kv_heads = kv_cache.shape[1]
     images = space.images
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import reference, reference_select
+from .beside import Beside
 from .plan import (
     FITS,
     LIST_STEP,
@@ -194,23 +195,30 @@ class SparsePrefill:
         from . import low_rank, rank, regions, select
 
         space, scale = self.space, self.scale * k_scale
-        if work.first_of_chunk:
+
+        def average() -> None:
             regions.average(kv_cache, block_table, work, space.regions)
+
         results = (space.selection.scores, space.selection.bounds)
         arguments = (query, kv_cache, block_table, work, *results, space.ranking)
         if isinstance(space.ranking, rank.RankWorkspace):
+            if work.first_of_chunk:
+                average()
             rank.mean_query_scores(*arguments, scale=scale)
         else:
-            low_rank.low_rank_scores(*arguments, scale=scale)
+            low_rank.low_rank_scores(
+                *arguments, scale=scale, beside=space.beside, meanwhile=average
+            )
         select.select(block_table, work, kv_cache.shape[2], space.selection, self.tiers)
 
 
 class Workspace(NamedTuple):
-    """Scratch of the ranking in use, of the selection, and the means of regions."""
+    """Scratch of the ranking in use, of the selection, the means of regions, a second stream."""
 
     ranking: Any
     selection: Any
     regions: Regions
+    beside: Beside
 
 
 _workspaces: dict[tuple, Workspace] = {}
@@ -239,7 +247,7 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
             )  # fmt: skip
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
         means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
-        _workspaces[key] = Workspace(made, selection, means)
+        _workspaces[key] = Workspace(made, selection, means, Beside(device))
     return _workspaces[key]
 
 

@@ -3,7 +3,7 @@
 Rows are queries x heads of a group, query by query; see :mod:`low_rank` and :mod:`basis` (ours).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,6 +16,8 @@ from .tiles import input_precision
 if TYPE_CHECKING:
     from .low_rank import LowRankWorkspace
 
+CHOSEN_BLOCK = 128  # rows that are projected at a time: a load that all wait for each
+SHIFT_BLOCK = 64
 ROUGH = tl.constexpr(basis.ROUGH)
 ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
 
@@ -37,7 +39,7 @@ def _project_block(
 
 @triton.jit
 def _project_rows_kernel(
-    p_q, p_a, p_items, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
+    p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
@@ -57,30 +59,35 @@ def _project_rows_kernel(
     o_b = tl.arange(0, BLOCK)
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
-    number = tl.arange(0, BLOCKS)[:, None] * BLOCK + o_b[None, :]
-    size = tl.zeros([BLOCKS, BLOCK], tl.float32)
+    o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
+    p_size = p_sizes + o_list * ROW_STEP
     for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
+        o_row = i * BLOCK + o_b
         image = _project_block(
-            p_q, p_a, tl.minimum(i * BLOCK + o_b, rows - 1), o_basis,
+            p_q, p_a, tl.minimum(o_row, rows - 1), o_basis,
             stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
         )  # fmt: skip
-        size = tl.where(number // BLOCK == i, tl.sum(image * image, 1)[None, :], size)
-    number = tl.reshape(number, [BLOCKS * BLOCK])
-    # As integers, which sizes that are not negative order like. Rows that are always chosen have
-    # the largest number.
-    size = tl.reshape(size, [BLOCKS * BLOCK]).to(tl.int32, bitcast=True)
+        tl.store(p_size + o_row, tl.sum(image * image, 1), o_row < rows)
+    # By memory to threads that each have a few of them. As integers, which sizes that are not
+    # negative order like. Rows that are always chosen have the largest number.
+    tl.debug_barrier()
+    number = tl.arange(0, BLOCKS * BLOCK)
+    size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
     always = (number // GROUP + number % GROUP) % (2 * ROW_STEP) == 0
     size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
     kept = tl.cdiv(rows, ROW_STEP)
-    least = 0  # the largest number that so many sizes reach, bit by bit
-    for i in range(0, 31):
-        higher = least | (1 << (30 - i))
-        least = tl.where(tl.sum((size >= higher).to(tl.int32)) >= kept, higher, least)
+    # The largest number that so many sizes reach, by four bits at a time: to count is a round of
+    # messages between warps, for one number or for sixteen. The last round has three bits to
+    # tell; a fourth would be the last of the round before, which has found it too large.
+    least = 0
+    for i in range(8):
+        higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))
+        reach = tl.sum((size[:, None] >= higher[None, :]).to(tl.int32), 0)
+        least = tl.max(tl.where(reach >= kept, higher, 0))
     equal = (size == least).to(tl.int32)
     room = kept - tl.sum((size > least).to(tl.int32))
     chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
     place = tl.cumsum(chosen.to(tl.int32)) - 1
-    o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
     tl.store(p_chosen + o_list + place, number, chosen)
     tl.debug_barrier()  # other threads read them
     for first in tl.range(0, kept, BLOCK, num_stages=1):
@@ -177,28 +184,36 @@ def _shift_kernel(
         tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
 
 
-def project_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
-    """Choose and project the rows of a work list's segments; their keys must be projected."""
-    fitted, images = space.fit, space.images
+def choose_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
+    """Choose and project the rows of a work list's segments; the bases must be fitted."""
     head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
-    block = 64
-    shape = {
-        "GROUP": query.shape[1] // kv_heads,
-        "WIDTH": basis.WIDTH,
-        "ROW_STEP": ROW_STEP,
-        "LIMIT": torch.finfo(images.dtype).max,
-        "ITEM_COLUMNS": COLUMNS,
-    }
     _project_rows_kernel[(kv_heads, work.num_items)](
-        query, fitted.a, work.items, space.chosen, space.rows, query.stride(0), query.stride(1),
-        kept, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
-        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // block)),
-        PRECISION=input_precision(query.dtype), **shape,
+        query, space.fit.a, work.items, space.sizes, space.chosen, space.rows,
+        query.stride(0), query.stride(1), kept,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=CHOSEN_BLOCK,
+        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // CHOSEN_BLOCK)),
+        PRECISION=input_precision(query.dtype), **_shape(query, space),
     )  # fmt: skip
-    _shift_kernel[(-(-kept // block), kv_heads, work.num_items)](
+
+
+def shift_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
+    """End the chosen rows' images with their shifts; the keys must be projected."""
+    images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
+    _shift_kernel[(-(-kept // SHIFT_BLOCK), kv_heads, work.num_items)](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
-        BLOCK_M=block, BLOCK_N=64,
+        BLOCK_M=SHIFT_BLOCK, BLOCK_N=64,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], **shape,
+        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space),
     )  # fmt: skip
+
+
+def _shape(query: torch.Tensor, space: "LowRankWorkspace") -> dict[str, Any]:
+    """Return the constants that both kernels take."""
+    return {
+        "GROUP": query.shape[1] // space.rows.shape[1],
+        "WIDTH": basis.WIDTH,
+        "ROW_STEP": ROW_STEP,
+        "LIMIT": torch.finfo(space.images.dtype).max,
+        "ITEM_COLUMNS": COLUMNS,
+    }

@@ -4,6 +4,7 @@ import torch
 from cases import (
     CACHES,
     CHUNKS,
+    ON_GPU,
     SEGMENT,
     TOLERANCE,
     dense_attention,
@@ -11,6 +12,7 @@ from cases import (
     nan_like,
     relative_error,
 )
+from s2o_vllm.kernels.beside import IN_TURN
 from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 
@@ -123,3 +125,20 @@ def test_scratch_is_bounded():
     shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
     items, slots = shape.limits
     assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has one stream")
+def test_a_second_stream_changes_nothing(device):
+    """Chunks and layers follow one another without a pause, as in a server."""
+    batch = make_batch(device, chunks=((3000, 512), (700, 300)))
+    works, results = batch.work(), []
+    operator = operator_for(batch)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+    for beside in [IN_TURN] + 20 * [operator.space.beside]:
+        operator.space = operator.space._replace(beside=beside)
+        out = nan_like(batch.query)
+        for work in works:
+            operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+        results.append(out)
+    for out in results[1:]:
+        torch.testing.assert_close(out, results[0], atol=0, rtol=0)
