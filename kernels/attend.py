@@ -9,6 +9,8 @@ segments a sample of the tokens that were not visited tells how much softmax mas
 three ours).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +117,7 @@ def _dropped_mass(
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_table,
-    p_order, p_counters,
+    p_order, p_counters, p_mass,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -125,11 +127,14 @@ def _attend_kernel(
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    DROPPED_PER_ROW: tl.constexpr,
+    DROPPED_PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     REGION: tl.constexpr, REGION_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
+    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
+
+    With PARTS a segment has one tile, and so many programs share its list: see :class:`Parts`.
+    """
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
     i_tile, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_head = tl.program_id(2)
@@ -142,6 +147,14 @@ def _attend_kernel(
     dense_start = tl.load(p_item + 4)
     count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
     first = i_tile * QUERIES
+    listed = count
+    i_part = 0
+    if PARTS:
+        i_part = i_tile
+        first = 0
+        share = tl.cdiv(count, PARTS * BLOCK_N) * BLOCK_N
+        p_slots += i_part * share
+        count = tl.minimum(tl.maximum(count - i_part * share, 0), share)
     if first >= num_queries:
         return
 
@@ -168,6 +181,10 @@ def _attend_kernel(
     # which only dense segments have, need no mask.
     end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
     masked = dense_start + (history - dense_start) // BLOCK_N * BLOCK_N
+    if PARTS:
+        if i_part > 0:  # the first part has all that is not of the list
+            end = dense_start
+            masked = dense_start
     p_table += row * stride_table
     for start in range(dense_start, masked, BLOCK_N):
         page = tl.load(p_table + (start + o_n) // PAGE)
@@ -239,8 +256,10 @@ def _attend_kernel(
     visited = seen * BLOCK_N + tail
 
     p_means += i_head.to(tl.int64) * stride_means
-    missing = tl.maximum(1.0 - visited / tl.maximum(dense_start, 1), 0.0)
-    regions = tl.where(visited < dense_start, dense_start // REGION, 0)
+    if not PARTS:
+        listed = visited
+    missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
+    regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
     slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
     m, mass, tokens, acc = _visit_rest(
         q, p_k, p_means, slot, tail, regions, tl.log2(REGION_WEIGHT * REGION * missing),
@@ -248,6 +267,8 @@ def _attend_kernel(
         LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
     )  # fmt: skip
 
+    if PARTS:
+        mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     acc = acc / mass[:, None]
     if regions > 0:
         p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * D * D
@@ -261,8 +282,14 @@ def _attend_kernel(
             acc = tl.dot(part.to(q.dtype), slope, acc, input_precision=PRECISION)
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
-    p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
-    o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
+    if PARTS:
+        o_part = ((i_item * tl.num_programs(2) + i_head) * PARTS + i_part) * GROUP
+        tl.store(p_mass + o_part + o_row, m + tl.log2(mass), m_row)
+        p_out += o_part * D
+        o_o = o_row * D
+    else:
+        p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
+        o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],
         acc.to(p_out.dtype.element_ty),
@@ -270,10 +297,17 @@ def _attend_kernel(
     )
 
     rows = tl.sum(m_row.to(tl.int32)).to(tl.int64)
+    if PARTS:
+        tl.atomic_add(p_counters + 0, rows * visited)
+        if i_part > 0:
+            return
+        visited = 0
     # A dense segment visits all of its history in pass 1.
     tl.atomic_add(p_counters + 0, rows * (visited + history - dense_start))
     tl.atomic_add(p_counters + 1, rows * history)
     tl.atomic_add(p_counters + 2, 1)
+    if PARTS:
+        return  # none stops early, and none knows the mass of all
     tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
     if i_item % EVERY == 0:
         if dense_start > 0:
@@ -286,6 +320,20 @@ def _attend_kernel(
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
             tl.atomic_add(p_counters + 4, (dropped + 0.5).to(tl.int64))
         tl.atomic_add(p_counters + 5, rows)
+
+
+class Parts(NamedTuple):
+    """Room for the attention of segments of one tile, whose lists several programs share (ours).
+
+    The first part has the dense pass and the means of regions, too.
+
+    Attributes:
+        out: float32 ``[items, kv_heads, parts, group, head_dim]``, attention to each part.
+        mass: float32 ``[items, kv_heads, parts, group]``, its softmax mass, base-2 logarithm.
+    """
+
+    out: torch.Tensor
+    mass: torch.Tensor
 
 
 def attend(
@@ -304,6 +352,7 @@ def attend(
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
     order: torch.Tensor | None = None,
+    parts: Parts | None = None,
     tile: AttendTile,
 ) -> None:
     """Run both passes for every segment of a work list.
@@ -333,6 +382,8 @@ def attend(
         softcap: cap of the scaled scores, 0 for none.
         order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
             fill the tiles; None keeps theirs.
+        parts: written to instead of ``out``; without an early stop, and with no estimate of the
+            mass that was not visited.
         tile: tile shape, see :mod:`tiles`.
 
     Source: S2O, two passes and early stop; packing the GQA group into a tile and what stands
@@ -344,10 +395,12 @@ def attend(
     slots = lists.slots
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
     segment_tiles = -(-work.max_queries // queries_per_tile)
-    _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
+    shares = 0 if parts is None else parts.mass.shape[2]
+    _attend_kernel[(shares or segment_tiles, work.num_items, kv_heads)](
+        query, kv_cache, out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples, regions.means,
         regions.slopes, block_table,
         order if order is not None else work.items, counters,
+        counters if parts is None else parts.mass,
         scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
@@ -358,7 +411,7 @@ def attend(
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
         EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
-        DROPPED_PER_ROW=1 / DROPPED_UNIT,
+        DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
         REGION=regions.tokens, REGION_WEIGHT=REGION_WEIGHT,
         PRECISION=input_precision(query.dtype),
         ITEM_COLUMNS=COLUMNS,

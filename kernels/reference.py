@@ -123,17 +123,44 @@ def low_rank_scores(
             if n == 0 or item[FIT] != fit:
                 continue
             queries = segment_queries(query, item, kv_heads).transpose(1, 2)
-            count, group = queries.shape[1:3]
+            group = queries.shape[2]
             queries = queries.flatten(1, 2)
             scored = basis.scored_rows(queries @ own.a, group)  # [kv_heads, rows]
             if chosen is not None:
                 scored = chosen[number, :, : scored.shape[1]].long()
-            queries = queries.gather(1, scored[..., None].expand(-1, -1, head_dim))
-            visible = torch.arange(count, device=query.device) <= scored[..., None] // group
-            past, beside = images[:, :n], images[:, n : n + count]
-            rows = basis.query_images(queries, own, past, beside, visible, dtype)
-            scores[number, :, :n] = (rows @ past.mT).amax(1)
+            scores[number, :, :n] = row_scores(queries, scored, item, own, images, dtype)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
+
+
+def row_scores(
+    queries: torch.Tensor,
+    scored: torch.Tensor,
+    item: Item,
+    fitted: basis.Basis,
+    images: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Score an item's history by some of its rows.
+
+    Args:
+        queries: all its rows ``[kv_heads, rows, head_dim]``, query by query.
+        scored: which of them count, int64 ``[kv_heads, some]``.
+        item: of a work list.
+        fitted: basis of each KV head.
+        images: of all keys that the item sees, ``[kv_heads, tokens, width]``.
+        dtype: that images are rounded to.
+
+    Returns:
+        float32 ``[kv_heads, history]``.
+    """
+    n, context, count = item[DENSE_START], item[HISTORY], item[NUM_QUERIES]
+    group = queries.shape[1] // count
+    queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
+    positions = torch.arange(n, context + count, device=queries.device)
+    visible = positions <= context + scored[..., None] // group
+    past, beside = images[:, :n], images[:, n : context + count]
+    rows = basis.query_images(queries, fitted, past, beside, visible, dtype)
+    return (rows @ past.mT).amax(1)
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:
