@@ -117,11 +117,11 @@ def _dropped_mass(
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_table,
-    p_order, p_counters, p_mass,
+    p_order, p_counters, p_mass, p_known,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
-    stride_slots_item, stride_slots_head, stride_means, stride_table,
+    stride_slots_item, stride_slots_head, stride_means_fit, stride_means, stride_table,
     stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
@@ -181,10 +181,9 @@ def _attend_kernel(
     # which only dense segments have, need no mask.
     end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
     masked = dense_start + (history - dense_start) // BLOCK_N * BLOCK_N
-    if PARTS:
-        if i_part > 0:  # the first part has all that is not of the list
-            end = dense_start
-            masked = dense_start
+    if PARTS:  # the first part has all that is not of the list
+        end = tl.where(i_part == 0, end, dense_start)
+        masked = tl.minimum(masked, end)
     p_table += row * stride_table
     for start in range(dense_start, masked, BLOCK_N):
         page = tl.load(p_table + (start + o_n) // PAGE)
@@ -255,11 +254,14 @@ def _attend_kernel(
     tail = tl.where(running, tail, 0)
     visited = seen * BLOCK_N + tail
 
-    p_means += i_head.to(tl.int64) * stride_means
+    fit = tl.load(p_item + 6).to(tl.int64)
+    p_means += fit * stride_means_fit + i_head.to(tl.int64) * stride_means
     if not PARTS:
         listed = visited
     missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
     regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
+    if PARTS:
+        regions = tl.minimum(regions, tl.load(p_known + fit))
     slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
     m, mass, tokens, acc = _visit_rest(
         q, p_k, p_means, slot, tail, regions, tl.log2(REGION_WEIGHT * REGION * missing),
@@ -271,7 +273,7 @@ def _attend_kernel(
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     acc = acc / mass[:, None]
     if regions > 0:
-        p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * D * D
+        p_slopes += (fit * tl.num_programs(2) + i_head) * D * D
         # A row's slope counts by its mass of regions; scale is in base 2.
         lean = (1.0 - tokens / mass) * (scale * LN2)
         # Queries are read again, for registers' sake. One stage, as to other caches above.
@@ -383,7 +385,7 @@ def attend(
         order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
             fill the tiles; None keeps theirs.
         parts: written to instead of ``out``; without an early stop, and with no estimate of the
-            mass that was not visited.
+            mass that was not visited. Regions that are each request's own go with it.
         tile: tile shape, see :mod:`tiles`.
 
     Source: S2O, two passes and early stop; packing the GQA group into a tile and what stands
@@ -397,14 +399,17 @@ def attend(
     segment_tiles = -(-work.max_queries // queries_per_tile)
     shares = 0 if parts is None else parts.mass.shape[2]
     _attend_kernel[(shares or segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples, regions.means,
-        regions.slopes, block_table,
+        query, kv_cache, out if parts is None else parts.out, work.items, slots, lists.lengths,
+        lists.samples, regions.means, regions.slopes, block_table,
         order if order is not None else work.items, counters,
         counters if parts is None else parts.mass,
+        counters if regions.known is None else regions.known,
         scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        slots.stride(0), slots.stride(1), regions.means.stride(0), block_table.stride(0),
+        slots.stride(0), slots.stride(1),
+        0 if regions.known is None else regions.means.stride(0), regions.means.stride(-3),
+        block_table.stride(0),
         order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
         GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,

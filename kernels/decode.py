@@ -14,14 +14,9 @@ import triton.language as tl
 
 from . import basis
 from .attend import Parts, attend
-from .decode_plan import (
-    APPEND_COLUMNS,
-    DECODE_PARTS,
-    DecodeList,
-    DecodeShape,
-)
+from .decode_plan import APPEND_COLUMNS, DECODE_PARTS, DecodeList, DecodeShape, Kept
 from .low_rank import LowRankWorkspace, score_rows
-from .plan import CHUNK, COLUMNS, NOT_LISTED, TIERS_UNORDERED, Regions, WorkList
+from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_UNORDERED, Regions
 from .rows import project_rows
 from .select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile, input_precision
@@ -94,12 +89,10 @@ class DecodeScratch(NamedTuple):
     rows: torch.Tensor
     selection: SelectWorkspace
     parts: Parts
-    regions: Regions
 
 
 def scratch(
     shape: DecodeShape,
-    dtype: torch.dtype,
     device: torch.device,
     image_dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
@@ -112,8 +105,6 @@ def scratch(
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(requests, kv_heads, *size, dtype=dtype, device=device)
 
-    # No history has a region: what would stand for the rest is another request's.
-    nothing = torch.empty(kv_heads, 1, 2 * shape.head_dim, dtype=dtype, device=device)
     return DecodeScratch(
         empty(group, dtype=torch.int32),
         empty(group, basis.WIDTH, dtype=kind),
@@ -122,7 +113,6 @@ def scratch(
             empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
             empty(DECODE_PARTS, group, dtype=torch.float32),
         ),
-        Regions(nothing, nothing, NOT_LISTED),
     )
 
 
@@ -135,6 +125,8 @@ class DecodeWorkspace:
             ``offset`` ``[slots, kv_heads, WIDTH]``.
         chosen: which rows of a query are scored: all.
         rows: their images.
+        regions: what stands for what is not visited, of the history that the prompt's end saw.
+        known: how many regions of each slot are set.
     """
 
     def __init__(
@@ -143,6 +135,7 @@ class DecodeWorkspace:
         dtype: torch.dtype,
         device: torch.device,
         shared: DecodeScratch,
+        region: int = REGION_TOKENS,
     ):
         slots, kv_heads, width = shape.requests, shape.kv_heads, basis.WIDTH
 
@@ -155,20 +148,32 @@ class DecodeWorkspace:
             zeros(shape.head_dim, width, dtype=dtype),
             zeros(width, dtype=torch.float32),
         )
-        self.chosen, self.rows, self.selection, self.parts, self.regions = shared
+        self.chosen, self.rows, self.selection, self.parts = shared
+        head_dim = shape.head_dim
+        self.known = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.regions = Regions(
+            zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            region,
+            known=self.known,
+        )
 
-    def keep(self, slot: int, work: WorkList, ranked: LowRankWorkspace) -> None:
-        """Copy the last fit of a chunk, and the images of what it sees, into a slot.
+    def keep(self, kept: Kept, ranked: LowRankWorkspace, regions: Regions) -> None:
+        """Copy a fit of a chunk, and images and means of what it sees, into a slot.
 
         Args:
-            slot: a request's.
-            work: a list of the chunk.
-            ranked: what :func:`low_rank.low_rank_scores` left of it.
+            kept: which fit, and where it is kept.
+            ranked: what :func:`low_rank.low_rank_scores` left of the chunk.
+            regions: what :func:`regions.average` left of it.
         """
-        last, tokens = work.fits.shape[0] - 1, work.max_fit_tokens
-        self.images[slot, :, :tokens].copy_(ranked.images[last, :, :tokens])
+        slot, fit, tokens, _ = kept
+        self.images[slot, :, :tokens].copy_(ranked.images[fit, :, :tokens])
         for name in ("a", "b", "offset"):
-            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name)[last])
+            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name)[fit])
+        count = tokens // regions.tokens
+        self.regions.means[slot, :, :count].copy_(regions.means[:, :count])
+        self.regions.slopes[slot].copy_(regions.slopes[fit])
+        self.known[slot : slot + 1].fill_(count)
 
 
 def append(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from . import reference_decode
-from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, build_decode_list
+from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, Kept, build_decode_list
 from .operator import SparsePrefill
 from .plan import NUM_COUNTERS, WorkList
 
@@ -38,15 +38,15 @@ class SparseDecode:
         if device.type == "cuda":
             from . import decode
 
-            self.slots = decode.DecodeWorkspace(shape, dtype, device, scratch(shape, dtype, device))
+            self.slots = decode.DecodeWorkspace(shape, dtype, device, scratch(shape, device))
             self.decode = decode.decode
         else:
-            self.slots = reference_decode.DecodeSlots(shape, device)
+            self.slots = reference_decode.DecodeSlots(shape, dtype, device)
             self.decode = reference_decode.decode
 
     def keep(
         self,
-        slot: int,
+        kept: Kept,
         prefill: SparsePrefill,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -55,22 +55,22 @@ class SparseDecode:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Keep what the end of a prompt was ranked with, after its last chunk's first list.
+        """Keep what the end of a prompt was ranked with, after a chunk's first list.
 
         Args:
-            slot: the request's.
+            kept: which fit of the chunk, and the request's slot.
             prefill: what ranked it, by images of low rank.
             query: as it was given to ``prefill``.
             kv_cache: likewise.
             block_table: likewise.
-            work: likewise; ``work.max_fit_tokens`` tokens are covered from now on.
+            work: likewise.
             k_scale: likewise.
         """
         if prefill.space is not None:
-            self.slots.keep(slot, work, prefill.space.ranking)
+            self.slots.keep(kept, prefill.space.ranking, prefill.space.regions)
             return
         arguments = (query, kv_cache, block_table, work)
-        self.slots.keep(slot, *arguments, self.scale * k_scale)
+        self.slots.keep(kept, *arguments, self.scale * k_scale)
 
     def __call__(
         self,
@@ -108,11 +108,11 @@ class SparseDecode:
 _scratch: dict[tuple, Any] = {}
 
 
-def scratch(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Any:
+def scratch(shape: DecodeShape, device: torch.device) -> Any:
     """Return a step's scratch for a shape; layers of one shape share it (they run in turn)."""
     from . import decode
 
-    key = (shape, dtype, device)
+    key = (shape, device)
     if key not in _scratch:
         _scratch[key] = decode.scratch(*key)
     return _scratch[key]

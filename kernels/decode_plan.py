@@ -15,8 +15,25 @@ from .plan import DENSE_START, WorkList, list_places, longest_list, to_device
 RECENT = 64  # the dense pass begins at a multiple of so many tokens, one whole of them back
 DECODE_PARTS = 16  # programs that share a list, always so many: an output must not depend on others
 
+KEPT_QUERIES = 512  # of a fit: a basis of fewer tells little of the queries to come
 APPEND_ROW, APPEND_SLOT, APPEND_FIRST, APPEND_COUNT = range(4)
 APPEND_COLUMNS = 4
+
+
+class Kept(NamedTuple):
+    """What of a prefill chunk's ranking a slot keeps.
+
+    Attributes:
+        slot: a request's.
+        fit: row of ``WorkList.fits``.
+        tokens: that the fit sees: so many the slot covers.
+        queries: that it was fitted to.
+    """
+
+    slot: int
+    fit: int
+    tokens: int
+    queries: int
 
 
 class DecodeRow(NamedTuple):
@@ -82,6 +99,17 @@ class DecodeShape:
         return self.requests * list_places(longest_list(item))
 
 
+def keep(work: WorkList, slot: int) -> Kept:
+    """Choose the fit that a slot keeps: the last of ``KEPT_QUERIES``, else that of most queries."""
+    sizes = [
+        (min(queries, KEPT_QUERIES) if tokens else 0, number)
+        for number, (_, queries, tokens) in enumerate(work.host_fits)
+    ]
+    fit = max(sizes)[1]
+    _, queries, tokens = work.host_fits[fit]
+    return Kept(slot, fit, tokens, queries)
+
+
 def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
     """Return a row's line of the work table: the last 64 to 127 tokens before it are dense."""
     dense_start = max(0, row.context // RECENT - 1) * RECENT
@@ -89,9 +117,7 @@ def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
     return (row.row, row.query, 1, row.context, dense_start, count, row.slot)
 
 
-def build_decode_list(
-    rows: Sequence[DecodeRow], budget: float, device: torch.device
-) -> DecodeList:
+def build_decode_list(rows: Sequence[DecodeRow], budget: float, device: torch.device) -> DecodeList:
     """Build the work list of a decode step.
 
     Args:

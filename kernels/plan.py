@@ -118,12 +118,22 @@ class Regions(NamedTuple):
             multiple of ``fit_span`` that it begins at or behind.
         tokens: of a region.
         sums: scratch of the kernels, float32 ``[SLOPE_PARTS, kv_heads, pad, pad]``.
+        known: None, or int32 ``[fits]``: then every fit is another request's, ``means`` has a
+            leading dimension of fits, and so many of each are set.
     """
 
     means: torch.Tensor
     slopes: torch.Tensor
     tokens: int
     sums: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+
+    def of(self, fit: int, history: int) -> torch.Tensor:
+        """Return the means of so long a history ``[kv_heads, regions, 2 * head_dim]``."""
+        count = history // self.tokens
+        if self.known is None:
+            return self.means[:, :count]
+        return self.means[fit, :, : min(count, int(self.known[fit]))]
 
 
 def region_samples(history: int, region: int = REGION_TOKENS) -> int:
@@ -185,6 +195,7 @@ class WorkList:
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
         max_queries: most queries of any item.
+        host_fits: ``fits`` on the host.
     """
 
     row: int
@@ -199,6 +210,7 @@ class WorkList:
     max_history: int
     max_list: int
     max_queries: int
+    host_fits: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_items(self) -> int:
@@ -326,6 +338,7 @@ def chunk_lists(
                 max_history=items[0][DENSE_START],
                 max_list=longest_list(items[0]),
                 max_queries=max(item[NUM_QUERIES] for item in items),
+                host_fits=tuple(fits),
             )
         )
     return lists

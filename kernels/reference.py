@@ -307,7 +307,7 @@ def attend(
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
         # What was not visited, as means of whole regions.
-        means = regions.means[:, : dense_start // regions.tokens].float()
+        means = regions.of(item[FIT], dense_start).float()
         k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
         missing = REGION_WEIGHT * regions.tokens * (1 - visited / max(dense_start, 1))
         s_mean = scores(queries, k_mean) + missing.log()[:, None, :, None]

@@ -3,8 +3,16 @@
 import torch
 
 from . import basis, reference, reference_select
-from .decode_plan import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DecodeList, DecodeShape
-from .plan import DENSE_START, FIT, NOT_LISTED, TIERS_UNORDERED, Regions, WorkList
+from .decode_plan import (
+    APPEND_COUNT,
+    APPEND_FIRST,
+    APPEND_ROW,
+    APPEND_SLOT,
+    DecodeList,
+    DecodeShape,
+    Kept,
+)
+from .plan import DENSE_START, FIT, REGION_TOKENS, TIERS_UNORDERED, Regions, WorkList
 from .reference_select import physical_slots
 
 
@@ -14,9 +22,16 @@ class DecodeSlots:
     Attributes:
         images: ``[slots, kv_heads, max_history, WIDTH]``, in the dtype of images.
         fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
+        regions: what stands for what is not visited, in ``dtype``.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device):
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        region: int = REGION_TOKENS,
+    ):
         leading = (shape.requests, shape.kv_heads)
         kind = basis.image_dtype(device)
         self.images = torch.zeros(
@@ -27,21 +42,35 @@ class DecodeSlots:
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, basis.RANK, device=device),
         )
+        head_dim, count = shape.head_dim, max(1, shape.max_history // region)
+        self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
+        self.regions = Regions(
+            torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            region,
+            known=self.known,
+        )
 
     def keep(
         self,
-        slot: int,
+        kept: Kept,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         work: WorkList,
         scale: float,
     ) -> None:
-        """Fit a chunk's last basis into a slot, and project what it sees."""
+        """Fit a chunk's basis into a slot, project what it sees, and average that."""
+        slot, fit, tokens, _ = kept
         fitted = basis.fit_work(query, kv_cache, block_table, work, scale)
-        for kept, part in zip(self.fit, fitted, strict=True):
-            kept[slot] = part[-1]
-        self.project(kv_cache, block_table[work.row], slot, 0, work.max_fit_tokens)
+        for own, part in zip(self.fit, fitted, strict=True):
+            own[slot] = part[fit]
+        self.project(kv_cache, block_table[work.row], slot, 0, tokens)
+        means, slopes, region = self.regions.means, self.regions.slopes, self.regions.tokens
+        found = reference.average(kv_cache, block_table, work, means.dtype, region)
+        count = tokens // region
+        means[slot, :, :count], slopes[slot] = found.means[:, :count], found.slopes[fit]
+        self.known[slot] = count
 
     def project(
         self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
@@ -103,7 +132,7 @@ def decode(
     softcap: float = 0.0,
 ) -> None:
     """Rank, select and attend for every query of a decode step; see :func:`decode.decode`."""
-    kv_heads, page, width = kv_cache.shape[1:]
+    page = kv_cache.shape[2]
     for one in rows.appends.tolist():
         space.project(
             kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],
@@ -111,8 +140,7 @@ def decode(
         )  # fmt: skip
     found = scores(query, space.images, space.fit, rows.work)
     lists = reference_select.select(found, block_table, rows.work, page, TIERS_UNORDERED)
-    none = torch.empty(kv_heads, 0, width, device=query.device)
     reference.attend(
-        query, kv_cache, block_table, rows.work, lists, Regions(none, none, NOT_LISTED), out,
+        query, kv_cache, block_table, rows.work, lists, space.regions, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip

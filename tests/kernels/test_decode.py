@@ -16,31 +16,38 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import basis, decode, reference, reference_decode, reference_select
+from s2o_vllm.kernels import (
+    basis,
+    decode,
+    reference,
+    reference_decode,
+    reference_select,
+    regions,
+)
 from s2o_vllm.kernels.decode_operator import SparseDecode
 from s2o_vllm.kernels.decode_plan import (
     DecodeRow,
     DecodeShape,
     build_decode_list,
     decode_item,
+    keep,
 )
 from s2o_vllm.kernels.low_rank import LowRankWorkspace, low_rank_scores
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     ELIGIBLE,
-    NOT_LISTED,
     NUM_COUNTERS,
     STOPPED,
     TIERS_UNORDERED,
     VISITED,
     PrefillRow,
-    Regions,
 )
 
 LONGEST = 768
 CONTEXTS = (333, 600, 65)  # of requests in decode; the last has no history before its dense part
 PROMPTS = (300, 598, 40)  # tokens that its prompt's last sparse chunk saw
+REGION = 64
 CHUNK = 128  # of histories, for several programs a list
 SIZES = [
     # heads, kv_heads, head_dim, page, head_major, an fp8 cache
@@ -83,8 +90,9 @@ def kept(batch, budget=0.25, slots=(3, 0, 1)):
     kv_heads, device, dtype = batch.kv_cache.shape[1], batch.query.device, batch.query.dtype
     shape = shape_of(batch, budget)
     space = decode.DecodeWorkspace(
-        shape, dtype, device, decode.scratch(shape, dtype, device, chunk=CHUNK)
+        shape, dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
     )
+    averaged = regions.workspace(kv_heads, head_dim, LONGEST, dtype, device, REGION)
     kind = torch.uint8 if ON_GPU else torch.int16
     space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
     ranked = LowRankWorkspace(heads, kv_heads, head_dim, LONGEST, 8, 32, dtype, device)
@@ -96,7 +104,8 @@ def kept(batch, budget=0.25, slots=(3, 0, 1)):
             query, batch.kv_cache, batch.block_table, work, scores, bounds, ranked,
             scale=batch.scale,
         )  # fmt: skip
-        space.keep(slot, work, ranked)
+        regions.average(batch.kv_cache, batch.block_table, work, averaged)
+        space.keep(keep(work, slot), ranked, averaged)
     rows = [
         DecodeRow(number, number, context, slots[number], PROMPTS[number])
         for number, context in enumerate(CONTEXTS)
@@ -179,12 +188,10 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
         count = int(lists.lengths[number, head])
         assert torch.equal(got.slots[number, head, :count], lists.slots[number, head, :count])
-    none = torch.empty(scores.shape[1], 0, 2 * batch.query.shape[2], device=device)
-    nothing = Regions(none, none, NOT_LISTED)
     wanted = nan_like(batch.query)
     counted = torch.zeros_like(counters)
     reference.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, lists, nothing, wanted, counted,
+        batch.query, batch.kv_cache, batch.block_table, work, lists, space.regions, wanted, counted,
         scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip
     assert relative_error(out, wanted) < TOLERANCE
@@ -229,7 +236,7 @@ def test_the_operator_keeps_and_decodes(device, fp8):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
         prefill(*arguments, torch.empty_like(query), counters, **units)
-        operator.keep(number, prefill, *arguments, **units)
+        operator.keep(keep(work, number), prefill, *arguments, **units)
         rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):
@@ -260,5 +267,3 @@ def test_room_for_the_lists_of_all_slots():
     assert shape.places == 4 * 9840
     full = DecodeShape(32, 8, 128, 131072, 4, 1.0)
     assert full.places == 4 * (131072 + 64)
-
-

@@ -242,7 +242,7 @@ def variants_beyond_warm_up(
     if ranking == "low_rank":
         sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
         decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-        scratch = decode.scratch(sizes, torch.bfloat16, meta)
+        scratch = decode.scratch(sizes, meta)
         decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
         decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
@@ -282,7 +282,7 @@ def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     meta = torch.device("meta")
     shape = decode_plan.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
     dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
-    scratch = decode.scratch(shape, q.dtype, meta, dtype)
+    scratch = decode.scratch(shape, meta, dtype)
     space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
     rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
     steps = decode_plan.build_decode_list(rows, 0.05, torch.device("cpu"))
