@@ -140,7 +140,7 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
             floor = FLOOR[step.batch.query.dtype]
             assert error <= (max(2 * usual, floor) if full else 1.0), position
             if not full:
-                assert item[LIST_LENGTH] == int(0.25 * item[DENSE_START])
+                assert item[LIST_LENGTH] == int(0.5 * item[DENSE_START])
 
 
 def every_token():
