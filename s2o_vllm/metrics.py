@@ -17,7 +17,7 @@ import torch
 from .kernels.plan import DROPPED_UNIT
 
 METRICS = {
-    "s2o:history_tokens_visited": "History tokens that prefill queries (and those of sparse decode) "
+    "s2o:history_tokens_visited": "History tokens that queries of prefill (and of sparse decode) "
     "visited, over all heads.",
     "s2o:history_tokens_eligible": "History tokens that these queries could have visited.",
     "s2o:tiles": "Query tiles that ran on the sparse path.",

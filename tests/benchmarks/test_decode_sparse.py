@@ -7,6 +7,13 @@ from s2o_vllm.benchmarks import arms, decode_sparse
 SMALL = ["--context", "64", "--output-tokens", "32"]
 
 
+@pytest.fixture(autouse=True)
+def page(monkeypatch):
+    """The servers' /metrics: nothing was counted."""
+    monkeypatch.setattr(decode_sparse, "read", lambda url: "")
+    monkeypatch.setattr(decode_sparse, "measured_density", lambda url, before: 0.05)
+
+
 def test_one_row_a_batch(two_arms, tmp_path):
     out = tmp_path / "decode_sparse.json"
     assert decode_sparse.main([*SMALL, "--batches", "1", "2", "--out", str(out)]) == 0
@@ -15,6 +22,7 @@ def test_one_row_a_batch(two_arms, tmp_path):
         (1, 8, 0.05), (2, 8, 0.05),
     ]  # fmt: skip
     assert rows[0]["ratio"] == pytest.approx(1)
+    assert rows[0]["density"] == 0.05
     assert [len(row["s2o_all"]) for row in rows] == [2, 2]
 
 
