@@ -109,7 +109,8 @@ def server(
     """Start the `vllm serve` of one arm, see :func:`serving.starting`.
 
     Args:
-        args: of the command line; S2O's budget is the largest of ``args.budgets``.
+        args: of the command line; S2O's budget is the largest of ``args.budgets``, and
+            ``args.s2o_args``, where there are some, are further flags of its own.
         arm: `stock` or `s2o`.
         model: the model's folder.
         folder: for the log.
@@ -126,6 +127,7 @@ def server(
     if arm == "s2o":
         flags += ["--attention-backend", "s2o", "--s2o-min-context", str(args.min_context)]
         flags += ["--s2o-sparsity-budget", str(max(args.budgets))]
+        flags += getattr(args, "s2o_args", [])
     port = args.port + (arm == "s2o")
     return starting(model, port, flags, folder / f"{arm}.log")
 

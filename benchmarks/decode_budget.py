@@ -1,7 +1,7 @@
 """What reading only a ranked share of the keys and values would buy in decode, on one card.
 
 ``python -m s2o_vllm.benchmarks.decode_budget``: one layer, one query a request, bf16, pages of 16
-tokens in random order. Nothing of it is served; it says what a decode kernel could gain at most.
+tokens in random order. It says what a decode kernel could gain at most.
 
 The baseline is paged FlashAttention 3 as vLLM calls it in a graph. Against it: the attend kernel
 over lists of random tokens (its gather is the same for ranked ones), each list cut into as many

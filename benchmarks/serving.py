@@ -45,15 +45,16 @@ LLAMA_8B = {
 LOWEST_ID, HIGHEST_ID = 1000, 30000  # ordinary tokens of any vocabulary; cut to the model's
 
 
-def llama_shape(folder: Path) -> tuple[Path, list[str]]:
-    """Write Llama-3.1-8B's configuration, for `--load-format dummy`.
+def llama_shape(folder: Path, layers: int | None = None) -> tuple[Path, list[str]]:
+    """Write Llama-3.1-8B's configuration, for `--load-format dummy`, perhaps with fewer layers.
 
     Returns:
         The model's folder, and the flags of `vllm serve` that a model without a tokenizer needs.
     """
     model = folder / "llama-8b-shape"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    (model / "config.json").write_text(json.dumps(LLAMA_8B | changes))
     return model, ["--skip-tokenizer-init"]
 
 

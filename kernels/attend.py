@@ -10,6 +10,7 @@ softmax mass they hold (all ours).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,131 +30,35 @@ from .plan import (
     Regions,
     WorkList,
 )
+from .rest import BLOCK_K, LN2, dropped_mass, region_lift, visit_rest
 from .tiles import AttendTile, input_precision
-from .visit import load_rows, online_softmax, slot_offset, soft_cap, visit
+from .visit import load_rows, online_softmax, soft_cap, visit
 
 LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(1 / LOG2E)
-BLOCK_K = tl.constexpr(32)  # rows of a slope, columns of a spread that are held at a time
-
-
-@triton.jit
-def _region_lift(
-    q, p_q, o_q, m_row, p_spreads, o_d, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, LEAST: tl.constexpr, SPREAD: tl.constexpr,
-    MOST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """How many times a token of a region counts for each row, in base 2: q' spread q tells it."""
-    variance = tl.zeros([q.shape[0]], tl.float32)
-    # Queries are read again, for registers' sake. One stage, as to other caches below.
-    for first_k in tl.range(0, D_PAD, BLOCK_K, num_stages=1):
-        o_k = first_k + tl.arange(0, BLOCK_K)
-        spread = load_rows(p_spreads, o_k * D, o_k < D, o_d, True, D, D_PAD)  # symmetric
-        product = tl.dot(q, tl.trans(spread), input_precision=PRECISION)
-        part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
-        variance += tl.sum(product * part.to(tl.float32), 1)
-    # scale is in base 2: the variance is that of natural logarithms once one LN2 is put in here.
-    return tl.minimum(LEAST + SPREAD * LN2 * tl.maximum(variance, 0.0) * scale * scale, MOST)
-
-
-@triton.jit
-def _visit_rest(
-    q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
-    stride_block, stride_token,
-    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to the tail of a list, and to regions as to tokens of a row's ``lift`` higher scores.
-
-    One loop for both: loops as short as these are all latency. Returns the mass of tokens, too.
-    """
-    SAME: tl.constexpr = p_k.dtype == p_means.dtype
-    tokens = mass
-    end = tail + regions
-    # Other caches go through registers: one stage, as Triton 3.6 sets no fence in a pipeline.
-    for first in tl.range(0, end, BLOCK_N, num_stages=None if SAME else 1):
-        number = first + o_n
-        m_n = number < end
-        is_token = number < tail
-        o_slot = slot_offset(slot, stride_block, stride_token, PAGE)
-        o_mean = (number - tail).to(tl.int64) * (2 * D)
-        if SAME:
-            # Without the hint Triton 3.9 loads by elements.
-            p_row = tl.multiple_of(tl.where(is_token, p_k + o_slot, p_means + o_mean), 16)
-            m_kv = m_n[:, None] & (o_d < D)[None, :]
-            k = tl.load(p_row[:, None] + o_d[None, :], m_kv, 0.0)
-            v = tl.load(p_row[:, None] + (o_d + D)[None, :], m_kv, 0.0)
-        else:
-            m_mean = m_n & (number >= tail)
-            k = load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
-            k += load_rows(p_means, o_mean, m_mean, o_d, True, D, D_PAD)
-            v = load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
-            v += load_rows(p_means + D, o_mean, m_mean, o_d, True, D, D_PAD)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if SOFTCAP:
-            s = soft_cap(s, softcap)
-        s = tl.where(m_n[None, :], tl.where(is_token[None, :], s, s + lift[:, None]), float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        mass = mass * alpha + tl.sum(p, 1)
-        tokens = tokens * alpha + tl.sum(tl.where(is_token[None, :], p, 0.0), 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    return m, mass, tokens, acc
-
-
-@triton.jit
-def _dropped_mass(
-    q, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
-    stride_block, stride_token,
-    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Estimate each row's share of softmax mass on history tokens that were not visited.
-
-    ``mass`` is that of the visited ones and the own segment, in units of exp2(``m``).
-    """
-    step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
-    samples = tl.cdiv(n - step // 2, step)
-    lost = tl.zeros_like(mass)
-    for first in range(0, samples, BLOCK_N):
-        number = first + o_n
-        m_n = number < samples
-        # A list without tokens has no places.
-        skipped = m_n & ((tl.load(p_places + number, m_n, 0) >= visited) | (visited == 0))
-        position = number * step + step // 2
-        page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
-        o_k = page * stride_block + (position % PAGE) * stride_token
-        k = load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if SOFTCAP:
-            s = soft_cap(s, softcap)
-        lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
-    # Means may leave no mass of tokens in fp32.
-    return 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
 
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_spreads,
-    p_table, p_order, p_counters,
+    p_table, p_order, p_counters, p_mass, p_known,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
-    stride_slots_item, stride_slots_head, stride_means, stride_table,
+    stride_slots_item, stride_slots_head, stride_means_fit, stride_means, stride_table,
     stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    DROPPED_PER_ROW: tl.constexpr,
+    DROPPED_PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
     LIFT_MOST: tl.constexpr,
     PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head."""
+    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
+
+    With PARTS a segment has one tile, and so many programs share its list: see :class:`Parts`.
+    """
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
     i_tile, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_head = tl.program_id(2)
@@ -166,6 +71,14 @@ def _attend_kernel(
     dense_start = tl.load(p_item + 4)
     count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
     first = i_tile * QUERIES
+    listed = count
+    i_part = 0
+    if PARTS:
+        i_part = i_tile
+        first = 0
+        share = tl.cdiv(count, PARTS * BLOCK_N) * BLOCK_N
+        p_slots += i_part * share
+        count = tl.minimum(tl.maximum(count - i_part * share, 0), share)
     if first >= num_queries:
         return
 
@@ -181,11 +94,12 @@ def _attend_kernel(
     o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
     q = load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
 
-    o_fit = (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+    # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
-    if dense_start >= REGION:
-        lift = _region_lift(
-            q, p_q, o_q, m_row, p_spreads + o_fit, o_d, scale,
+    if (dense_start >= REGION) & (i_part == 0):
+        p_spreads += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+        lift = region_lift(
+            q, p_q, o_q, m_row, p_spreads, o_d, scale,
             D, D_PAD, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
         )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -199,6 +113,9 @@ def _attend_kernel(
     # which only dense segments have, need no mask.
     end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
     masked = dense_start + (history - dense_start) // BLOCK_N * BLOCK_N
+    if PARTS:  # the first part has all that is not of the list
+        end = tl.where(i_part == 0, end, dense_start)
+        masked = tl.minimum(masked, end)
     p_table += row * stride_table
     for start in range(dense_start, masked, BLOCK_N):
         page = tl.load(p_table + (start + o_n) // PAGE)
@@ -269,19 +186,26 @@ def _attend_kernel(
     tail = tl.where(running, tail, 0)
     visited = seen * BLOCK_N + tail
 
-    p_means += i_head.to(tl.int64) * stride_means
-    missing = tl.maximum(1.0 - visited / tl.maximum(dense_start, 1), 0.0)
-    regions = tl.where(visited < dense_start, dense_start // REGION, 0)
+    fit = tl.load(p_item + 6).to(tl.int64)
+    p_means += fit * stride_means_fit + i_head.to(tl.int64) * stride_means
+    if not PARTS:
+        listed = visited
+    missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
+    regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
+    if PARTS:
+        regions = tl.minimum(regions, tl.load(p_known + fit))
     slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
     lift += tl.log2(REGION * missing)
-    m, mass, tokens, acc = _visit_rest(
+    m, mass, tokens, acc = visit_rest(
         q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
         stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
     )  # fmt: skip
 
+    if PARTS:
+        mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     acc = acc / mass[:, None]
     if regions > 0:
-        p_slopes += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+        p_slopes += (fit * tl.num_programs(2) + i_head) * (D * D)
         # A row's slope counts by its mass of regions; scale is in base 2.
         lean = (1.0 - tokens / mass) * (scale * LN2)
         # Queries are read again, for registers' sake. One stage, as to other caches above.
@@ -292,8 +216,14 @@ def _attend_kernel(
             acc = tl.dot(part.to(q.dtype), slope, acc, input_precision=PRECISION)
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
-    p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
-    o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
+    if PARTS:
+        o_part = ((i_item * tl.num_programs(2) + i_head) * PARTS + i_part) * GROUP
+        tl.store(p_mass + o_part + o_row, m + tl.log2(mass), m_row)
+        p_out += o_part * D
+        o_o = o_row * D
+    else:
+        p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
+        o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],
         acc.to(p_out.dtype.element_ty),
@@ -301,15 +231,22 @@ def _attend_kernel(
     )
 
     rows = tl.sum(m_row.to(tl.int32)).to(tl.int64)
+    if PARTS:
+        tl.atomic_add(p_counters + 0, rows * visited)
+        if i_part > 0:
+            return
+        visited = 0
     # A dense segment visits all of its history in pass 1.
     tl.atomic_add(p_counters + 0, rows * (visited + history - dense_start))
     tl.atomic_add(p_counters + 1, rows * history)
     tl.atomic_add(p_counters + 2, 1)
+    if PARTS:
+        return  # none stops early, and none knows the mass of all
     tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
     if i_item % EVERY == 0:
         if dense_start > 0:
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
-            dropped = _dropped_mass(
+            dropped = dropped_mass(
                 q, p_k, p_table, p_places, visited, dense_start,
                 m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
@@ -317,6 +254,20 @@ def _attend_kernel(
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
             tl.atomic_add(p_counters + 4, (dropped + 0.5).to(tl.int64))
         tl.atomic_add(p_counters + 5, rows)
+
+
+class Parts(NamedTuple):
+    """Room for the attention of segments of one tile, whose lists several programs share (ours).
+
+    The first part has the dense pass and the means of regions, too.
+
+    Attributes:
+        out: float32 ``[items, kv_heads, parts, group, head_dim]``, attention to each part.
+        mass: float32 ``[items, kv_heads, parts, group]``, its softmax mass, base-2 logarithm.
+    """
+
+    out: torch.Tensor
+    mass: torch.Tensor
 
 
 def attend(
@@ -335,6 +286,7 @@ def attend(
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
     order: torch.Tensor | None = None,
+    parts: Parts | None = None,
     tile: AttendTile,
 ) -> None:
     """Run both passes for every segment of a work list.
@@ -364,6 +316,8 @@ def attend(
         softcap: cap of the scaled scores, 0 for none.
         order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
             fill the tiles; None keeps theirs.
+        parts: written to instead of ``out``; without an early stop, and with no estimate of the
+            mass that was not visited. Regions that are each request's own go with it.
         tile: tile shape, see :mod:`tiles`.
 
     Source: S2O, two passes and early stop; packing the GQA group into a tile and what stands
@@ -375,21 +329,26 @@ def attend(
     slots = lists.slots
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
     segment_tiles = -(-work.max_queries // queries_per_tile)
-    _attend_kernel[(segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out, work.items, slots, lists.lengths, lists.samples, regions.means,
-        regions.slopes, regions.spreads, block_table,
+    shares = 0 if parts is None else parts.mass.shape[2]
+    _attend_kernel[(shares or segment_tiles, work.num_items, kv_heads)](
+        query, kv_cache, out if parts is None else parts.out, work.items, slots, lists.lengths,
+        lists.samples, regions.means, regions.slopes, regions.spreads, block_table,
         order if order is not None else work.items, counters,
+        counters if parts is None else parts.mass,
+        counters if regions.known is None else regions.known,
         scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        slots.stride(0), slots.stride(1), regions.means.stride(0), block_table.stride(0),
+        slots.stride(0), slots.stride(1),
+        0 if regions.known is None else regions.means.stride(0), regions.means.stride(-3),
+        block_table.stride(0),
         order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
         GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
         LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         STOP_STEP=max(1, stop_step // tile.block_n),
         EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
         EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
-        DROPPED_PER_ROW=1 / DROPPED_UNIT,
+        DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
         REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
         LIFT_MOST=math.log2(REGION_MOST),
         PRECISION=input_precision(query.dtype),

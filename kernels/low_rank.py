@@ -8,6 +8,7 @@ the queries that are least like others.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -19,6 +20,9 @@ from .fit import FitWorkspace, find_bases, take_moments
 from .plan import CHUNK, COLUMNS, FITS, ROW_STEP, WorkList
 from .rows import choose_rows, shift_rows
 from .tiles import input_precision
+
+if TYPE_CHECKING:
+    from .decode import DecodeWorkspace
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
 BLOCK_N = 128
@@ -231,13 +235,39 @@ def low_rank_scores(
     if not work.first_of_chunk:
         choose_rows(query, work, space)
     shift_rows(query, work, space)
-    kv_heads = kv_cache.shape[1]
+    score_rows(work, scores, bounds, space, query.shape[1] // kv_cache.shape[1], chunk=chunk)
+
+
+def score_rows(
+    work: WorkList,
+    scores: torch.Tensor,
+    bounds: torch.Tensor,
+    space: "LowRankWorkspace | DecodeWorkspace",
+    group: int,
+    *,
+    row_step: int = ROW_STEP,
+    block_m: int = BLOCK_M,
+    chunk: int = CHUNK,
+) -> None:
+    """Score histories by the rows and images that ``space`` holds; see :func:`low_rank_scores`.
+
+    Args:
+        work: segments of any requests.
+        scores: written to.
+        bounds: written to.
+        space: rows of the segments, and images by an item's fit.
+        group: query heads of a KV head.
+        row_step: one row of so many is scored.
+        block_m: rows at a time.
+        chunk: history tokens of a program.
+    """
     images = space.images
+    kv_heads = images.shape[1]
     _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](
         space.rows, images, work.items, scores, bounds,
         images.stride(0), images.stride(1), scores.stride(0), scores.stride(1),
         space.rows.shape[2], bounds.shape[1],
-        GROUP=query.shape[1] // kv_heads, ROW_STEP=ROW_STEP, WIDTH=basis.WIDTH,
-        CHUNK=chunk, BLOCK_M=BLOCK_M, BLOCK_N=min(BLOCK_N, chunk),
+        GROUP=group, ROW_STEP=row_step, WIDTH=basis.WIDTH,
+        CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=min(BLOCK_N, chunk),
         ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,
     )  # fmt: skip

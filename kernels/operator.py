@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference, reference_select
+from . import reference, reference_regions, reference_select
 from .beside import Beside
 from .plan import (
     FITS,
@@ -168,7 +168,7 @@ class SparsePrefill:
                 scores, block_table, work, kv_cache.shape[2], self.tiers
             )
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
-            means = reference.average(kv_cache, block_table, work, query.dtype)
+            means = reference_regions.average(kv_cache, block_table, work, query.dtype)
             reference.attend(
                 *arguments, lists, means, out, counters,
                 queries_per_tile=queries_per_tile, **options,

@@ -123,6 +123,8 @@ class Regions(NamedTuple):
         spreads: likewise, the covariance of keys.
         tokens: of a region.
         sums: scratch of the kernels, float32 ``[SLOPE_PARTS, 2, kv_heads, pad, pad]``.
+        known: None, or int32 ``[fits]``: then every fit is another request's, ``means`` has a
+            leading dimension of fits, and so many of each are set.
     """
 
     means: torch.Tensor
@@ -130,6 +132,14 @@ class Regions(NamedTuple):
     spreads: torch.Tensor
     tokens: int
     sums: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+
+    def of(self, fit: int, history: int) -> torch.Tensor:
+        """Return the means of so long a history ``[kv_heads, regions, 2 * head_dim]``."""
+        count = history // self.tokens
+        if self.known is None:
+            return self.means[:, :count]
+        return self.means[fit, :, : min(count, int(self.known[fit]))]
 
 
 def region_samples(history: int, region: int = REGION_TOKENS) -> int:
@@ -191,6 +201,7 @@ class WorkList:
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
         max_queries: most queries of any item.
+        host_fits: ``fits`` on the host.
     """
 
     row: int
@@ -205,6 +216,7 @@ class WorkList:
     max_history: int
     max_list: int
     max_queries: int
+    host_fits: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_items(self) -> int:
@@ -332,6 +344,7 @@ def chunk_lists(
                 max_history=items[0][DENSE_START],
                 max_list=longest_list(items[0]),
                 max_queries=max(item[NUM_QUERIES] for item in items),
+                host_fits=tuple(fits),
             )
         )
     return lists

@@ -20,19 +20,13 @@ from .plan import (
     QUERY_START,
     REGION_MOST,
     REGION_SPREAD,
-    REGION_TOKENS,
     REGION_WEIGHT,
     ROW,
     SAMPLED,
-    SLOPE_GROUP,
-    SLOPE_SAMPLES,
-    SLOPE_WEIGHT,
     STOP_STEP_TOKENS,
     Lists,
     Regions,
     WorkList,
-    region_samples,
-    slope_span,
 )
 from .reference_select import physical_slots, sample_positions
 
@@ -125,17 +119,44 @@ def low_rank_scores(
             if n == 0 or item[FIT] != fit:
                 continue
             queries = segment_queries(query, item, kv_heads).transpose(1, 2)
-            count, group = queries.shape[1:3]
+            group = queries.shape[2]
             queries = queries.flatten(1, 2)
             scored = basis.scored_rows(queries @ own.a, group)  # [kv_heads, rows]
             if chosen is not None:
                 scored = chosen[number, :, : scored.shape[1]].long()
-            queries = queries.gather(1, scored[..., None].expand(-1, -1, head_dim))
-            visible = torch.arange(count, device=query.device) <= scored[..., None] // group
-            past, beside = images[:, :n], images[:, n : n + count]
-            rows = basis.query_images(queries, own, past, beside, visible, dtype)
-            scores[number, :, :n] = (rows @ past.mT).amax(1)
+            scores[number, :, :n] = row_scores(queries, scored, item, own, images, dtype)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
+
+
+def row_scores(
+    queries: torch.Tensor,
+    scored: torch.Tensor,
+    item: Item,
+    fitted: basis.Basis,
+    images: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Score an item's history by some of its rows.
+
+    Args:
+        queries: all its rows ``[kv_heads, rows, head_dim]``, query by query.
+        scored: which of them count, int64 ``[kv_heads, some]``.
+        item: of a work list.
+        fitted: basis of each KV head.
+        images: of all keys that the item sees, ``[kv_heads, tokens, width]``.
+        dtype: that images are rounded to.
+
+    Returns:
+        float32 ``[kv_heads, history]``.
+    """
+    n, context, count = item[DENSE_START], item[HISTORY], item[NUM_QUERIES]
+    group = queries.shape[1] // count
+    queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
+    positions = torch.arange(n, context + count, device=queries.device)
+    visible = positions <= context + scored[..., None] // group
+    past, beside = images[:, :n], images[:, n : context + count]
+    rows = basis.query_images(queries, fitted, past, beside, visible, dtype)
+    return (rows @ past.mT).amax(1)
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:
@@ -155,75 +176,6 @@ def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Ten
     start, count = item[QUERY_START], item[NUM_QUERIES]
     part = query[start : start + count].float()
     return part.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-
-
-def average(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    work: WorkList,
-    dtype: torch.dtype,
-    region: int = REGION_TOKENS,
-) -> Regions:
-    """Average the regions of a request's history into ``dtype``; see :func:`regions.average`."""
-    page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
-    samples = region_samples(work.whole_chunk, region)
-    positions = region_positions(work.max_fit_tokens, samples, kv_cache.device, region)
-    tokens = torch.cat(
-        load_tokens(
-            kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
-        ),
-        -1,
-    )
-    means = tokens.unflatten(1, positions.shape).mean(2)
-    span = slope_span(work.whole_chunk, region)
-    sampled = slope_positions(work.max_fit_tokens, span, kv_cache.device, region)
-    slots = physical_slots(sampled.flatten(), block_table[work.row], page)
-    keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
-    cuts = work.fit_span
-    starts = [max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.fits.tolist()]
-    most = torch.finfo(dtype).max
-    slopes, spreads = (
-        torch.stack([covariance(keys, others, start // span) * weight for start in starts])
-        for others, weight in ((values, SLOPE_WEIGHT), (keys, 1.0))
-    )
-    return Regions(means.to(dtype), slopes.to(dtype), spreads.clamp(-most, most).to(dtype), region)
-
-
-def region_positions(
-    history: int, samples: int, device: torch.device, region: int = REGION_TOKENS
-) -> torch.Tensor:
-    """Return which tokens tell the mean of every whole region: ``[regions, samples]``."""
-    starts = torch.arange(history // region, device=device)[:, None] * region
-    return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
-
-
-def slope_positions(
-    history: int, span: int, device: torch.device, region: int = REGION_TOKENS
-) -> torch.Tensor:
-    """Return which tokens tell a slope and a spread: ``[parts, groups, samples of a group]``."""
-    samples = min(SLOPE_SAMPLES, region)
-    step = span // samples
-    starts = torch.arange(history // span, device=device)[:, None] * span
-    positions = starts + torch.arange(samples, device=device) * step + step // 2
-    return positions.unflatten(1, (-1, min(SLOPE_GROUP, samples)))
-
-
-def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return what the first ``parts`` of :func:`slope_positions` tell of keys and others.
-
-    Args:
-        keys: ``[kv_heads, parts, groups, samples, head_dim]``, at those positions.
-        others: keys or values, likewise.
-        parts: how many count; none give zeros.
-
-    Returns:
-        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and others inside
-        groups.
-    """
-    keys, others = (x[:, :parts] for x in (keys, others))
-    keys, others = (x - x.mean(3, keepdim=True) for x in (keys, others))
-    total = torch.einsum("hpgsd,hpgse->hde", keys, others)
-    return total / max(1, keys.shape[1:4].numel())
 
 
 def region_weight(queries: torch.Tensor, spread: torch.Tensor, scale: float) -> torch.Tensor:
@@ -301,7 +253,7 @@ def attend(
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
         # What was not visited, as means of whole regions.
-        means = regions.means[:, : dense_start // regions.tokens].float()
+        means = regions.of(item[FIT], dense_start).float()
         k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
         missing = regions.tokens * (1 - visited / max(dense_start, 1))[:, None]
         if means.shape[1]:

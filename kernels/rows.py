@@ -14,6 +14,7 @@ from .plan import COLUMNS, ROW_STEP, WorkList
 from .tiles import input_precision
 
 if TYPE_CHECKING:
+    from .decode import DecodeWorkspace
     from .low_rank import LowRankWorkspace
 
 CHOSEN_BLOCK = 128  # rows that are projected at a time: a load that all wait for each
@@ -127,7 +128,7 @@ def _shift_kernel(
 ):  # fmt: skip
     """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
-    Of the history a sample stands for all; of the own segment every key counts.
+    Of the history a sample stands for all; of the dense pass every key counts.
 
     A launch of its own that stores the shift's parts alone. One stage, as for the moments in
     :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
@@ -138,6 +139,7 @@ def _shift_kernel(
     queries = tl.load(p_item + 2)
     rows = tl.cdiv(queries * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
+    between = tl.load(p_item + 3) - n  # tokens of the dense pass before the own ones
     i_fit = tl.load(p_item + 6).to(tl.int64)
     if (i_block * BLOCK_M >= rows) | (n == 0):
         return
@@ -154,11 +156,12 @@ def _shift_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     p_own = p_images + n.to(tl.int64) * WIDTH
-    for o in tl.range(0, queries, BLOCK_N, num_stages=1):
+    for o in tl.range(0, between + queries, BLOCK_N, num_stages=1):
         o_n = o + tl.arange(0, BLOCK_N)
-        own = tl.minimum(o_n, queries - 1)
+        own = tl.minimum(o_n, between + queries - 1)
         k = tl.load(p_own + own[:, None] * WIDTH + o_r[None, :])
-        s = tl.where(o_n[None, :] <= query[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
+        seen = o_n[None, :] <= between + query[:, None]
+        s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
         m, mass = _add_mass(s, m, mass)
     # The rest in units of that, by exponentials so rough that they cost less than a maximum.
     rest = tl.zeros([BLOCK_M], tl.float32)
@@ -184,36 +187,66 @@ def _shift_kernel(
         tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
 
 
-def choose_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
-    """Choose and project the rows of a work list's segments; the bases must be fitted."""
+def choose_rows(
+    query: torch.Tensor,
+    work: WorkList,
+    space: "LowRankWorkspace | DecodeWorkspace",
+    row_step: int = ROW_STEP,
+    block: int = CHOSEN_BLOCK,
+) -> None:
+    """Choose and project the rows of a work list's segments; the bases must be fitted.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        work: the segments.
+        space: bases, indexed by an item's fit; written to.
+        row_step: one row of so many is scored.
+        block: rows that are projected at a time.
+    """
     head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
     _project_rows_kernel[(kv_heads, work.num_items)](
         query, space.fit.a, work.items, space.sizes, space.chosen, space.rows,
         query.stride(0), query.stride(1), kept,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=CHOSEN_BLOCK,
-        BLOCKS=triton.next_power_of_2(-(-kept * ROW_STEP // CHOSEN_BLOCK)),
-        PRECISION=input_precision(query.dtype), **_shape(query, space),
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
+        BLOCKS=triton.next_power_of_2(-(-kept * row_step // block)),
+        PRECISION=input_precision(query.dtype), **_shape(query, space, row_step),
     )  # fmt: skip
 
 
-def shift_rows(query: torch.Tensor, work: WorkList, space: "LowRankWorkspace") -> None:
-    """End the chosen rows' images with their shifts; the keys must be projected."""
+def shift_rows(
+    query: torch.Tensor,
+    work: WorkList,
+    space: "LowRankWorkspace | DecodeWorkspace",
+    row_step: int = ROW_STEP,
+    block_n: int = 64,
+) -> None:
+    """End the chosen rows' images with their shifts; the keys must be projected.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        work: the segments.
+        space: images of keys, indexed by an item's fit, and of rows; written to.
+        row_step: as they were chosen.
+        block_n: keys that a shift is told from at a time.
+    """
     images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
     _shift_kernel[(-(-kept // SHIFT_BLOCK), kv_heads, work.num_items)](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
-        BLOCK_M=SHIFT_BLOCK, BLOCK_N=64,
+        BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space),
+        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space, row_step),
     )  # fmt: skip
 
 
-def _shape(query: torch.Tensor, space: "LowRankWorkspace") -> dict[str, Any]:
+def _shape(
+    query: torch.Tensor, space: "LowRankWorkspace | DecodeWorkspace", row_step: int
+) -> dict[str, Any]:
     """Return the constants that both kernels take."""
     return {
         "GROUP": query.shape[1] // space.rows.shape[1],
         "WIDTH": basis.WIDTH,
-        "ROW_STEP": ROW_STEP,
+        "ROW_STEP": row_step,
         "LIMIT": torch.finfo(space.images.dtype).max,
         "ITEM_COLUMNS": COLUMNS,
     }

@@ -162,11 +162,12 @@ def _emit_kernel(
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
     PAGE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    NOT_LISTED: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    NOT_LISTED: tl.constexpr, ITEM_COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a list's tokens, and how many they became.
 
-    RUN neighbouring tokens lie on one page; CHUNK tokens are handled at a time.
+    RUN neighbouring tokens lie on one page; CHUNK tokens are handled at a time. With SPLIT the
+    programs of the last dimension share a list, which has one tier then.
     """
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
@@ -184,6 +185,9 @@ def _emit_kernel(
     o_run = tl.arange(0, CHUNK // RUN) * RUN
     o_in = tl.arange(0, RUN)
     chunks = tl.cdiv(n, CHUNK)
+    share = tl.cdiv(chunks, tl.num_programs(2))
+    begin = tl.minimum(tl.program_id(2) * share, chunks)
+    end = tl.minimum(begin + share, chunks)
     # From the middle on: what a list has too much is cut off its end, and neither the first tokens
     # of a history nor the last may be lost.
     middle = n // CHUNK // 2
@@ -191,7 +195,15 @@ def _emit_kernel(
     below = float("inf")
     for t in tl.static_range(TIERS):
         least = tl.load(p_thresholds + i_list * TIERS + t)
-        for i in range(middle, middle + chunks):
+        if SPLIT:
+            # What other programs list before this one's share is counted, so that none waits.
+            others = tl.zeros([CHUNK // RUN, RUN], tl.int32)
+            for i in range(middle, middle + begin):
+                o_n = (tl.where(i < chunks, i, i - chunks) * CHUNK + o_run)[:, None] + o_in[None, :]
+                s = tl.load(p_scores + o_n).to(tl.float32)
+                others += ((s >= least) & (o_n < n)).to(tl.int32)
+            before = tl.sum(others)
+        for i in range(middle + begin, middle + end):
             start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
             o_n = start[:, None] + o_in[None, :]
             # Rows of scores hold whole chunks: loads without a mask are wide.
@@ -219,7 +231,9 @@ def _emit_kernel(
                 )  # fmt: skip
             before += tl.sum(of_run)
         below = least
-    tl.store(p_lengths + i_list, tl.minimum(before, count))
+    # Who reads it after that lists the same: no place is beyond.
+    if tl.program_id(2) == tl.num_programs(2) - 1:
+        tl.store(p_lengths + i_list, tl.minimum(before, count))
 
 
 class SelectWorkspace:
@@ -270,6 +284,7 @@ def select(
     space: SelectWorkspace,
     tiers: int = TIERS,
     counted: int = COUNTED,
+    split: bool = False,
 ) -> None:
     """Select the best history tokens of every list.
 
@@ -281,6 +296,8 @@ def select(
         space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
         counted: most scores of a list that are counted.
+        split: let every chunk of a list have a program of its own, where lists are few; of one
+            tier alone.
 
     :mod:`reference_select` says exactly how many are chosen, which and in which order.
     """
@@ -298,9 +315,10 @@ def select(
         SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, enable_fp_fusion=False, **shape,
     )  # fmt: skip
-    _emit_kernel[(heads, work.num_items)](
+    programs = triton.cdiv(work.max_history, space.chunk) if split else 1
+    _emit_kernel[(heads, work.num_items, programs)](
         space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
         *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
         RUN=math.gcd(page, ESTIMATE_STEP), EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
-        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, num_warps=8, **shape,
+        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split, num_warps=8, **shape,
     )  # fmt: skip

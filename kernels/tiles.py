@@ -50,6 +50,13 @@ OTHERS = {
     128: AttendTile(128, 64, 8, 2),
     256: AttendTile(32, 16, 4, 2),
 }
+# For the heads of one query alone, on any architecture: few rows leave registers to loads.
+DECODE_TILES = {
+    64: AttendTile(16, 64, 4, 3),
+    96: AttendTile(16, 64, 4, 3),
+    128: AttendTile(16, 64, 4, 3),
+    256: AttendTile(16, 32, 8, 2),
+}
 BY_CAPABILITY = {
     80: OTHERS,
     86: OTHERS,
@@ -64,6 +71,15 @@ HEAD_DIMS = tuple(HOPPER)
 def input_precision(dtype: torch.dtype) -> str:
     """Return what `tl.dot` may round operands to; it only matters for float32 (the interpreter)."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def decode_tile(head_dim: int, device: torch.device, group: int) -> AttendTile:
+    """Return the tile shape for single queries, whose rows are the heads of a group.
+
+    On the CPU as :func:`attend_tile`.
+    """
+    tile = DECODE_TILES[head_dim] if device.type == "cuda" else AttendTile(16, 16, 4, 1)
+    return tile._replace(block_m=max(16, 1 << (group - 1).bit_length()))
 
 
 def attend_tile(head_dim: int, device: torch.device, rows: int = 0) -> AttendTile:

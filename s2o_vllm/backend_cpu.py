@@ -86,10 +86,12 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         table = torch.zeros_like(block_table)
         blocks: list[torch.Tensor] = []
         first = 0
-        for row in plan.sparse_rows:
-            count = -(-(row.context + row.num_queries) // page)
-            table[row.row, :count] = torch.arange(first, first + count)
-            blocks.append(block_table[row.row, :count])
+        ends = [(row.row, row.context + row.num_queries) for row in plan.sparse_rows]
+        ends += [(row.row, row.context + 1) for row in (plan.decode.rows if plan.decode else ())]
+        for row, end in ends:
+            count = -(-end // page)
+            table[row, :count] = torch.arange(first, first + count)
+            blocks.append(block_table[row, :count])
             first += count
         return self._layouts[key].tokens(kv_cache[torch.cat(blocks).long()]), table
 

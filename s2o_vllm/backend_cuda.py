@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from . import compat
 from .forward import SparseImpl
 from .metadata import SparseBuilder
 
@@ -26,6 +27,14 @@ class S2OMetadataBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return what graphs may hold: sparse decode is planned step by step, outside of them."""
+        settings = compat.settings_of(vllm_config)
+        if settings is not None and settings.decodes:
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -163,6 +163,10 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
     reason = unsupported_model(vllm_config)
     if reason is not None:
         raise config.ConfigError(f"s2o: {reason}")
+    if settings.decodes and vllm_config.speculative_config is not None:
+        raise config.ConfigError(
+            f"s2o: decode_budget is {settings.decode_budget!r}, must be 1 with speculative decoding"
+        )
     settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
     vllm_config.additional_config[config.KEY] = settings.as_dict()
     _install_request_hooks()
@@ -295,10 +299,12 @@ class Asked(NamedTuple):
     Attributes:
         settings: those that it asks for.
         prompt: its tokens, 0 if not known.
+        name: vLLM's own, where its runner keeps rows by number.
     """
 
     settings: dict[str, float]
     prompt: int
+    name: str | None = None
 
 
 class RequestSettings:
@@ -310,6 +316,7 @@ class RequestSettings:
 
     def __init__(self) -> None:
         self.runner_v1: Any = None
+        self.runner_v2: Any = None
         self.by_index: dict[int, Asked] = {}
 
     def of_rows(self, common: Any, count: int, server: config.S2OConfig) -> list[config.Spending]:
@@ -322,7 +329,25 @@ class RequestSettings:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
             asked = [_asked_by(known[request_id]) for request_id in ids[:count]]
         asked += [nothing] * (count - len(asked))  # padding
-        return [server.spending(*one) for one in asked]
+        return [server.spending(one.settings, one.prompt) for one in asked]
+
+    def names_of_rows(self, common: Any, count: int) -> list[str | None]:
+        """Return the names of the first ``count`` rows' requests, None where there is none."""
+        names: list[str | None] = []
+        if common.req_idx is not None:
+            known = (self.by_index.get(int(index)) for index in common.req_idx[:count])
+            names = [
+                one.name if one and one.name and self.alive(one.name) else None for one in known
+            ]
+        elif self.runner_v1 is not None:
+            names = list(self.runner_v1.input_batch.req_ids[:count])
+        return names + [None] * (count - len(names))  # padding
+
+    def alive(self, name: str) -> bool:
+        """Tell whether a request is still there: for runner V2 a preempted one is not."""
+        if self.runner_v2 is not None:
+            return name in self.runner_v2.req_states.req_id_to_index
+        return self.runner_v1 is not None and name in self.runner_v1.requests
 
 
 requests = RequestSettings()
@@ -343,10 +368,11 @@ def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> A
 
 
 def _add_requests_v2(original: Callable, self: Any, scheduler_output: Any) -> Any:
+    requests.runner_v2 = self
     result = original(self, scheduler_output)
     for request in scheduler_output.scheduled_new_reqs:
         index = self.req_states.req_id_to_index[request.req_id]
-        requests.by_index[index] = _asked_by(request)
+        requests.by_index[index] = _asked_by(request)._replace(name=request.req_id)
     return result
 
 

@@ -62,6 +62,10 @@ class S2OConfig:
         max_request_budget: the largest budget that a request may ask for; 0 forbids requests to
             ask for any.
         dense_layers: numbers of the layers that stay dense; negative ones count from the last.
+        decode_budget: largest share of its history that a query of decode may visit; 1.0 leaves
+            decode to stock vLLM. Needs the low-rank ranking, whose images it goes on with.
+        decode_min_context: decode with less history than this many tokens stays dense.
+        decode_requests: how many requests decode sparsely at a time; each takes memory.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -76,6 +80,9 @@ class S2OConfig:
     permute_queries: bool = False
     max_request_budget: float = 1.0
     dense_layers: tuple[int, ...] = ()
+    decode_budget: float = 1.0
+    decode_min_context: int = 32768
+    decode_requests: int = 4
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
@@ -101,6 +108,21 @@ class S2OConfig:
         if not isinstance(layers, list | tuple) or not all(map(_whole, layers)):
             raise _refusal("dense_layers", layers, "a list of layer numbers, such as 0,1,-1")
         object.__setattr__(self, "dense_layers", tuple(layers))  # JSON gives a list
+        check_budget("decode_budget", self.decode_budget)
+        if self.decodes and self.ranking != "low_rank":
+            allowed = f"1 with ranking {self.ranking}, which leaves nothing to rank decode by"
+            raise _refusal("decode_budget", self.decode_budget, allowed)
+        value = self.decode_min_context
+        if not _whole(value) or value < 0:
+            raise _refusal("decode_min_context", value, "a whole number of tokens, 0 or more")
+        value = self.decode_requests
+        if not _whole(value) or not 1 <= value <= 256:
+            raise _refusal("decode_requests", value, "a whole number of requests from 1 to 256")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any decode is sparse."""
+        return self.decode_budget < 1
 
     @property
     def segment(self) -> int:
@@ -147,6 +169,13 @@ HELP = {
     "to 1); 0 forbids requests to ask for any. Default: 1.",
     "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
     "last (write --s2o-dense-layers=-1,0 where the first is negative). Default: none.",
+    "decode_budget": "Largest share of its history that a query of decode may visit (0 < B <= 1; 1 "
+    "leaves decode to stock vLLM; low_rank only). Below 1 decode runs without full CUDA graphs. "
+    "Default: 1.",
+    "decode_min_context": "Decode with less history than this many tokens stays dense. "
+    "Default: 32768.",
+    "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "
+    "some 6 % of its KV cache. Default: 4.",
 }
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}

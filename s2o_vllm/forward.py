@@ -6,6 +6,8 @@ import torch
 
 from . import compat, metrics
 from .config import S2OConfig
+from .kernels.decode_operator import SparseDecode
+from .kernels.decode_plan import DecodeShape
 from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS, Limits
 from .metadata import StepPlan
@@ -27,6 +29,7 @@ class SparseImpl:
 
     s2o_reason: str | None = None
     _s2o_counters: Any = None  # a tensor, once reserved
+    _s2o_decode: Any = None  # a SparseDecode, once reserved where decode is sparse
     _s2o_published: Any = None  # where it is read
     s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
@@ -79,6 +82,14 @@ class SparseImpl:
             stop_threshold=self._s2o.stop_threshold,
             permute_queries=self._s2o.permute_queries,
         )
+        if self._s2o.decodes:
+            self._s2o_decode = SparseDecode(
+                decode_shape(self._s2o_shape, self._s2o),
+                query.dtype,
+                query.device,
+                scale=self.scale,  # type: ignore[attr-defined]
+                softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
+            )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
 
@@ -99,7 +110,10 @@ class SparseImpl:
         self._s2o_warm = True
         query = query.to(dtype)
         self.reserve(query)
-        self._s2o_operator.warm_up(query, as_numbers(kv_cache), attn_metadata.block_table)
+        arguments = (query, as_numbers(kv_cache), attn_metadata.block_table)
+        self._s2o_operator.warm_up(*arguments)
+        if self._s2o_decode is not None:
+            self._s2o_decode.warm_up(*arguments)
 
     def forward(
         self,
@@ -141,10 +155,16 @@ class SparseImpl:
         query = query[:tokens].to(output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
-        for work in plan.work:
-            self._s2o_operator(
-                query, cache, table, work, output[:tokens], self._s2o_counters, **units
-            )
+        result = (output[:tokens], self._s2o_counters)
+        for number, work in enumerate(plan.work):
+            self._s2o_operator(query, cache, table, work, *result, **units)
+            if number in plan.kept:
+                self._s2o_decode.keep(
+                    plan.kept[number], self._s2o_operator, query, cache, table, work,
+                    k_scale=units.get("k_scale", 1.0),
+                )  # fmt: skip
+        if plan.decode is not None:
+            self._s2o_decode(query, cache, table, plan.decode, *result, **units)
         if self._s2o_published is not self._s2o_counters:
             self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
         return output
@@ -171,6 +191,18 @@ def shape_of(impl: Any, vllm_config: Any, settings: S2OConfig) -> Shape:
         max_queries=vllm_config.scheduler_config.max_num_batched_tokens,
         segment=settings.segment,
         ranking=settings.ranking,
+    )
+
+
+def decode_shape(shape: Shape, settings: S2OConfig) -> DecodeShape:
+    """Return what a layer's sparse decode must be built for."""
+    return DecodeShape(
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_history=shape.max_history,
+        requests=settings.decode_requests,
+        budget=settings.decode_budget,
     )
 
 

@@ -1,12 +1,15 @@
 """A step's plan: which rows go sparse, which go to the parent backend, and why."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from . import compat, metrics
 from .config import S2OConfig, Spending
+from .decode import DecodeSlots
+from .kernels.decode_plan import DecodeList, DecodeRow, Kept, build_decode_list
 from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
 # The last tokens of a prompt attend to all of it: they ask, and the very last gives the answer's
@@ -37,11 +40,15 @@ class StepPlan:
         work: segments of the sparse rows, one list a wave.
         sparse_rows: their rows in the batch.
         dense: the other rows.
+        decode: queries of decode that are sparse, or None.
+        kept: what decode slots keep of the ranking of work lists, by number.
     """
 
     work: list[WorkList]
     sparse_rows: list[PrefillRow]
     dense: list[DensePart]
+    decode: DecodeList | None = None
+    kept: dict[int, Kept] = field(default_factory=dict)
 
 
 def split_rows(
@@ -50,6 +57,7 @@ def split_rows(
     prefilling: list[bool],
     spending: list[Spending],
     min_context: int,
+    decoding: Collection[int] = (),
 ) -> tuple[list[PrefillRow], list[tuple[int, int, int]], list[str]]:
     """Split a batch into sparse rows and runs of dense rows.
 
@@ -61,17 +69,19 @@ def split_rows(
         prefilling: whether a row is still reading its prompt.
         spending: what each row may visit.
         min_context: a row none of whose segments has that much history is dense.
+        decoding: rows that decode sparsely.
 
     Returns:
         The sparse rows, the dense runs (first row, last row exclusive, first query token), and for
-        each dense *prefill* row the reason. Empty rows (padding) belong to neither.
+        each dense *prefill* row the reason. Empty rows (padding) belong to neither, nor do
+        those of ``decoding``.
     """
     sparse: list[PrefillRow] = []
     runs: list[tuple[int, int, int]] = []
     reasons: list[str] = []
     for row, total in enumerate(seq_lens):
         count = starts[row + 1] - starts[row]
-        if count == 0:
+        if count == 0 or row in decoding:
             continue
         own, context = spending[row], total - count
         end = min(total, max(context, own.prompt - DENSE_TAIL)) if own.prompt else total
@@ -111,6 +121,7 @@ class SparseBuilder:
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
+    s2o_slots: DecodeSlots | None = None  # where decode is sparse
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
@@ -131,13 +142,17 @@ class SparseBuilder:
             self.s2o_limits = Limits(*map(min, limits))
             others = {impl.s2o_reason for impl in impls if impl.s2o_reason is not None}
             self.s2o_layer_reasons = tuple(sorted(others))
+            if self.s2o is not None and self.s2o.decodes:
+                self.s2o_slots = DecodeSlots(self.s2o, compat.requests.alive)
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
     def plan(self, common: Any) -> StepPlan | None:
         """Return the plan of a step, or None if every row is the parent's."""
-        settings = self.s2o
-        if settings is None or common.max_query_len <= 1 or common.causal is not True:
+        settings, slots = self.s2o, self.s2o_slots
+        if settings is None or common.causal is not True:
+            return None
+        if common.max_query_len <= 1 and slots is None:
             return None
         count = common.num_reqs
         starts = common.query_start_loc_cpu[: count + 1].tolist()
@@ -147,15 +162,23 @@ class SparseBuilder:
             return None
         prefill = prefilling[:count].tolist()
         spending = compat.requests.of_rows(common, count, settings)
-        sparse, runs, reasons = split_rows(
-            starts, seq_lens[:count].tolist(), prefill, spending, settings.min_context
-        )
+        lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or compat.dense_step_reason(common)
+        decoding: list[DecodeRow] = []
+        missed: list[str] = []
+        names: list[str | None] = []
+        if slots is not None and dense_reason is None:
+            names = compat.requests.names_of_rows(common, count)
+            decoding, missed = slots.step(starts, lengths, prefill, spending, names)
+        sparse, runs, reasons = split_rows(
+            starts, lengths, prefill, spending, settings.min_context, {one.row for one in decoding}
+        )
+        reasons += missed
         if dense_reason is not None:
             reasons += [dense_reason] * len(sparse)
             sparse = []
         self.count(len(sparse), reasons)
-        if not sparse:
+        if not sparse and not decoding:
             return None
         build = super().build  # type: ignore[misc]
         dense = [
@@ -166,14 +189,16 @@ class SparseBuilder:
             )
             for first, last, start in runs
         ]
+        device = common.block_table_tensor.device
         work = build_work_lists(
-            sparse,
-            settings.segment,
-            settings.min_context,
-            common.block_table_tensor.device,
-            self.s2o_limits,
+            sparse, settings.segment, settings.min_context, device, self.s2o_limits
         )
-        return StepPlan(work, sparse, dense)
+        plan = StepPlan(work, sparse, dense)
+        if decoding:
+            plan.decode = build_decode_list(decoding, settings.decode_budget, device)
+        if slots is not None and sparse:
+            plan.kept = slots.keep(work, spending, names, DENSE_TAIL)
+        return plan
 
     def count(self, sparse: int, reasons: list[str]) -> None:
         """Count a step's chunks: how many went sparse, and why each of the others did not."""
@@ -217,5 +242,5 @@ class SparseBuilder:
                 )
                 for part in plan.dense
             ]
-            updated.s2o = StepPlan(plan.work, plan.sparse_rows, dense)
+            updated.s2o = replace(plan, dense=dense)
         return updated

@@ -17,15 +17,17 @@ import torch
 from .kernels.plan import DROPPED_UNIT
 
 METRICS = {
-    "s2o:history_tokens_visited": "History tokens that prefill queries visited, over all heads.",
-    "s2o:history_tokens_eligible": "History tokens that prefill queries could have visited.",
+    "s2o:history_tokens_visited": "History tokens that queries of prefill (and of sparse decode) "
+    "visited, over all heads.",
+    "s2o:history_tokens_eligible": "History tokens that these queries could have visited.",
     "s2o:tiles": "Query tiles that ran on the sparse path.",
     "s2o:tiles_stopped_early": "Query tiles that stopped before the end of their list.",
     "s2o:dropped_mass": "Estimated softmax mass on history that was not visited, summed over the "
     "rows (queries and heads) that it was estimated for, by layer.",
     "s2o:dropped_mass_rows": "Rows that the dropped mass was estimated for, by layer.",
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
-    "s2o:dense_rows": "Prefill chunks that took the stock path in all layers or some, by reason.",
+    "s2o:dense_rows": "Prefill chunks, and steps of decode where it is sparse, that took the stock "
+    "path in all layers or some, by reason.",
 }
 DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
 LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}

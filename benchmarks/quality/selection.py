@@ -20,7 +20,7 @@ from s2o_vllm.kernels.plan import (
     region_samples,
     slope_span,
 )
-from s2o_vllm.kernels.reference import covariance, region_positions, slope_positions
+from s2o_vllm.kernels.reference_regions import covariance, region_positions, slope_positions
 from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment

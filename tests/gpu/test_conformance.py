@@ -8,6 +8,7 @@ from conformance import (
     BATCHES,
     HEADS,
     check_alone,
+    check_decode,
     check_end_of_prompt,
     check_full,
     check_nearly_full,
@@ -45,6 +46,22 @@ def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_m
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"])
+
+
+DECODE = {"decode_min_context": 0, "decode_requests": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [{}, {"heads": 6, "kv_heads": 1, "head_dim": 96}], ids=str)
+def test_sparse_decode(backend, shape, dtype):
+    shape = shape | DECODE
+    check_decode(backend(dtype=dtype, decode_budget=0.9999, **shape), full=True)
+    check_decode(backend(dtype=dtype, decode_budget=0.5, **shape), full=False)
+
+
+@FP8_CARD
+def test_sparse_decode_over_an_fp8_cache(backend):
+    check_decode(backend(dtype=torch.bfloat16, fp8=True, decode_budget=0.9999, **DECODE), full=True)
 
 
 @FP8_CARD

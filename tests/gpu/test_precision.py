@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
-from s2o_vllm.kernels import attend, low_rank, rank, reference, reference_select, select
+from s2o_vllm.kernels import (
+    attend,
+    low_rank,
+    rank,
+    reference,
+    reference_regions,
+    reference_select,
+    select,
+)
 from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import LIST_LENGTH, NUM_COUNTERS, list_places
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
@@ -32,9 +40,9 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     for work, lists in full_lists(batch):
+        own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
         attend.attend(
-            batch.query, batch.kv_cache, batch.block_table, work, lists,
-            reference.average(batch.kv_cache, batch.block_table, work, dtype, 32), out, counters,
+            batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
             scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
         )  # fmt: skip
     truth = dense_attention(batch)

@@ -15,7 +15,7 @@ from cases import (
     relative_error,
     tokens_of,
 )
-from s2o_vllm.kernels import attend, reference, reference_select
+from s2o_vllm.kernels import attend, reference, reference_regions, reference_select
 from s2o_vllm.kernels.plan import (
     DROPPED,
     DROPPED_UNIT,
@@ -62,7 +62,7 @@ def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **o
     for number, (work, own) in enumerate(lists):
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
-            reference.average(
+            reference_regions.average(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, region
             ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale,

@@ -75,11 +75,14 @@ def test_compiles_and_fits(compiled, target):
         "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_rows_kernel", "_shift_kernel", "_plan_kernel",
         "_emit_kernel", "_region_kernel", "_covariance_kernel", "_slope_kernel", "_attend_kernel",
+        "_append_kernel", "_merge_kernel",
     }  # fmt: skip
     for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one
         assert not one["unfenced"] or one["name"].split()[0] in UNFENCED, one
-        if one["name"].startswith("_attend"):
+        if one["name"].startswith("_attend") and "decode" in one["name"]:
+            assert one["spills"] == 0, one  # few rows, for which no unit is too small
+        elif one["name"].startswith("_attend"):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
             wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())
             limit = SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE)

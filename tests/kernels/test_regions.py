@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
-from s2o_vllm.kernels import attend, reference, regions
+from s2o_vllm.kernels import attend, reference_regions, regions
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     NUM_COUNTERS,
@@ -56,7 +56,7 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
     assert relative_error(means[:, :count], wanted) < rounding
-    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region).means
+    own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, region).means
     assert relative_error(means[:, :count], own) < rounding
 
 
@@ -85,7 +85,7 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
         spread = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
         for covariances, wanted in ((got.slopes, slope), (got.spreads, spread)):
             assert relative_error(covariances[fit], wanted) < 40 * torch.finfo(dtype).eps
-    own = reference.average(batch.kv_cache, batch.block_table, work, dtype, region)
+    own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, region)
     for one, other in ((got.slopes, own.slopes), (got.spreads, own.spreads)):
         assert relative_error(one[:2], other) < 40 * torch.finfo(dtype).eps
 
@@ -95,7 +95,7 @@ def test_keys_may_spread_further_than_their_dtype(device):
     batch = make_batch(device, chunks=((2048, 32),), dtype=torch.float16)
     batch.kv_cache *= 400
     (work,) = batch.work(segment=32)
-    own = reference.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
+    own = reference_regions.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
     got = averaged(batch, work, 128)
     for one in (got, own):
         assert one.spreads[0].isfinite().all()
@@ -108,7 +108,7 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     (work,) = batch.work()
     own = averaged(batch, work, 128)
     assert torch.isnan(own.sums).all()
-    wanted = reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
+    wanted = reference_regions.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
     for one in (own, wanted):
         assert (one.slopes[0] == 0).all()
         assert (one.spreads[0] == 0).all()

@@ -1,5 +1,6 @@
 """Compile a Triton launch for a GPU that need not be there."""
 
+import functools
 import json
 import re
 import subprocess
@@ -226,7 +227,7 @@ def variants_beyond_warm_up(
     The steps are odd in every way that a step can be: chunks that start anywhere, of one query
     or of many, in any row of a block table whose width nothing divides.
     """
-    from s2o_vllm.kernels import operator, plan, tiles
+    from s2o_vllm.kernels import decode, decode_operator, decode_plan, operator, plan, tiles
 
     meta = torch.device("meta")
     shape = operator.Shape(
@@ -238,12 +239,27 @@ def variants_beyond_warm_up(
     operation.space = operator.workspace(shape, torch.bfloat16, meta)
     operation.tile = tiles.HOPPER[128]
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
+    decoding = None
+    if ranking == "low_rank":
+        sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
+        decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
+        scratch = decode.scratch(sizes, meta)
+        decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
+        decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
         operation.warm_up(query, kv, table)
+        if decoding is not None:
+            decoding.warm_up(query, kv, table)
         known = set(launches)
+        if decoding is not None:
+            rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
+                    decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
+            for some in (rows, rows[:1], rows[1:]):
+                steps = decode_plan.build_decode_list(some, 0.05, torch.device("cpu"))
+                decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
         for row in (
             plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
             plan.PrefillRow(3, 7, 8185, 100_001, 0.1),
@@ -258,6 +274,27 @@ def variants_beyond_warm_up(
     return sorted({name for name, key in launches if (name, key) not in known})
 
 
+def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
+    """Compile every kernel of a decode step."""
+    from s2o_vllm.kernels import decode, decode_plan, plan
+    from s2o_vllm.kernels.tiles import DECODE_TILES
+
+    q, kv, table, _ = launch_arguments(head_dim, kv_dtype)
+    meta = torch.device("meta")
+    shape = decode_plan.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
+    dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
+    scratch = decode.scratch(shape, meta, dtype)
+    space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
+    rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
+    steps = decode_plan.build_decode_list(rows, 0.05, torch.device("cpu"))
+    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    with compiling_for(capability) as compiled:
+        decode.decode(
+            q, kv, table, steps, space, q, counters, scale=0.1, tile=DECODE_TILES[head_dim]
+        )
+    return [replace(one, name=f"{one.name} decode {head_dim}") for one in compiled]
+
+
 def main() -> None:
     """Compile everything for one capability and print it as JSON (run without interpreter)."""
     from s2o_vllm.kernels import tiles
@@ -268,6 +305,8 @@ def main() -> None:
         return
     capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     compiled = compile_ranking(capability, 128, kv_dtype)
+    for head_dim in tiles.DECODE_TILES:
+        compiled += compile_decode(capability, head_dim, kv_dtype)
     table = [*tiles.BY_CAPABILITY[capability].items(), *tiles.WIDE.get(capability, {}).items()]
     for head_dim, tile in table:
         for stop_threshold in (0.0, 0.001):

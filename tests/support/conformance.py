@@ -1,12 +1,14 @@
 """What every backend must do, whatever it runs on: the batches, and how they are judged."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 
-from backends import Backend, Row, decode, row_errors
+from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
-from s2o_vllm import compat
+from s2o_vllm import compat, metadata
 from s2o_vllm.config import Spending
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.metadata import DENSE_TAIL
@@ -106,6 +108,53 @@ def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
         if row.context:  # else nothing is left out of a first segment
             before = slice(row.query_start, row.query_start + row.num_queries)
             assert relative_error(output[before], parents[before]) > 0.05
+
+
+def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 8) -> None:
+    """An answer's tokens, each in a step of its own, after a prompt in two chunks.
+
+    With everything in the lists decode is dense attention, as in :func:`check_full`; with few
+    tokens in them it is what their budget allows.
+    """
+    step = ours.step([Row(prompt + tokens, prompt + tokens)])
+    own = [Spending(0.9999, 0.0, prompt)]
+    truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.batch.query.dtype)
+    with (
+        patch.object(compat.requests, "of_rows", lambda *_: own),
+        patch.object(compat.requests, "names_of_rows", lambda *_: ["request"]),
+        every_token() if full else nullcontext(),
+    ):
+        for start, count in ((0, 300), (300, prompt - 300)):
+            _, plan = ours.attend(ours.part(step, start, count))
+        assert len(plan.kept) == 1
+        for position in range(prompt, prompt + tokens):
+            output, plan = ours.attend(decoding(ours.part(step, position, 1)))
+            ((_, query, context, *_),) = plan.decode.rows
+            assert (query, context, plan.dense, plan.work) == (0, position, [], [])
+            (item,) = plan.decode.work.items.tolist()
+            assert item[DENSE_START] == (position // 64 - 1) * 64
+            error, usual = (
+                relative_error(x, truth[position : position + 1])
+                for x in (output, torchs[position : position + 1])
+            )
+            floor = FLOOR[step.batch.query.dtype]
+            assert error <= (max(2 * usual, floor) if full else 1.0), position
+            if not full:
+                assert item[LIST_LENGTH] == int(0.5 * item[DENSE_START])
+
+
+def every_token():
+    """Let lists of decode hold all tokens, which no budget below 1 asks for."""
+    build = metadata.build_decode_list
+    return patch.object(
+        metadata, "build_decode_list", lambda rows, _, *rest: build(rows, 1.0, *rest)
+    )
+
+
+def decoding(step: Step) -> Step:
+    """The same step, of a request that has read its prompt."""
+    common = replace(step.common, is_prefilling=torch.zeros(1, dtype=torch.bool))
+    return replace(step, common=common)
 
 
 def _sparse(row: Row) -> bool:

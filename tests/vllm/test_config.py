@@ -41,11 +41,22 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("dense_layers", 3, "a list of layer numbers"),
         ("dense_layers", [0, 1.5], "a list of layer numbers"),
         ("dense_layers", [True], "a list of layer numbers"),
+        ("decode_budget", 0, "greater than 0"),
+        ("decode_min_context", -1, "0 or more"),
+        ("decode_requests", 0, "from 1 to 256"),
+        ("decode_requests", 2.5, "whole number"),
     ],
 )
 def test_other_settings_are_refused_by_name(key, value, allowed):
     with pytest.raises(ConfigError, match=f"{key} is .*{allowed}"):
         S2OConfig(**{key: value})
+
+
+def test_decode_goes_on_with_the_low_rank_ranking_alone():
+    with pytest.raises(ConfigError, match=r"decode_budget is 0\.1, must be 1 with ranking mean_q"):
+        S2OConfig(ranking="mean_query", decode_budget=0.1)
+    assert not S2OConfig(ranking="mean_query").decodes
+    assert S2OConfig(decode_budget=0.1).decodes
 
 
 def test_settings_cannot_be_changed():

@@ -9,6 +9,7 @@ from conformance import (
     BATCHES,
     HEADS,
     check_alone,
+    check_decode,
     check_end_of_prompt,
     check_full,
     check_nearly_full,
@@ -55,6 +56,24 @@ def test_a_ranked_fp8_cache(backend, ranking):
     ranked = backend(**options, sparsity_budget=0.1)
     check_alone(ranked, batch)
     check_end_of_prompt(ranked, backend(fp8=True, stock_only=True), batch)
+
+
+DECODE = {"decode_min_context": 0, "decode_requests": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [{}, {"heads": 6, "kv_heads": 1, "head_dim": 96, "page": 48}], ids=str
+)
+def test_sparse_decode(backend, shape, dtype):
+    shape = shape | DECODE
+    check_decode(backend(dtype=dtype, decode_budget=0.9999, **shape), full=True)
+    check_decode(backend(dtype=dtype, decode_budget=0.5, **shape), full=False)
+
+
+@FP8_CPU
+def test_sparse_decode_over_an_fp8_cache(backend):
+    check_decode(backend(fp8=True, decode_budget=0.9999, **DECODE), full=True)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])

@@ -68,7 +68,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "get_current_vllm_config()",
         "get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",
         *of("VllmConfig", "additional_config", "model_config", "parallel_config", "cache_config",
-            "scheduler_config"),
+            "scheduler_config", "speculative_config"),
         *of("ModelConfig", "model", "use_mla", "runner_type", "is_encoder_decoder",
             "get_sliding_window(self)", "hf_text_config", "max_model_len",
             "get_total_num_hidden_layers(self)"),
@@ -114,10 +114,11 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.attention": of("Attention", "impl", "layer_name"),
     "vllm.v1.attention.backend": (
         "AttentionType.DECODER",
-        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE",
+        *of("AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE", "NEVER"),
         *of("AttentionLayer", "_q_scale", "_k_scale", "_v_scale", "_q_scale_float",
             "_k_scale_float", "_v_scale_float"),
-        *of("AttentionMetadataBuilder", "_cudagraph_support", "reorder_batch_threshold"),
+        *of("AttentionMetadataBuilder", "_cudagraph_support", "reorder_batch_threshold",
+            "get_cudagraph_support(cls, vllm_config, kv_cache_spec)"),
         *of("CommonAttentionMetadata", "query_start_loc", "query_start_loc_cpu", "seq_lens",
             "num_reqs", "num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping",
             "causal", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx", "mm_req_doc_ranges",
@@ -126,7 +127,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.flash_attn": (
         *of("FlashAttentionBackend", "get_name()", "get_impl_cls()", "get_builder_cls()"),
         *of("FlashAttentionImpl", IMPLEMENTATION, "forward" + FORWARD, *LAYER),
-        *of("FlashAttentionMetadataBuilder", *BUILDER),
+        *of("FlashAttentionMetadataBuilder", *BUILDER,
+            "get_cudagraph_support(cls, vllm_config, kv_cache_spec)"),
         *of("FlashAttentionMetadata", *METADATA),
     ),
     "vllm.v1.attention.backends.cpu_attn": (

@@ -1,0 +1,149 @@
+"""What the kernels of sparse decode compute, in plain PyTorch; see :mod:`reference`."""
+
+import torch
+
+from . import basis, reference, reference_regions, reference_select
+from .decode_plan import (
+    APPEND_COUNT,
+    APPEND_FIRST,
+    APPEND_ROW,
+    APPEND_SLOT,
+    DecodeList,
+    DecodeShape,
+    Kept,
+)
+from .plan import DENSE_START, FIT, REGION_TOKENS, TIERS_UNORDERED, Regions, WorkList
+from .reference_select import physical_slots
+
+
+class DecodeSlots:
+    """What the requests of a layer are ranked with; see :class:`decode.DecodeWorkspace`.
+
+    Attributes:
+        images: ``[slots, kv_heads, max_history, WIDTH]``, in the dtype of images.
+        fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
+        regions: what stands for what is not visited, in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        region: int = REGION_TOKENS,
+    ):
+        leading = (shape.requests, shape.kv_heads)
+        kind = basis.image_dtype(device)
+        self.images = torch.zeros(
+            *leading, shape.max_history, basis.WIDTH, dtype=kind, device=device
+        )
+        self.fit = basis.Basis(
+            torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
+            torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
+            torch.zeros(*leading, basis.RANK, device=device),
+        )
+        head_dim, count = shape.head_dim, max(1, shape.max_history // region)
+        self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
+        self.regions = Regions(
+            torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            region,
+            known=self.known,
+        )
+
+    def keep(
+        self,
+        kept: Kept,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        scale: float,
+    ) -> None:
+        """Fit a chunk's basis into a slot, project what it sees, and average that."""
+        slot, fit, tokens, _ = kept
+        fitted = basis.fit_work(query, kv_cache, block_table, work, scale)
+        for own, part in zip(self.fit, fitted, strict=True):
+            own[slot] = part[fit]
+        self.project(kv_cache, block_table[work.row], slot, 0, tokens)
+        held, count = self.regions, tokens // self.regions.tokens
+        found = reference_regions.average(
+            kv_cache, block_table, work, held.means.dtype, held.tokens
+        )
+        held.means[slot, :, :count] = found.means[:, :count]
+        held.slopes[slot], held.spreads[slot] = found.slopes[fit], found.spreads[fit]
+        self.known[slot] = count
+
+    def project(
+        self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
+    ) -> None:
+        """Project the keys of some tokens by a slot's basis."""
+        positions = torch.arange(first, first + count, device=kv_cache.device)
+        slots = physical_slots(positions, table_row, kv_cache.shape[2])
+        keys, _ = reference.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
+        own = basis.Basis(*(part[slot] for part in self.fit))
+        images = basis.key_images(keys, own, self.images.dtype)
+        self.images[slot, :, first : first + count] = images.to(self.images.dtype)
+
+
+def scores(
+    query: torch.Tensor,
+    images: torch.Tensor,
+    fit: basis.Basis,
+    work: WorkList,
+) -> torch.Tensor:
+    """Score the history of every query by all of its rows.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        images: of keys, those of the queries' own tokens among them; see :class:`DecodeSlots`.
+        fit: the slots' bases.
+        work: of a decode step.
+
+    Returns:
+        float16 ``[items, kv_heads, max_history]``.
+    """
+    kv_heads = images.shape[1]
+    found = query.new_full(
+        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    for number, item in enumerate(work.items.tolist()):
+        n, slot = item[DENSE_START], item[FIT]
+        if n == 0:
+            continue
+        rows = reference.segment_queries(query, item, kv_heads)[:, :, 0]
+        every = torch.arange(rows.shape[1], device=query.device).expand(kv_heads, -1)
+        own = basis.Basis(*(part[slot] for part in fit))
+        found[number, :, :n] = reference.row_scores(
+            rows, every, item, own, images[slot].float(), images.dtype
+        )
+    return found.clamp(min=-torch.finfo(torch.half).max).half()
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: DecodeList,
+    space: DecodeSlots,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    v_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """Rank, select and attend for every query of a decode step; see :func:`decode.decode`."""
+    page = kv_cache.shape[2]
+    for one in rows.appends.tolist():
+        space.project(
+            kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],
+            one[APPEND_COUNT],
+        )  # fmt: skip
+    found = scores(query, space.images, space.fit, rows.work)
+    lists = reference_select.select(found, block_table, rows.work, page, TIERS_UNORDERED)
+    reference.attend(
+        query, kv_cache, block_table, rows.work, lists, space.regions, out,
+        counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
+    )  # fmt: skip

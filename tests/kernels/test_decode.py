@@ -1,0 +1,269 @@
+"""Sparse decode: what a prompt's end leaves, what steps add to it, and what they attend to."""
+
+import itertools
+
+import pytest
+import torch
+
+from cases import (
+    CACHES,
+    DTYPES,
+    FP8_CARD,
+    ON_GPU,
+    TOLERANCE,
+    dense_attention,
+    make_batch,
+    nan_like,
+    relative_error,
+)
+from s2o_vllm.kernels import (
+    basis,
+    decode,
+    reference,
+    reference_decode,
+    reference_select,
+    regions,
+)
+from s2o_vllm.kernels.decode_operator import SparseDecode
+from s2o_vllm.kernels.decode_plan import (
+    DecodeRow,
+    DecodeShape,
+    build_decode_list,
+    decode_item,
+    keep,
+)
+from s2o_vllm.kernels.low_rank import LowRankWorkspace, low_rank_scores
+from s2o_vllm.kernels.operator import Shape, SparsePrefill
+from s2o_vllm.kernels.plan import (
+    DENSE_START,
+    ELIGIBLE,
+    NUM_COUNTERS,
+    STOPPED,
+    TIERS_UNORDERED,
+    VISITED,
+    PrefillRow,
+)
+
+LONGEST = 768
+CONTEXTS = (333, 600, 65)  # of requests in decode; the last has no history before its dense part
+PROMPTS = (300, 598, 40)  # tokens that its prompt's last sparse chunk saw
+REGION = 64
+CHUNK = 128  # of histories, for several programs a list
+SIZES = [
+    # heads, kv_heads, head_dim, page, head_major, an fp8 cache
+    (4, 2, 64, 16, True, False),
+    (5, 1, 96, 32, False, False),
+    (3, 3, 128, 16, True, False),
+    pytest.param((8, 2, 64, 48, False, True), marks=FP8_CARD),
+]
+ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, as in test_low_rank.py
+
+
+def make(device, heads=4, kv_heads=2, head_dim=64, page=16, head_major=True, fp8=False, **options):
+    """Requests whose last token is a query, on shuffled pages."""
+    return make_batch(
+        device, chunks=[(context, 1) for context in CONTEXTS], heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, page=page, head_major=head_major, fp8=fp8, **options,
+    )  # fmt: skip
+
+
+def shape_of(batch, budget=0.25, requests=5):
+    heads, head_dim = batch.query.shape[1:]
+    return DecodeShape(heads, batch.kv_cache.shape[1], head_dim, LONGEST, requests, budget)
+
+
+def prompt_of(batch, number):
+    """A request's last chunk of its prompt: queries of it and the work list."""
+    prompt = PROMPTS[number]
+    row = PrefillRow(number, 0, 32, prompt - 32, 0.25)
+    batch.rows, rows = [row], batch.rows
+    (work,) = batch.work(segment=32)
+    batch.rows = rows
+    generator = torch.Generator().manual_seed(number)
+    query = torch.randn(32, *batch.query.shape[1:], generator=generator)
+    return query.to(batch.query), work
+
+
+def kept(batch, budget=0.25, slots=(3, 0, 1)):
+    """Slots that the kernels filled, all else poisoned, and the decode list of the batch."""
+    heads, head_dim = batch.query.shape[1:]
+    kv_heads, device, dtype = batch.kv_cache.shape[1], batch.query.device, batch.query.dtype
+    shape = shape_of(batch, budget)
+    space = decode.DecodeWorkspace(
+        shape, dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
+    )
+    averaged = regions.workspace(kv_heads, head_dim, LONGEST, dtype, device, REGION)
+    kind = torch.uint8 if ON_GPU else torch.int16
+    space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
+    ranked = LowRankWorkspace(heads, kv_heads, head_dim, LONGEST, 8, 32, dtype, device)
+    scores = torch.empty(8, kv_heads, LONGEST, dtype=torch.half, device=device)
+    bounds = torch.empty(8 * kv_heads, 1, 2, device=device)
+    for number, slot in enumerate(slots):
+        query, work = prompt_of(batch, number)
+        low_rank_scores(
+            query, batch.kv_cache, batch.block_table, work, scores, bounds, ranked,
+            scale=batch.scale,
+        )  # fmt: skip
+        regions.average(batch.kv_cache, batch.block_table, work, averaged)
+        space.keep(keep(work, slot), ranked, averaged)
+    rows = [
+        DecodeRow(number, number, context, slots[number], PROMPTS[number])
+        for number, context in enumerate(CONTEXTS)
+    ]
+    return space, build_decode_list(rows, budget, device)
+
+
+def run(batch, rows, space, function=decode.decode, **options):
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
+    function(
+        batch.query, batch.kv_cache, batch.block_table, rows, space, out, counters,
+        scale=batch.scale, v_scale=batch.v_scale, **options,
+    )  # fmt: skip
+    return out, counters
+
+
+def fit_of(space):
+    """The slots' bases without the columns that hold shifts."""
+    return basis.Basis(*(part[..., : basis.RANK].float() for part in space.fit))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_new_keys_have_the_images_that_the_slots_basis_gives(device, size):
+    batch = make(device, *size)
+    space, rows = kept(batch)
+    decode.append(batch.kv_cache, batch.block_table, rows, space)
+    head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=device)
+    for row in rows.rows:
+        positions = torch.arange(row.context + 1, device=device)
+        slots = reference.physical_slots(positions, batch.block_table[row.row], page)
+        keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
+        wanted = keys @ space.fit.b[row.slot].float() - space.fit.offset[row.slot][:, None]
+        got = space.images[row.slot, :, : row.context + 1].float()
+        assert ((got - wanted).abs() <= ULP * wanted.abs() + 2e-2).all()
+        assert (got[..., basis.RANK :] == factors).all()
+        assert torch.isnan(space.images[row.slot, :, row.context + 1 :].float()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_full_list_is_dense_attention(device, size, dtype):
+    batch = make(device, *size, dtype=dtype)
+    space, rows = kept(batch, budget=1.0)
+    out, counters = run(batch, rows, space)
+    floor = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert relative_error(out, dense_attention(batch)) < floor
+    assert counters[VISITED] == counters[ELIGIBLE]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scores_are_the_references(device, size):
+    batch = make(device, *size, spread=2.0)
+    space, rows = kept(batch)
+    run(batch, rows, space)
+    wanted = reference_decode.scores(batch.query, space.images, fit_of(space), rows.work)
+    got = space.selection.scores[: rows.work.num_items]
+    for number, item in enumerate(rows.work.items.tolist()):
+        n = item[DENSE_START]
+        # Rough exponentials, and rows that end with their shift in three roundings.
+        torch.testing.assert_close(
+            got[number, :, :n].float(), wanted[number, :, :n].float(), atol=0.15, rtol=0
+        )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_lists_and_outputs_are_the_references(device, size, softcap):
+    batch = make(device, *size, spread=2.0)
+    space, rows = kept(batch)
+    out, counters = run(batch, rows, space, softcap=softcap)
+    work, page = rows.work, batch.kv_cache.shape[2]
+    got = space.selection.lists(work)
+    scores = space.selection.scores[: work.num_items, :, : work.max_history]
+    lists = reference_select.select(
+        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK
+    )
+    assert torch.equal(got.lengths, lists.lengths)
+    for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
+        count = int(lists.lengths[number, head])
+        assert torch.equal(got.slots[number, head, :count], lists.slots[number, head, :count])
+    wanted = nan_like(batch.query)
+    counted = torch.zeros_like(counters)
+    reference.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, lists, space.regions, wanted, counted,
+        scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
+    )  # fmt: skip
+    assert relative_error(out, wanted) < TOLERANCE
+    # None stops early, and no mass is estimated.
+    assert counters[: STOPPED + 1].tolist() == counted[: STOPPED + 1].tolist()
+    assert counters[STOPPED + 1 :].tolist() == [0, 0]
+
+
+def test_a_request_does_not_depend_on_its_neighbours(device):
+    batch = make(device)
+    space, rows = kept(batch)
+    together, _ = run(batch, rows, space)
+    alone = build_decode_list([rows.rows[1]], 0.25, device)
+    out, _ = run(batch, alone, space)
+    assert torch.equal(out[1], together[1])
+    assert torch.isnan(out[[0, 2]]).all()
+
+
+def test_finds_the_token_that_the_query_wants(device):
+    batch = make(device)
+    needle = torch.nn.functional.normalize(torch.randn(64), dim=0).to(device) * 40
+    block = int(batch.block_table[1, 333 // 16])
+    batch.kv_cache[block, :, 333 % 16, :64] = needle
+    batch.query[1] += needle
+    space, rows = kept(batch, budget=0.05)
+    out, _ = run(batch, rows, space)
+    assert relative_error(out[1], dense_attention(batch)[1]) < max(1e-3, TOLERANCE)
+
+
+@pytest.mark.parametrize("fp8", CACHES)
+def test_the_operator_keeps_and_decodes(device, fp8):
+    batch = make(device, fp8=fp8)
+    heads, head_dim = batch.query.shape[1:]
+    options = {"dtype": batch.query.dtype, "device": device, "scale": batch.softmax_scale}
+    prefill = SparsePrefill(Shape(heads, 2, head_dim, LONGEST, 64, 32), **options)
+    operator = SparseDecode(shape_of(batch, 1.0), **options)
+    operator.warm_up(batch.query, batch.kv_cache, batch.block_table)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+    units = {"k_scale": batch.k_scale}
+    rows = []
+    for number, context in enumerate(CONTEXTS):
+        query, work = prompt_of(batch, number)
+        arguments = (query, batch.kv_cache, batch.block_table, work)
+        prefill(*arguments, torch.empty_like(query), counters, **units)
+        operator.keep(keep(work, number), prefill, *arguments, **units)
+        rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
+    assert [row.covered for row in rows] == list(PROMPTS)
+    for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):
+        out = nan_like(batch.query)
+        operator(
+            batch.query, batch.kv_cache, batch.block_table,
+            build_decode_list(rows, budget, device), out, counters, v_scale=batch.v_scale, **units,
+        )  # fmt: skip
+        assert relative_error(out, dense_attention(batch)) < limit
+
+
+def test_the_dense_part_is_recent_and_whole_tokens_of_it():
+    starts = [decode_item(DecodeRow(0, 0, n, 0, 0), 0.1)[DENSE_START] for n in range(700)]
+    assert starts[127] == 0
+    assert all(64 <= n - start <= 127 for n, start in enumerate(starts) if n >= 128)
+    assert decode_item(DecodeRow(4, 7, 1000, 2, 0), 0.1) == (4, 7, 1, 1000, 896, 89, 2)
+
+
+def test_the_step_lists_what_its_slots_lack():
+    rows = [DecodeRow(1, 0, 500, 2, 440), DecodeRow(0, 1, 300, 0, 300), DecodeRow(2, 2, 9, 1, 10)]
+    made = build_decode_list(rows, 0.1, torch.device("cpu"))
+    assert made.appends.tolist() == [[1, 2, 440, 61], [0, 0, 300, 1], [2, 1, 10, 0]]
+    assert (made.max_append, made.work.max_history, made.work.max_list) == (61, 384, 57)
+
+
+def test_room_for_the_lists_of_all_slots():
+    shape = DecodeShape(32, 8, 128, 131072, 4, 0.05)
+    assert shape.places == 4 * 9840
+    full = DecodeShape(32, 8, 128, 131072, 4, 1.0)
+    assert full.places == 4 * (131072 + 64)
