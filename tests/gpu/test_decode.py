@@ -38,9 +38,13 @@ def servers(low_rank_llama, tmp_path_factory):
         yield {name: (healthy(), log) for name, (healthy, log) in begun.items()}
 
 
-@pytest.mark.parametrize(("name", "same"), [("every", 7), ("few", 4)])
+@pytest.mark.parametrize(("name", "same"), [("every", 7), ("few", 1)])
 def test_answers_begin_as_those_of_dense_decode(servers, name, same):
-    """Of each answer the second token, the first that decode gave."""
+    """Of each answer the second token, the first that decode gave.
+
+    A model of random weights has no token that is far ahead: over a twentieth of a history some
+    answers begin alike, and by chance none of eight would.
+    """
     (plain, _), (url, log) = servers["plain"], servers[name]
     before = read(url + "/metrics"), read(plain + "/metrics")
     found = []

@@ -14,7 +14,7 @@ from cases import (
 )
 from s2o_vllm.kernels.beside import IN_TURN
 from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
-from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
+from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED, build_work_lists
 
 
 def operator_for(batch, ranking="low_rank", **options):
@@ -131,8 +131,8 @@ def test_scratch_is_bounded():
 def test_a_second_stream_changes_nothing(device):
     """Chunks and layers follow one another without a pause, as in a server."""
     batch = make_batch(device, chunks=((3000, 512), (700, 300)))
-    works, results = batch.work(), []
-    operator = operator_for(batch)
+    operator, results = operator_for(batch), []
+    works = build_work_lists(batch.rows, SEGMENT, 0, device, operator.shape.limits)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
     for beside in [IN_TURN] + 20 * [operator.space.beside]:
         operator.space = operator.space._replace(beside=beside)
