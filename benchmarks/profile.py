@@ -46,9 +46,10 @@ CATEGORIES = {KERNEL, "gpu_memcpy", "gpu_memset"}  # of a trace's events, those 
 PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (  # the first that matches counts
-        ("rank", r"^_(mean|score|moment|basis|project_\w+|shift|region|covariance|slope)_kernel$"),
+        ("rank", r"^_(mean|score|moment|basis|project_\w+|shift|append)_kernel$"),
+        ("rank", r"^_(region|covariance|slope)_kernel$"),
         ("select", r"^_(plan|emit)_kernel$"),
-        ("attend", r"^_attend_kernel$"),
+        ("attend", r"^_(attend|merge)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),
         ("linear layers", r"nvjet|cutlass|gemm|gemv|cublas|splitk|xmma"),
