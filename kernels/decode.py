@@ -177,11 +177,8 @@ class DecodeWorkspace:
             getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name)[fit])
         count = tokens // regions.tokens
         self.regions.means[slot, :, :count].copy_(regions.means[:, :count])
-        for own, other in (
-            (self.regions.slopes, regions.slopes),
-            (self.regions.spreads, regions.spreads),
-        ):
-            own[slot].copy_(other[fit])
+        self.regions.slopes[slot].copy_(regions.slopes[fit])
+        self.regions.spreads[slot].copy_(regions.spreads[fit])
         self.known[slot : slot + 1].fill_(count)
 
 
@@ -244,9 +241,7 @@ def decode(
             work, selection.scores, selection.bounds, space, group,
             row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk,
         )  # fmt: skip
-    select(
-        block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True
-    )  # fmt: skip
+    select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.regions, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,

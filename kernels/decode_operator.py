@@ -1,5 +1,6 @@
 """Sparse decode of a layer: slots of its requests, filled at the end of a prompt, and each step."""
 
+import functools
 from typing import Any
 
 import torch
@@ -105,14 +106,9 @@ class SparseDecode:
         self(query, kv_cache, table, rows, torch.empty_like(query), counters)
 
 
-_scratch: dict[tuple, Any] = {}
-
-
+@functools.cache
 def scratch(shape: DecodeShape, device: torch.device) -> Any:
     """Return a step's scratch for a shape; layers of one shape share it (they run in turn)."""
     from . import decode
 
-    key = (shape, device)
-    if key not in _scratch:
-        _scratch[key] = decode.scratch(*key)
-    return _scratch[key]
+    return decode.scratch(shape, device)

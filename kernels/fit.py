@@ -229,7 +229,7 @@ def _basis_kernel(
 
 
 class FitWorkspace:
-    """Scratch of :func:`fit`, and the bases of a chunk, ``padded`` to ``basis.WIDTH``."""
+    """Moments and the bases of a chunk, ``padded`` to ``basis.WIDTH``."""
 
     def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         pad, width = triton.next_power_of_2(head_dim), basis.WIDTH
@@ -248,20 +248,6 @@ class FitWorkspace:
         self.offset = empty(width)
 
 
-def fit(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    work: WorkList,
-    space: FitWorkspace,
-    *,
-    scale: float,
-) -> None:
-    """Fit the bases of a work list's chunk into ``space``; see :func:`basis.fit_work`."""
-    take_moments(query, kv_cache, block_table, work, space)
-    find_bases(work, space, scale=scale)
-
-
 def take_moments(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -269,7 +255,7 @@ def take_moments(
     work: WorkList,
     space: FitWorkspace,
 ) -> None:
-    """Take the moments of a chunk's queries and keys; the first half of :func:`fit`."""
+    """Take the moments of a chunk's queries and keys into ``space``; see :func:`basis.fit_work`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group, pad = query.shape[1] // kv_heads, triton.next_power_of_2(head_dim)
     strip = min(pad, STRIP_ENTRIES // pad)
@@ -283,7 +269,7 @@ def take_moments(
 
 
 def find_bases(work: WorkList, space: FitWorkspace, *, scale: float) -> None:
-    """Find the bases that the moments tell of; the second half of :func:`fit`."""
+    """Find the bases that the moments in ``space`` tell of; see :func:`basis.fit_work`."""
     _, kv_heads, head_dim, _ = space.a.shape
     _basis_kernel[(work.fits.shape[0] * kv_heads,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,

@@ -6,6 +6,7 @@ import torch
 from cases import FP8_CARD
 from conformance import (
     BATCHES,
+    DECODE,
     HEADS,
     check_alone,
     check_decode,
@@ -46,9 +47,6 @@ def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_m
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"])
-
-
-DECODE = {"decode_min_context": 0, "decode_requests": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

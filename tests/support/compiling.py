@@ -165,7 +165,7 @@ def compile_attend(
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import fit, low_rank, rank, regions, select
+    from s2o_vllm.kernels import low_rank, rank, regions, select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
@@ -177,10 +177,7 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
-        fit.fit(q, kv, table, work, images.fit, scale=0.1)
-        low_rank.project_keys(kv, table, work, images)
-        prepared = replace(work, first_of_chunk=False)
-        low_rank.low_rank_scores(q, kv, table, prepared, *results, images, scale=0.1)
+        low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
         means = regions.workspace(8, head_dim, 131072, q.dtype, meta)
         regions.average(kv, table, work, means)

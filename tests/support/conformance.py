@@ -110,6 +110,9 @@ def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
             assert relative_error(output[before], parents[before]) > 0.05
 
 
+DECODE = {"decode_min_context": 0, "decode_requests": 2}
+
+
 def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 8) -> None:
     """An answer's tokens, each in a step of its own, after a prompt in two chunks.
 

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from backends import FP8_CPU
 from conformance import (
     BATCHES,
+    DECODE,
     HEADS,
     check_alone,
     check_decode,
@@ -56,9 +57,6 @@ def test_a_ranked_fp8_cache(backend, ranking):
     ranked = backend(**options, sparsity_budget=0.1)
     check_alone(ranked, batch)
     check_end_of_prompt(ranked, backend(fp8=True, stock_only=True), batch)
-
-
-DECODE = {"decode_min_context": 0, "decode_requests": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
