@@ -5,7 +5,7 @@ import torch
 
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels import basis, low_rank, rank, reference
-from s2o_vllm.kernels.fit import FitWorkspace, fit
+from s2o_vllm.kernels.fit import FitWorkspace, find_bases, take_moments
 from s2o_vllm.kernels.plan import DENSE_START
 
 SHAPES = [
@@ -265,7 +265,8 @@ def test_fitted_bases_match_the_reference(device, head_dim):
     (work,) = batch.work()
     space = FitWorkspace(2, head_dim, batch.query.dtype, device)
     space.a.fill_(float("nan"))
-    fit(*arguments(batch, work), space, scale=batch.scale)
+    take_moments(*arguments(batch, work), space)
+    find_bases(work, space, scale=batch.scale)
     wanted = basis.fit_work(*arguments(batch, work), batch.scale)
     a, b = space.a[: len(work.fits)].float(), space.b[: len(work.fits)].float()
     rank = basis.RANK
@@ -286,7 +287,8 @@ def test_fitted_bases_of_degenerate_keys_are_finite(device):
         batch.kv_cache[..., :64] = value
         (work,) = batch.work()
         space = FitWorkspace(2, 64, batch.query.dtype, device)
-        fit(*arguments(batch, work), space, scale=batch.scale)
+        take_moments(*arguments(batch, work), space)
+        find_bases(work, space, scale=batch.scale)
         for part in (space.a, space.b, space.offset):
             assert torch.isfinite(part[: len(work.fits)]).all()
 
