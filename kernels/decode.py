@@ -21,7 +21,8 @@ from .rows import choose_rows, shift_rows
 from .select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile, input_precision
 
-APPEND_BLOCK = 16  # keys that a program projects: mostly there is one
+APPEND_BLOCK = 16  # keys that a program projects at a time: mostly there is one
+APPEND_PROGRAMS = 8  # that share what a slot lacks: once, after a prompt, some thousand
 CHOSEN_BLOCK = 64
 SHIFT_BLOCK_N = 128
 SCORE_BLOCK_M = 32  # rows of a query: the heads of a group
@@ -35,32 +36,36 @@ def _append_kernel(
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
     APPEND_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK new keys of one request and head by its slot's basis: k B − offset."""
-    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Images of a request's new keys of one head by its slot's basis: k B − offset."""
+    i_head = tl.program_id(1).to(tl.int64)
     p_append = p_appends + tl.program_id(2) * APPEND_COLUMNS
     row, slot = tl.load(p_append).to(tl.int64), tl.load(p_append + 1).to(tl.int64)
     first, count = tl.load(p_append + 2), tl.load(p_append + 3)
-    if i_block * BLOCK >= count:
+    if tl.program_id(0) * BLOCK >= count:
         return
-    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < count
-    o_n += first
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
-    page = tl.load(p_table + row * stride_table + o_n // PAGE, m_n, 0).to(tl.int64)
-    o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
-    k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
     i_basis = slot * tl.num_programs(1) + i_head
     p_b += i_basis * (D * WIDTH)
     b = tl.load(p_b + o_d[:, None] * WIDTH + o_r[None, :], (o_d < D)[:, None], 0.0)
-    image = tl.dot(k.to(b.dtype), b, input_precision=PRECISION)
-    image -= tl.load(p_offset + i_basis * WIDTH + o_r)[None, :]
-    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+    offset = tl.load(p_offset + i_basis * WIDTH + o_r)
     p_images += slot * stride_images_slot + i_head * stride_images_head
-    tl.store(
-        p_images + o_n[:, None] * WIDTH + o_r[None, :], image.to(p_images.dtype.element_ty),
-        m_n[:, None],
-    )  # fmt: skip
+    p_table += row * stride_table
+    for start in tl.range(
+        tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK, num_stages=1
+    ):
+        number = start + tl.arange(0, BLOCK)
+        m_n = number < count
+        o_n = first + number
+        page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
+        o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
+        k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+        image = tl.dot(k.to(b.dtype), b, input_precision=PRECISION) - offset[None, :]
+        image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+        tl.store(
+            p_images + o_n[:, None] * WIDTH + o_r[None, :], image.to(p_images.dtype.element_ty),
+            m_n[:, None],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -72,6 +77,8 @@ def _merge_kernel(
     """The attention of one query and head from that to parts of what it visits."""
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_heads = tl.num_programs(0) // GROUP
+    if tl.load(p_items + i_item * ITEM_COLUMNS + 2) == 0:
+        return
     query = tl.load(p_items + i_item * ITEM_COLUMNS + 1).to(tl.int64)
     o_p, o_d = tl.arange(0, PARTS), tl.arange(0, D_PAD)
     o_row = (((i_item * kv_heads + i_head // GROUP) * PARTS + o_p) * GROUP) + i_head % GROUP
@@ -186,11 +193,9 @@ def append(
     kv_cache: torch.Tensor, block_table: torch.Tensor, rows: DecodeList, space: DecodeWorkspace
 ) -> None:
     """Project the keys whose images the slots lack, the step's own among them."""
-    if rows.max_append == 0:
-        return
     kv_heads, page, width = kv_cache.shape[1:]
     images, head_dim = space.images, width // 2
-    _append_kernel[(-(-rows.max_append // APPEND_BLOCK), kv_heads, len(rows.rows))](
+    _append_kernel[(APPEND_PROGRAMS, kv_heads, rows.work.num_items)](
         kv_cache, block_table, space.fit.b, space.fit.offset, images, rows.appends,
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         images.stride(0), images.stride(1),
@@ -234,13 +239,12 @@ def decode(
     head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
     group = heads // kv_heads
     append(kv_cache, block_table, rows, space)
-    if work.max_history > 0:
-        choose_rows(query, work, space, row_step=1, block=CHOSEN_BLOCK)
-        shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
-        score_rows(
-            work, selection.scores, selection.bounds, space, group,
-            row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk,
-        )  # fmt: skip
+    choose_rows(query, work, space, row_step=1, block=CHOSEN_BLOCK)
+    shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
+    score_rows(
+        work, selection.scores, selection.bounds, space, group,
+        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk,
+    )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.regions, out, counters,

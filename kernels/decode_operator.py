@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import reference_decode
-from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, Kept, build_decode_list
+from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept
 from .operator import SparsePrefill
 from .plan import NUM_COUNTERS, WorkList
 
@@ -101,7 +101,7 @@ class SparseDecode:
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         context = min(4 * RECENT, block_table.shape[1] * kv_cache.shape[2], self.shape.max_history)
         row = DecodeRow(0, 0, context - 1, 0, context - 2)
-        rows = build_decode_list([row], self.shape.budget, query.device)
+        rows = DecodeTable(self.shape, 1, query.device).fill([row], 1)
         table = torch.zeros_like(block_table)
         self(query, kv_cache, table, rows, torch.empty_like(query), counters)
 

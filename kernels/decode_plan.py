@@ -1,7 +1,9 @@
 """The work list of a decode step: one query of each of several requests, and what it may visit.
 
-Built on the host once a step, like that of prefill in :mod:`plan`, of whose form it is: an item's
-fit is the *slot* that holds what the end of its prompt was ranked by (ours).
+Made on the host once a step, like that of prefill in :mod:`plan`, of whose form it is: an item's
+fit is the *slot* that holds what the end of its prompt was ranked by. But it stays in one place of
+device memory and is launched as if histories were the longest, so that one CUDA graph serves all
+steps of as many rows (ours).
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import DENSE_START, WorkList, list_places, longest_list, to_device
+from .plan import COLUMNS, WorkList, list_places, longest_list
 
 RECENT = 64  # the dense pass begins at a multiple of so many tokens, one whole of them back
 DECODE_PARTS = 16  # programs that share a list, always so many: an output must not depend on others
@@ -18,6 +20,7 @@ DECODE_PARTS = 16  # programs that share a list, always so many: an output must 
 KEPT_QUERIES = 512  # of a fit: a basis of fewer tells little of the queries to come
 APPEND_ROW, APPEND_SLOT, APPEND_FIRST, APPEND_COUNT = range(4)
 APPEND_COLUMNS = 4
+NO_LIMIT = 2**31 - 1
 
 
 class Kept(NamedTuple):
@@ -60,16 +63,15 @@ class DecodeList:
 
     Attributes:
         rows: the requests.
-        work: an item each, of one query; its fit is the request's slot.
-        appends: int32 ``[rows, APPEND_COLUMNS]`` on the device: block-table row, slot, first
+        work: an item each, of one query; its fit is the request's slot. Items behind them have no
+            queries.
+        appends: int32 ``[items, APPEND_COLUMNS]`` on the device: block-table row, slot, first
             token whose image the slot lacks, how many it lacks.
-        max_append: most tokens that a slot lacks.
     """
 
     rows: tuple[DecodeRow, ...]
     work: WorkList
     appends: torch.Tensor
-    max_append: int
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ class DecodeShape:
     budget: float
 
     @property
+    def max_list(self) -> int:
+        """Longest list of a KV head."""
+        row = DecodeRow(0, 0, self.max_history + 2 * RECENT, 0, 0)
+        return longest_list(decode_item(row, self.budget))
+
+    @property
     def places(self) -> int:
         """Places of all lists of a KV head."""
-        item = decode_item(DecodeRow(0, 0, self.max_history + 2 * RECENT, 0, 0), self.budget)
-        return self.requests * list_places(longest_list(item))
+        return self.requests * list_places(self.max_list)
 
 
 def keep(work: WorkList, slot: int) -> Kept:
@@ -117,32 +124,67 @@ def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
     return (row.row, row.query, 1, row.context, dense_start, count, row.slot)
 
 
-def build_decode_list(rows: Sequence[DecodeRow], budget: float, device: torch.device) -> DecodeList:
-    """Build the work list of a decode step.
+class DecodeTable:
+    """Device memory of the work lists of decode steps.
+
+    What a step does not need is zero: items of no queries, of which kernels do nothing.
 
     Args:
-        rows: requests with a slot each, one at least.
-        budget: share of the ranked history that a query may visit, 0 < budget <= 1.
+        shape: sizes; those of heads are not read.
+        batch: most rows of a step's batch.
         device: where the kernels run.
+
+    Attributes:
+        limits: int32 ``[batch]`` on the device: how much of a row's sequence others may see. A row
+            that decodes sparsely costs them one token.
     """
-    items = [decode_item(row, budget) for row in rows]
-    appends = [
-        (row.row, row.slot, row.covered, max(0, row.context + 1 - row.covered)) for row in rows
-    ]
-    none = torch.empty(0, 3, dtype=torch.int32, device=device)
-    work = WorkList(
-        row=0,
-        target_error=0.0,
-        first_of_chunk=False,
-        fits=none,
-        fit_span=1,
-        max_fit_queries=1,
-        max_fit_tokens=0,
-        items=to_device(items, device),
-        groups=none,
-        max_history=max(item[DENSE_START] for item in items),
-        max_list=max(longest_list(item) for item in items),
-        max_queries=1,
-    )
-    most = max(append[APPEND_COUNT] for append in appends)
-    return DecodeList(tuple(rows), work, to_device(appends, device), most)
+
+    def __init__(self, shape: DecodeShape, batch: int, device: torch.device):
+        self.shape = shape
+        sizes = [shape.requests * COLUMNS, shape.requests * APPEND_COLUMNS, batch]
+        # Whole 16 bytes each: alignment is part of what a kernel is compiled for.
+        self._sizes = [-(-size // 4) * 4 for size in sizes]
+        self._all = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        parts = [
+            part[:size] for part, size in zip(self._all.split(self._sizes), sizes, strict=True)
+        ]
+        self.items = parts[0].view(-1, COLUMNS)
+        self.appends = parts[1].view(-1, APPEND_COLUMNS)
+        self.limits = parts[2]
+        self._none = torch.empty(0, 3, dtype=torch.int32, device=device)
+
+    def fill(self, rows: Sequence[DecodeRow], items: int) -> DecodeList:
+        """Write a step's work list, without waiting for the device.
+
+        Args:
+            rows: requests with a slot each, at most ``items``.
+            items: that are launched, at most ``shape.requests``.
+        """
+        lines = [decode_item(row, self.shape.budget) for row in rows]
+        appends = [
+            (row.row, row.slot, row.covered, max(0, row.context + 1 - row.covered)) for row in rows
+        ]
+        host = torch.zeros(self._all.shape, dtype=torch.int32, pin_memory=self._all.is_cuda)
+        tables = host.split(self._sizes)
+        tables[2].fill_(NO_LIMIT)
+        if rows:
+            tables[0][: len(rows) * COLUMNS] = torch.tensor(lines, dtype=torch.int32).flatten()
+            count = len(rows) * APPEND_COLUMNS
+            tables[1][:count] = torch.tensor(appends, dtype=torch.int32).flatten()
+            tables[2][[row.row for row in rows]] = 1
+        self._all.copy_(host, non_blocking=True)
+        work = WorkList(
+            row=0,
+            target_error=0.0,
+            first_of_chunk=False,
+            fits=self._none,
+            fit_span=1,
+            max_fit_queries=1,
+            max_fit_tokens=0,
+            items=self.items[:items],
+            groups=self._none,
+            max_history=self.shape.max_history,
+            max_list=self.shape.max_list,
+            max_queries=1,
+        )
+        return DecodeList(tuple(rows), work, self.appends[:items])

@@ -1,5 +1,7 @@
 """What the kernels of sparse decode compute, in plain PyTorch; see :mod:`reference`."""
 
+from dataclasses import replace
+
 import torch
 
 from . import basis, reference, reference_regions, reference_select
@@ -136,14 +138,18 @@ def decode(
 ) -> None:
     """Rank, select and attend for every query of a decode step; see :func:`decode.decode`."""
     page = kv_cache.shape[2]
-    for one in rows.appends.tolist():
+    count = len(rows.rows)
+    if count == 0:
+        return
+    work = replace(rows.work, items=rows.work.items[:count])
+    for one in rows.appends[:count].tolist():
         space.project(
             kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],
             one[APPEND_COUNT],
         )  # fmt: skip
-    found = scores(query, space.images, space.fit, rows.work)
-    lists = reference_select.select(found, block_table, rows.work, page, TIERS_UNORDERED)
+    found = scores(query, space.images, space.fit, work)
+    lists = reference_select.select(found, block_table, work, page, TIERS_UNORDERED)
     reference.attend(
-        query, kv_cache, block_table, rows.work, lists, space.regions, out,
+        query, kv_cache, block_table, work, lists, space.regions, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip

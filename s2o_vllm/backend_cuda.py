@@ -11,7 +11,6 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from . import compat
 from .forward import SparseImpl
 from .metadata import SparseBuilder
 
@@ -23,21 +22,14 @@ class S2OImpl(SparseImpl, FlashAttentionImpl):  # type: ignore[misc]
 class S2OMetadataBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention's builder, with a plan for the sparse rows of a step."""
 
-    # Decode-only batches replay full graphs; prefill runs between graph pieces.
+    # Decode-only batches replay full graphs, sparse ones too; prefill runs between graph pieces.
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Return what graphs may hold: sparse decode is planned step by step, outside of them."""
-        settings = compat.settings_of(vllm_config)
-        if settings is not None and settings.decodes:
-            return AttentionCGSupport.NEVER
-        return cls._cudagraph_support
-
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.s2o_graphs = self.use_full_cuda_graph
         self.prepare_s2o(
             list(get_layers_from_vllm_config(vllm_config, Attention, layer_names).values())
         )

@@ -167,6 +167,11 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
         raise config.ConfigError(
             f"s2o: decode_budget is {settings.decode_budget!r}, must be 1 with speculative decoding"
         )
+    if settings.decodes and vllm_config.parallel_config.use_ubatching:
+        # A request may change its half of the batch, and each has slots of its own.
+        raise config.ConfigError(
+            f"s2o: decode_budget is {settings.decode_budget!r}, must be 1 with micro-batches"
+        )
     settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
     vllm_config.additional_config[config.KEY] = settings.as_dict()
     _install_request_hooks()
@@ -299,12 +304,15 @@ class Asked(NamedTuple):
     Attributes:
         settings: those that it asks for.
         prompt: its tokens, 0 if not known.
-        name: vLLM's own, where its runner keeps rows by number.
+        name: vLLM's own.
     """
 
     settings: dict[str, float]
     prompt: int
     name: str | None = None
+
+
+NOTHING = Asked({}, 0)
 
 
 class RequestSettings:
@@ -319,29 +327,22 @@ class RequestSettings:
         self.runner_v2: Any = None
         self.by_index: dict[int, Asked] = {}
 
-    def of_rows(self, common: Any, count: int, server: config.S2OConfig) -> list[config.Spending]:
-        """Return what the first ``count`` rows may spend."""
-        nothing = Asked({}, 0)
+    def of_rows(self, common: Any, count: int) -> list[Asked]:
+        """Return what the requests of the first ``count`` rows asked for, and their names.
+
+        There is no name where there is no request, or it is not alive.
+        """
         asked: list[Asked] = []
         if common.req_idx is not None:
-            asked = [self.by_index.get(int(index), nothing) for index in common.req_idx[:count]]
-        elif self.runner_v1 is not None:
-            known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
-            asked = [_asked_by(known[request_id]) for request_id in ids[:count]]
-        asked += [nothing] * (count - len(asked))  # padding
-        return [server.spending(one.settings, one.prompt) for one in asked]
-
-    def names_of_rows(self, common: Any, count: int) -> list[str | None]:
-        """Return the names of the first ``count`` rows' requests, None where there is none."""
-        names: list[str | None] = []
-        if common.req_idx is not None:
-            known = (self.by_index.get(int(index)) for index in common.req_idx[:count])
-            names = [
-                one.name if one and one.name and self.alive(one.name) else None for one in known
+            asked = [self.by_index.get(int(index), NOTHING) for index in common.req_idx[:count]]
+            asked = [
+                one if one.name is None or self.alive(one.name) else one._replace(name=None)
+                for one in asked
             ]
         elif self.runner_v1 is not None:
-            names = list(self.runner_v1.input_batch.req_ids[:count])
-        return names + [None] * (count - len(names))  # padding
+            known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
+            asked = [_asked_by(known[name])._replace(name=name) for name in ids[:count]]
+        return asked + [NOTHING] * (count - len(asked))  # padding
 
     def alive(self, name: str) -> bool:
         """Tell whether a request is still there: for runner V2 a preempted one is not."""
@@ -416,6 +417,19 @@ def counts_chunks(vllm_config: Any) -> bool:
     """Tell whether this worker counts chunks: one of those that share a layer's heads does."""
     parallel = vllm_config.parallel_config
     return parallel.rank % parallel.tensor_parallel_size == 0
+
+
+def most_rows(vllm_config: Any) -> int:
+    """Return the most rows that a batch can have, padded to a graph's."""
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, graphs)
+
+
+def with_lengths(common: Any, seq_lens: Any) -> Any:
+    """Return the common metadata with other lengths of sequences on the device."""
+    names = {field.name for field in dataclasses.fields(common)}
+    derived = dict.fromkeys(name for name in _DERIVED if name in names)
+    return dataclasses.replace(common, seq_lens=seq_lens, **derived)
 
 
 def slice_rows(common: Any, first: int, last: int, start: int) -> Any:

@@ -170,8 +170,7 @@ HELP = {
     "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
     "last (write --s2o-dense-layers=-1,0 where the first is negative). Default: none.",
     "decode_budget": "Largest share of its history that a query of decode may visit (0 < B <= 1; 1 "
-    "leaves decode to stock vLLM; low_rank only). Below 1 decode runs without full CUDA graphs. "
-    "Default: 1.",
+    "leaves decode to stock vLLM; low_rank only). Default: 1.",
     "decode_min_context": "Decode with less history than this many tokens stays dense. "
     "Default: 32768.",
     "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "

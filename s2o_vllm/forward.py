@@ -22,6 +22,7 @@ class SparseImpl:
     Attributes:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
         s2o_limits: what one launch of this layer handles.
+        s2o_decode_shape: what its sparse decode is built for.
         s2o_placed: whether the layer's name is known.
         s2o_layer: its number in the model, if its name has one.
         kv_cache_dtype: vLLM's name of what the cache holds.
@@ -49,6 +50,7 @@ class SparseImpl:
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_limits = self._s2o_shape.limits
+            self.s2o_decode_shape = decode_shape(self._s2o_shape, settings)
 
     def place(self, layer: Any) -> None:
         """Learn which layer this is; vLLM does not say so when it makes the implementation.
@@ -84,7 +86,7 @@ class SparseImpl:
         )
         if self._s2o.decodes:
             self._s2o_decode = SparseDecode(
-                decode_shape(self._s2o_shape, self._s2o),
+                self.s2o_decode_shape,
                 query.dtype,
                 query.device,
                 scale=self.scale,  # type: ignore[attr-defined]

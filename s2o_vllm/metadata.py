@@ -1,6 +1,6 @@
 """A step's plan: which rows go sparse, which go to the parent backend, and why."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from . import compat, metrics
 from .config import S2OConfig, Spending
 from .decode import DecodeSlots
-from .kernels.decode_plan import DecodeList, DecodeRow, Kept, build_decode_list
+from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept
 from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
 
 # The last tokens of a prompt attend to all of it: they ask, and the very last gives the answer's
@@ -40,7 +40,8 @@ class StepPlan:
         work: segments of the sparse rows, one list a wave.
         sparse_rows: their rows in the batch.
         dense: the other rows.
-        decode: queries of decode that are sparse, or None.
+        decode: queries of decode that are sparse, or None. The rows of ``dense`` may hold them,
+            too: what these find of one token is written over.
         kept: what decode slots keep of the ranking of work lists, by number.
     """
 
@@ -122,6 +123,9 @@ class SparseBuilder:
     s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
     s2o_slots: DecodeSlots | None = None  # where decode is sparse
+    s2o_table: DecodeTable | None = None
+    s2o_lengths: torch.Tensor | None = None  # of sequences, as the parent sees them there
+    s2o_graphs: bool = False  # whether graphs hold whole steps of decode
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
@@ -143,16 +147,25 @@ class SparseBuilder:
             others = {impl.s2o_reason for impl in impls if impl.s2o_reason is not None}
             self.s2o_layer_reasons = tuple(sorted(others))
             if self.s2o is not None and self.s2o.decodes:
-                self.s2o_slots = DecodeSlots(self.s2o, compat.requests.alive)
+                rows = compat.most_rows(self.vllm_config)  # type: ignore[attr-defined]
+                self.decode_sparsely(capable[0].s2o_decode_shape, rows, self.device)  # type: ignore[attr-defined]
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
+
+    def decode_sparsely(self, shape: DecodeShape, rows: int, device: torch.device) -> None:
+        """Make what steps of sparse decode need, for batches of so many rows."""
+        assert self.s2o is not None
+        self.s2o_slots = DecodeSlots(self.s2o, compat.requests.alive)
+        self.s2o_table = DecodeTable(shape, rows, device)
+        self.s2o_lengths = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def plan(self, common: Any) -> StepPlan | None:
         """Return the plan of a step, or None if every row is the parent's."""
         settings, slots = self.s2o, self.s2o_slots
         if settings is None or common.causal is not True:
             return None
-        if common.max_query_len <= 1 and slots is None:
+        decode_only = common.max_query_len <= 1
+        if decode_only and slots is None:
             return None
         count = common.num_reqs
         starts = common.query_start_loc_cpu[: count + 1].tolist()
@@ -161,15 +174,19 @@ class SparseBuilder:
         if seq_lens is None or prefilling is None:
             return None
         prefill = prefilling[:count].tolist()
-        spending = compat.requests.of_rows(common, count, settings)
+        prefill += [False] * (count - len(prefill))  # runner V2 pads the others alone
+        asked = compat.requests.of_rows(common, count)
+        spending = [settings.spending(one.settings, one.prompt) for one in asked]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or compat.dense_step_reason(common)
         decoding: list[DecodeRow] = []
         missed: list[str] = []
-        names: list[str | None] = []
+        names = [one.name for one in asked]
         if slots is not None and dense_reason is None:
-            names = compat.requests.names_of_rows(common, count)
             decoding, missed = slots.step(starts, lengths, prefill, spending, names)
+        if decode_only:
+            self.count(0, missed)
+            return self.decode_plan(common, decoding) if decoding or self.s2o_graphs else None
         sparse, runs, reasons = split_rows(
             starts, lengths, prefill, spending, settings.min_context, {one.row for one in decoding}
         )
@@ -195,10 +212,34 @@ class SparseBuilder:
         )
         plan = StepPlan(work, sparse, dense)
         if decoding:
-            plan.decode = build_decode_list(decoding, settings.decode_budget, device)
+            plan.decode = self.decode_list(decoding, count)
         if slots is not None and sparse:
             plan.kept = slots.keep(work, spending, names, DENSE_TAIL)
         return plan
+
+    def decode_list(self, rows: Sequence[DecodeRow], count: int) -> DecodeList:
+        """Return the work list of the sparse ones among so many rows."""
+        assert self.s2o_table is not None
+        return self.s2o_table.fill(rows, min(count, self.s2o_table.shape.requests))
+
+    def decode_plan(self, common: Any, rows: list[DecodeRow]) -> StepPlan:
+        """Return the plan of a step of decode alone; it looks the same whichever rows are sparse.
+
+        A graph may hold it: the parent attends to every row, and finds in device memory that of
+        the sparse ones there is one token.
+        """
+        decode = self.decode_list(rows, common.num_reqs)
+        common = compat.with_lengths(common, self.shortened(common.seq_lens))
+        metadata = super().build(0, common)  # type: ignore[misc]
+        whole = DensePart((0, common.num_reqs), (0, common.num_actual_tokens), metadata)
+        return StepPlan([], [], [whole], decode)
+
+    def shortened(self, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Return the lengths of the rows that the parent is to see, where they always are."""
+        assert self.s2o_table is not None
+        assert self.s2o_lengths is not None
+        own = self.s2o_lengths[: len(seq_lens)]
+        return torch.minimum(seq_lens, self.s2o_table.limits[: len(seq_lens)], out=own)
 
     def count(self, sparse: int, reasons: list[str]) -> None:
         """Count a step's chunks: how many went sparse, and why each of the others did not."""
@@ -229,18 +270,22 @@ class SparseBuilder:
         update = super().update_block_table  # type: ignore[misc]
         updated = update(metadata, blk_table, slot_mapping)
         plan = getattr(metadata, "s2o", None)
-        if plan is not None:
-            dense = [
-                DensePart(
-                    part.rows,
-                    part.tokens,
-                    update(
-                        part.metadata,
-                        blk_table[slice(*part.rows)],
-                        slot_mapping[slice(*part.tokens)],
-                    ),
-                )
-                for part in plan.dense
-            ]
-            updated.s2o = replace(plan, dense=dense)
+        if plan is None:
+            return updated
+        dense = [
+            replace(
+                part,
+                metadata=update(
+                    part.metadata, blk_table[slice(*part.rows)], slot_mapping[slice(*part.tokens)]
+                ),
+            )
+            for part in plan.dense
+        ]
+        updated.s2o = replace(plan, dense=dense)
+        if plan.decode is not None and self.s2o_table is not None:
+            # The plan may be another group's: what graphs of this one read is its own.
+            updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_items)
+            if not plan.sparse_rows:
+                (whole,) = dense
+                whole.metadata.seq_lens = self.shortened(whole.metadata.seq_lens)
         return updated

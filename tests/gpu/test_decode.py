@@ -1,5 +1,6 @@
 """Sparse decode on the card, beside S2O with vLLM's own decode."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -59,6 +60,12 @@ def test_answers_begin_as_those_of_dense_decode(servers, name, same):
     assert share == pytest.approx(BUDGETS[name], abs=0.01)
     assert 'reason="no_decode_state"' not in read(url + "/metrics")
     assert tracebacks(log) == []
+
+
+def test_graphs_hold_whole_steps(servers):
+    for name in ("every", "few"):
+        _, log = servers[name]
+        assert re.search(r"Capturing CUDA graphs \(.*FULL\)", log.read_text())
 
 
 def test_a_sparse_answer_repeats(servers):

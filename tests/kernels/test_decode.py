@@ -28,7 +28,7 @@ from s2o_vllm.kernels.decode_operator import SparseDecode
 from s2o_vllm.kernels.decode_plan import (
     DecodeRow,
     DecodeShape,
-    build_decode_list,
+    DecodeTable,
     decode_item,
     keep,
 )
@@ -110,7 +110,13 @@ def kept(batch, budget=0.25, slots=(3, 0, 1)):
         DecodeRow(number, number, context, slots[number], PROMPTS[number])
         for number, context in enumerate(CONTEXTS)
     ]
-    return space, build_decode_list(rows, budget, device)
+    return space, listed(batch, rows, budget)
+
+
+def listed(batch, rows, budget=0.25, items=None):
+    """A step's work list, by default without items to spare."""
+    table = DecodeTable(shape_of(batch, budget), len(CONTEXTS), batch.query.device)
+    return table.fill(rows, len(rows) if items is None else items)
 
 
 def run(batch, rows, space, function=decode.decode, **options):
@@ -204,8 +210,7 @@ def test_a_request_does_not_depend_on_its_neighbours(device):
     batch = make(device)
     space, rows = kept(batch)
     together, _ = run(batch, rows, space)
-    alone = build_decode_list([rows.rows[1]], 0.25, device)
-    out, _ = run(batch, alone, space)
+    out, _ = run(batch, listed(batch, [rows.rows[1]]), space)
     assert torch.equal(out[1], together[1])
     assert torch.isnan(out[[0, 2]]).all()
 
@@ -243,7 +248,7 @@ def test_the_operator_keeps_and_decodes(device, fp8):
         out = nan_like(batch.query)
         operator(
             batch.query, batch.kv_cache, batch.block_table,
-            build_decode_list(rows, budget, device), out, counters, v_scale=batch.v_scale, **units,
+            listed(batch, rows, budget), out, counters, v_scale=batch.v_scale, **units,
         )  # fmt: skip
         assert relative_error(out, dense_attention(batch)) < limit
 
@@ -257,9 +262,55 @@ def test_the_dense_part_is_recent_and_whole_tokens_of_it():
 
 def test_the_step_lists_what_its_slots_lack():
     rows = [DecodeRow(1, 0, 500, 2, 440), DecodeRow(0, 1, 300, 0, 300), DecodeRow(2, 2, 9, 1, 10)]
-    made = build_decode_list(rows, 0.1, torch.device("cpu"))
-    assert made.appends.tolist() == [[1, 2, 440, 61], [0, 0, 300, 1], [2, 1, 10, 0]]
-    assert (made.max_append, made.work.max_history, made.work.max_list) == (61, 384, 57)
+    table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
+    made = table.fill(rows, 4)
+    assert made.appends.tolist() == [[1, 2, 440, 61], [0, 0, 300, 1], [2, 1, 10, 0], [0, 0, 0, 0]]
+    assert made.work.items[:, DENSE_START].tolist() == [384, 192, 0, 0]
+    assert table.limits[:3].tolist() == [1, 1, 1]
+    assert (table.limits[3:] > 10**9).all()
+    assert (made.work.max_history, made.work.max_list) == (700, 105)
+
+    after = table.fill([], 5)
+    assert (after.work.items.any() or after.appends.any()) == 0, "nothing of the step before"
+    assert (table.limits > 10**9).all()
+
+
+def test_every_step_is_in_the_same_place_and_of_the_same_shape():
+    """A graph of one step serves all of as many items: it knows addresses and grids."""
+    table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
+    one = table.fill([DecodeRow(1, 0, 500, 2, 440)], 3)
+    other = table.fill([DecodeRow(0, 0, 90, 1, 1), DecodeRow(1, 1, 700, 0, 0)], 3)
+    for name in ("items", "max_history", "max_list", "max_queries", "target_error"):
+        a, b = getattr(one.work, name), getattr(other.work, name)
+        assert a.data_ptr() == b.data_ptr() if name == "items" else a == b
+    assert one.appends.data_ptr() == other.appends.data_ptr()
+    # Alignment is part of what a kernel is compiled for.
+    assert all(x.data_ptr() % 16 == 0 for x in (table.items, table.appends, table.limits))
+
+
+def test_items_to_spare_write_nothing(device):
+    batch = make(device)
+    space, rows = kept(batch)
+    run(batch, rows, space)
+    some = rows.rows[1:]
+    wanted, counted = run(batch, listed(batch, some), space)
+    images, lists = space.images.clone(), space.selection.lists(listed(batch, some, items=5).work)
+    got, again = run(batch, listed(batch, some, items=5), space)
+    assert torch.equal(got[1:], wanted[1:])
+    assert torch.isnan(got[0]).all()
+    assert torch.equal(again, counted)
+    assert (lists.lengths[len(some) :] == 0).all()
+    kind = torch.uint8 if ON_GPU else torch.int16
+    assert torch.equal(space.images.view(kind), images.view(kind))
+
+    nothing, counters = run(batch, listed(batch, [], items=5), space)
+    assert torch.isnan(nothing).all()
+    assert not counters.any()
+    reference_decode.decode(
+        batch.query, batch.kv_cache, batch.block_table, listed(batch, [], items=5), None, nothing,
+        counters, scale=batch.scale,
+    )  # fmt: skip
+    assert torch.isnan(nothing).all()
 
 
 def test_room_for_the_lists_of_all_slots():

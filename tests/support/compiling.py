@@ -255,7 +255,7 @@ def variants_beyond_warm_up(
             rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
                     decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
             for some in (rows, rows[:1], rows[1:]):
-                steps = decode_plan.build_decode_list(some, 0.05, torch.device("cpu"))
+                steps = decode_plan.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
                 decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
         for row in (
             plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
@@ -283,7 +283,7 @@ def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     scratch = decode.scratch(shape, meta, dtype)
     space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
     rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
-    steps = decode_plan.build_decode_list(rows, 0.05, torch.device("cpu"))
+    steps = decode_plan.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
     with compiling_for(capability) as compiled:
         decode.decode(

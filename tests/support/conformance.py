@@ -8,8 +8,9 @@ import torch
 
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
-from s2o_vllm import compat, metadata
-from s2o_vllm.config import Spending
+from s2o_vllm import compat
+from s2o_vllm.compat import Asked
+from s2o_vllm.kernels import decode_plan
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.metadata import DENSE_TAIL
 
@@ -93,8 +94,8 @@ def check_alone(ours: Backend, rows: list[Row]) -> None:
 def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
     """Where a row's prompt ends, its output is stock's; what comes before it in a chunk is not."""
     step = ours.step(rows)
-    spending = [Spending(0.1, 0.0, row.length) for row in rows]
-    with patch.object(compat.requests, "of_rows", lambda *_: spending):
+    asked = [Asked({"sparsity_budget": 0.1}, row.length) for row in rows]
+    with patch.object(compat.requests, "of_rows", lambda *_: asked):
         output, plan = ours.attend(step)
     parents, _ = stock.attend(step)
     floor = FLOOR[step.batch.query.dtype]
@@ -120,11 +121,10 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
     tokens in them it is what their budget allows.
     """
     step = ours.step([Row(prompt + tokens, prompt + tokens)])
-    own = [Spending(0.9999, 0.0, prompt)]
+    own = [Asked({"sparsity_budget": 0.9999}, prompt, "request")]
     truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.batch.query.dtype)
     with (
         patch.object(compat.requests, "of_rows", lambda *_: own),
-        patch.object(compat.requests, "names_of_rows", lambda *_: ["request"]),
         every_token() if full else nullcontext(),
     ):
         for start, count in ((0, 300), (300, prompt - 300)):
@@ -133,7 +133,8 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
         for position in range(prompt, prompt + tokens):
             output, plan = ours.attend(decoding(ours.part(step, position, 1)))
             ((_, query, context, *_),) = plan.decode.rows
-            assert (query, context, plan.dense, plan.work) == (0, position, [], [])
+            assert (query, context, plan.work) == (0, position, [])
+            assert [part.tokens for part in plan.dense] == [(0, 1)], "the parent's, of one token"
             (item,) = plan.decode.work.items.tolist()
             assert item[DENSE_START] == (position // 64 - 1) * 64
             error, usual = (
@@ -148,10 +149,8 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
 
 def every_token():
     """Let lists of decode hold all tokens, which no budget below 1 asks for."""
-    build = metadata.build_decode_list
-    return patch.object(
-        metadata, "build_decode_list", lambda rows, _, *rest: build(rows, 1.0, *rest)
-    )
+    item = decode_plan.decode_item
+    return patch.object(decode_plan, "decode_item", lambda row, _: item(row, 1.0))
 
 
 def decoding(step: Step) -> Step:

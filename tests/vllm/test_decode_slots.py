@@ -8,7 +8,7 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig, Spending
 from s2o_vllm.decode import NO_STATE, DecodeSlots
-from s2o_vllm.kernels.decode_plan import KEPT_QUERIES, DecodeRow
+from s2o_vllm.kernels.decode_plan import KEPT_QUERIES, DecodeRow, DecodeShape
 from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists
 from s2o_vllm.metadata import DENSE_TAIL, SparseBuilder
 
@@ -16,6 +16,9 @@ SETTINGS = S2OConfig(
     sparsity_budget=0.1, min_context=100, segment_size=64,
     decode_budget=0.2, decode_min_context=500, decode_requests=2,
 )  # fmt: skip
+
+
+SHAPE = DecodeShape(4, 2, 64, 2048, SETTINGS.decode_requests, SETTINGS.decode_budget)
 
 
 def slots_with(*alive):
@@ -111,7 +114,10 @@ def test_what_is_not_kept():
 
 class ParentBuilder:
     def build(self, common_prefix_len, common, fast_build=False):
-        return SimpleNamespace(common=common, fast_build=fast_build)
+        return SimpleNamespace(common=common, fast_build=fast_build, seq_lens=common.seq_lens)
+
+    def update_block_table(self, metadata, table, slots):
+        return SimpleNamespace(**vars(metadata) | {"table": table})
 
 
 class Builder(SparseBuilder, ParentBuilder):
@@ -137,12 +143,16 @@ def builder(monkeypatch):
         input_batch=SimpleNamespace(req_ids=["a", "b"]),
     )
     builder = Builder()
-    builder.s2o_slots = DecodeSlots(SETTINGS, requests.alive)
+    builder.decode_sparsely(SHAPE, 8, torch.device("cpu"))
     builder.counters = counters
     return builder
 
 
 def build(builder, *rows):
+    return built(builder, *rows).s2o
+
+
+def built(builder, *rows):
     """rows: (queries, total, prefilling)."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -153,9 +163,9 @@ def build(builder, *rows):
         num_reqs=len(rows), num_actual_tokens=sum(counts), max_query_len=max(counts),
         max_seq_len=max(totals), block_table_tensor=torch.zeros(len(rows), 99).int(),
         slot_mapping=torch.arange(sum(counts)), seq_lens_cpu_upper_bound=torch.tensor(totals),
-        is_prefilling=torch.tensor(prefilling),
+        is_prefilling=torch.tensor([one for one, n in zip(prefilling, counts, strict=True) if n]),
     )  # fmt: skip
-    return builder.build(0, common).s2o
+    return builder.build(0, common)
 
 
 def test_a_request_from_its_prompt_to_its_answer(builder):
@@ -163,16 +173,59 @@ def test_a_request_from_its_prompt_to_its_answer(builder):
     assert sorted(one.slot for one in plan.kept.values()) == [0, 1]
     assert plan.decode is None
 
-    plan = build(builder, (1, 1065, False), (1, 665, False))
-    assert (plan.work, plan.dense, plan.kept) == ([], [], {})
+    metadata = built(builder, (1, 1065, False), (1, 665, False))
+    plan = metadata.s2o
+    assert (plan.work, plan.kept) == ([], {})
     assert [row.covered for row in plan.decode.rows] == [1000, 600]
     assert plan.decode.work.items[:, 5].tolist() == [int(0.2 * 960), int(0.2 * 576)]
+    (part,) = plan.dense
+    assert (part.rows, part.tokens) == ((0, 2), (0, 2))
+    assert part.metadata.seq_lens.tolist() == [1, 1], "they cost the parent a token each"
+    assert metadata.seq_lens.tolist() == [1065, 665], "layers that stay dense see all"
 
     builder.s2o_slots.take("b", 10_000)  # as if it were another request's state
     plan = build(builder, (1, 1066, False), (1, 666, False))
     assert [row.row for row in plan.decode.rows] == [0]
-    assert [part.rows for part in plan.dense] == [(1, 2)]
+    assert plan.decode.work.items[1].tolist() == [0] * 7
+    assert plan.dense[0].metadata.seq_lens.tolist() == [1, 666]
     assert builder.counters.totals()["s2o:dense_rows", NO_STATE] == 1
+
+
+def test_a_graph_of_decode_finds_every_step_where_it_was(builder):
+    """Of the same number of rows, whether any of them is sparse or none is."""
+    builder.s2o_graphs = True
+    captured = build(builder, (1, 1, False), (1, 1, False))
+    build(builder, (1064, 1064, True), (664, 664, True))
+    replayed = build(builder, (1, 1065, False), (1, 665, False))
+    assert (len(captured.decode.rows), len(replayed.decode.rows)) == (0, 2)
+    places = [
+        [one.decode.work.items, one.decode.appends, one.dense[0].metadata.seq_lens]
+        for one in (captured, replayed)
+    ]
+    for one, other in zip(*places, strict=True):
+        assert one.data_ptr() == other.data_ptr()
+        assert one.shape == other.shape
+    assert captured.decode.work.items[:, 5].tolist() == [192, 115], "what the last step wrote"
+    build(builder, (1, 300, False), (0, 0, False))
+    assert not captured.decode.work.items.any()
+    assert captured.dense[0].metadata.seq_lens.tolist() == [300, 0]
+
+
+def test_another_group_of_layers_has_the_plan_in_its_own_memory(builder):
+    other = Builder()
+    other.decode_sparsely(SHAPE, 8, torch.device("cpu"))
+    build(builder, (1064, 1064, True), (664, 664, True))
+    first = built(builder, (1, 1065, False), (1, 665, True))
+    table = torch.ones(2, 99).int()
+    updated = other.update_block_table(first, table, torch.arange(2))
+    assert updated.s2o.decode.rows == first.s2o.decode.rows
+    assert updated.s2o.decode.work.items.tolist() == first.s2o.decode.work.items.tolist()
+    assert updated.s2o.decode.work.items.data_ptr() == other.s2o_table.items.data_ptr()
+    lengths = updated.s2o.dense[0].metadata.seq_lens
+    assert lengths.tolist() == [1, 665]
+    assert lengths.data_ptr() == other.s2o_lengths.data_ptr()
+    assert first.s2o.dense[0].metadata.seq_lens.data_ptr() == builder.s2o_lengths.data_ptr()
+    assert updated.s2o.dense[0].metadata.table.shape == table.shape
 
 
 def test_a_step_of_decode_and_prefill(builder):
@@ -202,7 +255,8 @@ def test_runner_v2_names_rows_by_their_index(monkeypatch):
     runner = SimpleNamespace(req_states=states)
     compat._add_requests_v2(lambda *_: None, runner, SimpleNamespace(scheduled_new_reqs=added))
     common = SimpleNamespace(req_idx=[7, 4, 9])
-    assert requests.names_of_rows(common, 4) == ["b", "a", None, None]
+    names = [one.name for one in requests.of_rows(common, 4)]
+    assert names == ["b", "a", None, None]
     del states.req_id_to_index["b"]  # finished, or preempted
-    assert requests.names_of_rows(common, 2) == [None, "a"]
+    assert [one.name for one in requests.of_rows(common, 2)] == [None, "a"]
     assert not requests.alive("b")

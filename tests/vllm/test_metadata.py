@@ -261,14 +261,14 @@ def test_runner_v2_settings_follow_the_request_index(monkeypatch):
     )
     compat._add_requests_v2(lambda *_: None, runner, step)
     common = SimpleNamespace(req_idx=np.array([7, 4, 9]))
-    server = S2OConfig(sparsity_budget=0.1, target_error=0.02)
-    own, unknown = (0.1, 0.02, 300), (0.1, 0.02, 0)
-    assert requests.of_rows(common, 3, server) == [own, (0.25, 0.02, 300), unknown]
+    assert requests.of_rows(common, 3) == [
+        ({}, 300, "b"), ({"sparsity_budget": 0.25}, 300, "a"), ({}, 0, None),
+    ]  # fmt: skip
     # The slot is reused by a request that asks for nothing.
     compat._add_requests_v2(
         lambda *_: None, runner, SimpleNamespace(scheduled_new_reqs=[request("c", {})])
     )
-    assert requests.of_rows(common, 3, server) == [own, own, unknown]
+    assert requests.of_rows(common, 3) == [({}, 300, "b"), ({}, 300, "c"), ({}, 0, None)]
 
 
 def test_runner_v1_settings_follow_the_batch():
@@ -283,5 +283,6 @@ def test_runner_v1_settings_follow_the_batch():
         },
         input_batch=SimpleNamespace(req_ids=["b", "a"]),
     )
-    rows = requests.of_rows(SimpleNamespace(req_idx=None), 3, S2OConfig(sparsity_budget=0.1))
-    assert rows == [(0.5, 0.1, 3), (0.1, 0.0, 7), (0.1, 0.0, 0)]
+    rows = requests.of_rows(SimpleNamespace(req_idx=None), 3)
+    asked = {"sparsity_budget": 0.5, "target_error": 0.1}
+    assert rows == [(asked, 3, "b"), ({}, 7, "a"), ({}, 0, None)]
