@@ -1,30 +1,24 @@
-"""What reading only a ranked share of the keys and values would buy in decode, on one card.
+"""What a ranked share of the keys and values buys in decode, on one card.
 
 ``python -m s2o_vllm.benchmarks.decode_budget``: one layer, one query a request, bf16, pages of 16
-tokens in random order. It says what a decode kernel could gain at most.
-
-The baseline is paged FlashAttention 3 as vLLM calls it in a graph. Against it: the attend kernel
-over lists of random tokens (its gather is the same for ranked ones), each list cut into as many
-parts as do best, without the merging of the parts; FlashAttention 3 over keys and values that were
-gathered by torch; and what a ranking needs: torch's conversion of fp8 images, product and maximum
-over the group, torch's `topk`, and the images' bytes alone at the card's copy rate.
+tokens in random order. The whole operator as a server's graph holds it (the image of the new key,
+ranking, selection, attending, merging) beside paged FlashAttention 3 as vLLM calls it in a graph.
+Keys are random and so are bases: the time does not depend on what is listed, only on how much.
 
 What such lists cost in error, each for one query of a GQA group, is
 `s2o eval attention --methods s2o:unit=1xkv token_oracle:unit=1xkv`.
 
-No time is reported unless each of them, with everything listed, is as near to fp64 attention as
+No time is reported unless either, with everything listed, is as near to fp64 attention as
 bf16 PyTorch (within a factor).
 
 Each row of `benchmarks/results/decode_budget.json`: `context`, `batch`, `budget` (the share listed)
-and milliseconds a layer: `fa3_paged_ms`; `attend_ms` with `parts`; `gather_ms` and
-`fa3_gathered_ms`; `rank_torch_ms`, `topk_ms`, `rank_bytes_ms`; `kv_bytes_ms`, all keys and values
-at the copy rate; `gain_bound`, fa3_paged_ms / (rank_bytes_ms + attend_ms). A copy also writes:
-where FlashAttention 3 takes less than `kv_bytes_ms`, a ranking may take less than `rank_bytes_ms`,
-too, and gain a little more.
+and milliseconds a layer: `fa3_paged_ms`; `operator_ms`, and `gain`, the first over the second;
+`kernels_us`, the operator's kernels by name, in microseconds, with caches as they come;
+`kv_bytes_ms`, all keys and values at the copy rate, and `image_bytes_ms`, the images of all keys
+likewise. A copy also writes: what only reads may take less.
 """
 
 import argparse
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -34,24 +28,16 @@ from typing import Any
 
 import torch
 
-from s2o_vllm.kernels import attend, regions
-from s2o_vllm.kernels.plan import (
-    ESTIMATE_EVERY,
-    ESTIMATE_TOKENS,
-    NOT_LISTED,
-    NUM_COUNTERS,
-    Lists,
-    WorkList,
-)
-from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels import basis, decode
+from s2o_vllm.kernels.decode_plan import DecodeRow, DecodeShape, DecodeTable
+from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
 
 from .dense import PAGE, SHAPES, ceilings, milliseconds
 from .report import header, save
 
 SHAPE = "llama-3.1-8b"
-RANK_BYTES = 32  # of a token's image and KV head: rank 32 in fp8
 SPLITS = 32  # vLLM's bound of FlashAttention's parts in a graph
-PARTS = (1, 4, 16, 64)  # that a list is cut into
+PROFILED = 10  # runs whose kernels are timed
 GATE_CONTEXT = 2048
 GATE_FACTOR = 2.0
 
@@ -98,138 +84,75 @@ def make_batch(
     return Batch(torch.randn(batch, heads, head_dim, **options), storage.transpose(1, 2), table)
 
 
-def random_slots(batch: Batch, budget: float) -> torch.Tensor:
-    """List a random share of each request's history, all but its last token.
-
-    Returns:
-        int32 ``[batch, kv_heads, share]``: physical slots, without repeats.
-    """
-    history = batch.context - 1
-    count, kv_heads = int(budget * history), batch.kv_cache.shape[1]
-    slots = []
-    for table in batch.block_table:
-        order = torch.rand(kv_heads, history, device=table.device).argsort(1)[:, :count]
-        slots.append(table[order // PAGE] * PAGE + order % PAGE)
-    return torch.stack(slots).int()
-
-
-def attending(batch: Batch, slots: torch.Tensor, parts: int) -> Callable[[], torch.Tensor]:
-    """Return the attend kernel over lists that are cut into parts, each an item of its own.
-
-    The result ``[batch * parts, heads, head_dim]`` is the attention to each part, the own token
-    and the means of all regions; their merging is left out. What a means' weight is does not
-    matter to the time.
-    """
-    size, kv_heads, device = batch.query.shape[0], slots.shape[1], slots.device
-    heads, head_dim = batch.query.shape[1:]
-    history, length = batch.context - 1, slots.shape[2] // parts
-    cut = slots[..., : parts * length].unflatten(2, (parts, length)).transpose(1, 2)
-    cut = cut.flatten(0, 1).contiguous()
-    count = size * parts
-    items = torch.tensor(
-        [(n // parts, n, 1, history, history, length, 0) for n in range(count)],
-        dtype=torch.int32, device=device,
-    )  # fmt: skip
-    none = torch.empty(0, 3, dtype=torch.int32, device=device)
-    work = WorkList(0, 0.0, True, none, 1, 1, history, items, none, history, length, 1)
-    sampled = (-(-count // ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS)
-    lists = Lists(
-        cut,
-        torch.full((count, kv_heads), length, dtype=torch.int32, device=device),
-        torch.full(sampled, NOT_LISTED, dtype=torch.int32, device=device),
-    )
-    means = regions.workspace(kv_heads, head_dim, history, batch.query.dtype, device)
-    means.means.zero_()
-    means.slopes.zero_()
-    means.spreads.zero_()
-    query = batch.query.repeat_interleave(parts, 0)
-    out = torch.empty_like(query)
+def operator(
+    batch: Batch, budget: float, chunk: int = CHUNK
+) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """Return sparse decode as a step runs it, and its counters; slots hold images of all keys."""
+    (size, heads, head_dim), kv_heads = batch.query.shape, batch.kv_cache.shape[1]
+    device, dtype = batch.query.device, batch.query.dtype
+    shape = DecodeShape(heads, kv_heads, head_dim, batch.context, size, budget)
+    space = decode.DecodeWorkspace(shape, dtype, device, decode.scratch(shape, device, chunk=chunk))
+    for part in (space.fit.a, space.fit.b):
+        part[..., : basis.RANK].normal_(std=head_dim**-0.5)
+    space.fit.offset[..., basis.RANK :] = -torch.tensor(basis.SHIFT_FACTORS, device=device)
+    space.known.fill_(batch.context // space.regions.tokens)
+    table = DecodeTable(shape, size, device)
+    rows = [DecodeRow(number, number, batch.context - 1, number, 0) for number in range(size)]
+    decode.append(batch.kv_cache, batch.block_table, table.fill(rows, size), space)
+    steps = table.fill([row._replace(covered=batch.context - 1) for row in rows], size)
+    out = torch.empty_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    tile = attend_tile(head_dim, device, heads // kv_heads)
 
     def run() -> torch.Tensor:
-        attend.attend(
-            query, batch.kv_cache, batch.block_table, work, lists, means, out, counters,
-            scale=batch.scale, tile=tile,
+        decode.decode(
+            batch.query, batch.kv_cache, batch.block_table, steps, space, out, counters,
+            scale=batch.scale,
         )  # fmt: skip
         return out
 
-    return run
-
-
-def gathering(batch: Batch, slots: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return torch's gather of the list: keys and values, ``[batch, listed, kv_heads, 2 D]``."""
-    kv_heads = slots.shape[1]
-    rows = batch.kv_cache.transpose(1, 2).flatten(0, 2)  # a row for each slot and head
-    heads = torch.arange(kv_heads, device=slots.device)[:, None]
-    index = (slots.long() * kv_heads + heads).transpose(1, 2).contiguous()
-    return lambda: rows[index]
-
-
-def fa3(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, tokens: int,
-    **where: Any,
-) -> Callable[[], torch.Tensor]:  # fmt: skip
-    """Return FlashAttention 3 of one query a request, as vLLM calls it in a graph.
-
-    Args:
-        query: ``[batch, heads, head_dim]``.
-        key: pages, or the requests' keys one after the other.
-        value: as ``key``.
-        scale: softmax scale.
-        tokens: of each request.
-        where: ``block_table``, or ``cu_seqlens_k`` without pages.
-    """
-    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
-
-    count = query.shape[0]
-    starts = torch.arange(count + 1, dtype=torch.int32, device="cuda")
-    planned: dict[str, Any] = {}
-    if "block_table" in where:
-        where["seqused_k"] = torch.full((count,), tokens, dtype=torch.int32, device="cuda")
-        planned["scheduler_metadata"] = get_scheduler_metadata(
-            batch_size=count, max_seqlen_q=1, max_seqlen_k=tokens, num_heads_q=query.shape[1],
-            num_heads_kv=key.shape[2], headdim=query.shape[2], cache_seqlens=where["seqused_k"],
-            qkv_dtype=query.dtype, cu_seqlens_q=starts, page_size=PAGE, causal=True,
-            num_splits=SPLITS,
-        )  # fmt: skip
-    return lambda: flash_attn_varlen_func(
-        q=query, k=key, v=value, cu_seqlens_q=starts, max_seqlen_q=1, max_seqlen_k=tokens,
-        softmax_scale=scale, causal=True, fa_version=3, num_splits=SPLITS, **where, **planned,
-    )  # fmt: skip
+    return run, counters
 
 
 def paged(batch: Batch) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 over all pages."""
-    return fa3(
-        batch.query, *batch.keys_values(), batch.scale, batch.context,
-        block_table=batch.block_table,
+    """Return FlashAttention 3 over all pages, as vLLM calls it in a graph."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    key, value = batch.keys_values()
+    size, tokens = batch.query.shape[0], batch.context
+    starts = torch.arange(size + 1, dtype=torch.int32, device="cuda")
+    lengths = torch.full((size,), tokens, dtype=torch.int32, device="cuda")
+    planned = get_scheduler_metadata(
+        batch_size=size, max_seqlen_q=1, max_seqlen_k=tokens, num_heads_q=batch.query.shape[1],
+        num_heads_kv=key.shape[2], headdim=key.shape[3], cache_seqlens=lengths,
+        qkv_dtype=key.dtype, cu_seqlens_q=starts, page_size=PAGE, causal=True, num_splits=SPLITS,
+    )  # fmt: skip
+    return lambda: flash_attn_varlen_func(
+        q=batch.query, k=key, v=value, cu_seqlens_q=starts, max_seqlen_q=1, max_seqlen_k=tokens,
+        softmax_scale=batch.scale, causal=True, fa_version=3, num_splits=SPLITS,
+        seqused_k=lengths, block_table=batch.block_table, scheduler_metadata=planned,
     )  # fmt: skip
 
 
-def over_gathered(batch: Batch, gathered: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 over what :func:`gathering` returns."""
-    count, tokens = gathered.shape[:2]
-    key, value = gathered.flatten(0, 1).split(batch.query.shape[2], -1)
-    starts = torch.arange(count + 1, dtype=torch.int32, device="cuda") * tokens
-    return fa3(batch.query, key, value, batch.scale, tokens, cu_seqlens_k=starts)
+def kernels_us(run: Callable[[], Any]) -> dict[str, float]:
+    """Return what each kernel of a call takes on the device, by name, in microseconds."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / PROFILED
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    }
 
 
-def ranking(batch: Batch) -> Callable[[], torch.Tensor]:
-    """Return torch's scores of every token by its fp8 image: ``[batch * kv_heads, context]``."""
-    count, heads, kv_heads = *batch.query.shape[:2], batch.kv_cache.shape[1]
-    options: dict[str, Any] = {"device": batch.query.device, "dtype": torch.bfloat16}
-    images = torch.randn(count * kv_heads, batch.context, RANK_BYTES, **options)
-    images = images.to(torch.float8_e4m3fn)
-    queries = torch.randn(count * kv_heads, RANK_BYTES, heads // kv_heads, **options)
-    return lambda: (images.to(torch.bfloat16) @ queries).amax(2)
-
-
-def exact(batch: Batch, history: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return attention of each query to its first ``history`` tokens, by PyTorch."""
+def exact(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Return attention of each query to all tokens, by PyTorch."""
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     keys, values = (
-        x[batch.block_table.long()].flatten(1, 2)[:, :history].to(dtype).repeat_interleave(group, 2)
+        x[batch.block_table.long()].flatten(1, 2).to(dtype).repeat_interleave(group, 2)
         for x in batch.keys_values()
     )
     scores = torch.einsum("bhd,bnhd->bhn", batch.query.to(dtype), keys) * batch.scale
@@ -237,7 +160,7 @@ def exact(batch: Batch, history: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check() -> dict[str, float]:
-    """Compare everything that is timed, with all tokens listed, to fp64 attention.
+    """Compare what is timed, with all tokens listed, to fp64 attention.
 
     Returns:
         Relative errors by name; ``torch_error`` is bf16 PyTorch's.
@@ -246,21 +169,14 @@ def check() -> dict[str, float]:
         SystemExit: if one is more than ``GATE_FACTOR`` times PyTorch's.
     """
     batch = make_batch(3, GATE_CONTEXT)
-    every = random_slots(batch, 1.0)
+    truth = exact(batch, torch.float64)
 
-    def error(result: torch.Tensor, tokens: int) -> float:
-        truth = exact(batch, tokens, torch.float64)
+    def error(result: torch.Tensor) -> float:
         return float((result.double() - truth).norm() / truth.norm())
 
-    context = batch.context
-    allowed = error(exact(batch, context, torch.bfloat16), context)
-    errors = {
-        "fa3_paged_error": error(paged(batch)(), context),
-        "attend_error": error(attending(batch, every, 1)(), context),
-        "gathered_error": error(
-            over_gathered(batch, gathering(batch, every)())(), context - 1
-        ),  # the list leaves the own token to the attend kernel
-    }
+    allowed = error(exact(batch, torch.bfloat16))
+    run, _ = operator(batch, 1.0)
+    errors = {"fa3_paged_error": error(paged(batch)()), "operator_error": error(run())}
     for name, found in errors.items():
         if not found <= GATE_FACTOR * allowed:
             raise SystemExit(
@@ -277,43 +193,32 @@ def measure(args: argparse.Namespace, copy_gb_s: float) -> Iterator[dict[str, An
     for context, size in itertools.product(args.contexts, args.batches):
         batch = make_batch(size, context)
         dense_ms = milliseconds(paged(batch))
-        rank = ranking(batch)
-        scores, rank_ms = rank(), milliseconds(rank)
         tokens = size * batch.context * kv_heads
         for budget in args.budgets:
-            slots = random_slots(batch, budget)
-            gather = gathering(batch, slots)
-            times = {n: milliseconds(attending(batch, slots, n)) for n in args.parts}
-            parts = min(times, key=lambda n: times[n])
-            rank_bytes_ms = tokens * RANK_BYTES / copy_gb_s / 1e6
-            top = functools.partial(torch.topk, scores, slots.shape[2], sorted=False)
+            run, _ = operator(batch, budget)
+            operator_ms = milliseconds(run)
             yield {
                 "shape": SHAPE,
                 "context": batch.context,
                 "batch": size,
                 "budget": budget,
                 "fa3_paged_ms": dense_ms,
-                "attend_ms": times[parts],
-                "parts": parts,
-                "gather_ms": milliseconds(gather),
-                "fa3_gathered_ms": milliseconds(over_gathered(batch, gather())),
-                "rank_torch_ms": rank_ms,
-                "topk_ms": milliseconds(top),
-                "rank_bytes_ms": rank_bytes_ms,
+                "operator_ms": operator_ms,
+                "gain": dense_ms / operator_ms,
+                "kernels_us": kernels_us(run),
                 "kv_bytes_ms": tokens * 4 * head_dim / copy_gb_s / 1e6,
-                "gain_bound": dense_ms / (rank_bytes_ms + times[parts]),
+                "image_bytes_ms": tokens * basis.WIDTH / copy_gb_s / 1e6,
                 **gate,
             }
 
 
 def summary(row: dict[str, Any]) -> str:
     """Return a row as one printed line."""
+    kernels = sorted(row["kernels_us"].items(), key=lambda one: -one[1])
     return (
         f"{row['batch']:>3} x {row['context']} tokens, share {row['budget']:<5} FA3 "
-        f"{row['fa3_paged_ms']:7.3f} ms; attend {row['attend_ms']:7.3f} ({row['parts']} parts), "
-        f"ranking at least {row['rank_bytes_ms']:6.3f}: {row['gain_bound']:.2f}x at most; torch's "
-        f"gather {row['gather_ms']:7.3f} + FA3 {row['fa3_gathered_ms']:7.3f}, ranking "
-        f"{row['rank_torch_ms']:7.3f} + topk {row['topk_ms']:7.3f}"
+        f"{row['fa3_paged_ms']:7.3f} ms, S2O {row['operator_ms']:7.3f}: {row['gain']:.2f}x; us: "
+        + ", ".join(f"{name.strip('_').removesuffix('_kernel')} {us:.0f}" for name, us in kernels)
     )
 
 
@@ -327,7 +232,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--contexts", nargs="+", type=int, default=[131072], metavar="TOKENS")
     add("--batches", nargs="+", type=int, default=[1, 4, 16], metavar="N")
     add("--budgets", nargs="+", type=float, default=[0.02, 0.05, 0.1], metavar="B")
-    add("--parts", nargs="+", type=int, default=list(PARTS), metavar="N")
     add("--out", type=Path, default=Path("benchmarks/results/decode_budget.json"), metavar="FILE")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import config
 
@@ -121,29 +121,15 @@ def _command(original: Callable, *args: Any) -> Any:
 # -- flags and settings ---------------------------------------------------------------------
 
 
-def _flag_type(key: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return config.parse_text(key, text)
-        except config.ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
 def _add_cli_args(original: Callable, parser: Any) -> Any:
     parser = original(parser)
-    group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
-    for key, text in config.HELP.items():
-        flag = "--s2o-" + key.replace("_", "-")
-        group.add_argument(flag, dest=f"s2o_{key}", type=_flag_type(key), default=None, help=text)
+    config.add_flags(parser)
     return parser
 
 
 def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
     engine_args = original(cls, args)
-    flags = {key: getattr(args, f"s2o_{key}", None) for key in config.FIELDS}
-    engine_args.s2o_flags = {key: value for key, value in flags.items() if value is not None}
+    engine_args.s2o_flags = config.flags_given(args)
     return engine_args
 
 
@@ -298,23 +284,6 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
 # -- requests: which row of a step belongs to which ---------------------------------------------
 
 
-class Asked(NamedTuple):
-    """What is known of a request.
-
-    Attributes:
-        settings: those that it asks for.
-        prompt: its tokens, 0 if not known.
-        name: vLLM's own.
-    """
-
-    settings: dict[str, float]
-    prompt: int
-    name: str | None = None
-
-
-NOTHING = Asked({}, 0)
-
-
 class RequestSettings:
     """What the request of each row asked for; both of vLLM's model runners feed it.
 
@@ -325,16 +294,18 @@ class RequestSettings:
     def __init__(self) -> None:
         self.runner_v1: Any = None
         self.runner_v2: Any = None
-        self.by_index: dict[int, Asked] = {}
+        self.by_index: dict[int, config.Asked] = {}
 
-    def of_rows(self, common: Any, count: int) -> list[Asked]:
+    def of_rows(self, common: Any, count: int) -> list[config.Asked]:
         """Return what the requests of the first ``count`` rows asked for, and their names.
 
         There is no name where there is no request, or it is not alive.
         """
-        asked: list[Asked] = []
+        asked: list[config.Asked] = []
         if common.req_idx is not None:
-            asked = [self.by_index.get(int(index), NOTHING) for index in common.req_idx[:count]]
+            asked = [
+                self.by_index.get(int(index), config.NOTHING) for index in common.req_idx[:count]
+            ]
             asked = [
                 one if one.name is None or self.alive(one.name) else one._replace(name=None)
                 for one in asked
@@ -342,7 +313,7 @@ class RequestSettings:
         elif self.runner_v1 is not None:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
             asked = [_asked_by(known[name])._replace(name=name) for name in ids[:count]]
-        return asked + [NOTHING] * (count - len(asked))  # padding
+        return asked + [config.NOTHING] * (count - len(asked))  # padding
 
     def alive(self, name: str) -> bool:
         """Tell whether a request is still there: for runner V2 a preempted one is not."""
@@ -354,13 +325,13 @@ class RequestSettings:
 requests = RequestSettings()
 
 
-def _asked_by(request: Any) -> Asked:
+def _asked_by(request: Any) -> config.Asked:
     params = request.sampling_params
     settings = config.request_settings(params.extra_args) if params is not None else {}
     prompt = request.prompt_token_ids
     if prompt is None:
         prompt = request.prompt_embeds
-    return Asked(settings, 0 if prompt is None else len(prompt))
+    return config.Asked(settings, 0 if prompt is None else len(prompt))
 
 
 def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> Any:

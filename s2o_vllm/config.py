@@ -3,15 +3,17 @@
 Imports nothing but the standard library: the argument parser needs it in every process.
 """
 
+import argparse
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 KEY = "s2o"  # the settings' place in vLLM's additional_config
 ENV_PREFIX = "S2O_"
 REQUEST_PREFIX = "s2o_"
+OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
 
 # What ranks the history, and how many queries share a list by default: the paper's mean query
 # in its segments of 512, or every query against a low-rank image of the keys.
@@ -30,6 +32,23 @@ class Spending(NamedTuple):
     sparsity_budget: float
     target_error: float
     prompt: int = 0
+
+
+class Asked(NamedTuple):
+    """What is known of a request.
+
+    Attributes:
+        settings: those that it asks for.
+        prompt: its tokens, 0 if not known.
+        name: vLLM's own.
+    """
+
+    settings: dict[str, float]
+    prompt: int
+    name: str | None = None
+
+
+NOTHING = Asked({}, 0)  # is known of padding
 
 
 class ConfigError(ValueError):
@@ -230,6 +249,30 @@ def parse_text(key: str, text: str) -> Any:
     return value
 
 
+def add_flags(parser: Any) -> None:
+    """Add a flag for every setting to an argument parser."""
+
+    def reading(key: str) -> Callable[[str], Any]:
+        def read(text: str) -> Any:
+            try:
+                return parse_text(key, text)
+            except ConfigError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        return read
+
+    group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
+    for key, text in HELP.items():
+        flag = "--s2o-" + key.replace("_", "-")
+        group.add_argument(flag, dest=f"s2o_{key}", type=reading(key), default=None, help=text)
+
+
+def flags_given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given as flags, by key."""
+    flags = {key: getattr(args, f"s2o_{key}", None) for key in FIELDS}
+    return {key: value for key, value in flags.items() if value is not None}
+
+
 def from_mapping(settings: Any) -> dict[str, Any]:
     """Check the keys of a JSON object of settings and return it.
 
@@ -275,7 +318,7 @@ def resolve(
 def request_settings(
     extra_args: Mapping[str, Any] | None, server: S2OConfig | None = None
 ) -> dict[str, float]:
-    """Return the settings that a request asks for in its ``vllm_xargs``: those of `Spending`.
+    """Return the settings that a request asks for in its ``vllm_xargs``: of ``OF_REQUESTS``.
 
     Args:
         extra_args: all that the request asks for beside vLLM's own settings.
@@ -297,7 +340,7 @@ def request_settings(
         elif key == REQUEST_PREFIX + "target_error":
             asked["target_error"] = check_target(key, value, server.ranking)
         elif key.startswith(REQUEST_PREFIX):
-            known = " or ".join(REQUEST_PREFIX + name for name in Spending._fields)
+            known = " or ".join(REQUEST_PREFIX + name for name in OF_REQUESTS)
             raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
     return asked
 

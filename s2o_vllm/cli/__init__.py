@@ -30,6 +30,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("bench", "profile"): Command(
         "s2o_vllm.benchmarks.profile", "say where a long prompt's time goes on the GPU"
     ),
+    ("bench", "report"): Command(
+        "s2o_vllm.benchmarks.speed_report", "write the speed report from the result files"
+    ),
     ("bench", "serve"): Command(
         "s2o_vllm.benchmarks.serve", "load a server with a mix of requests"
     ),

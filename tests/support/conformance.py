@@ -9,7 +9,7 @@ import torch
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
 from s2o_vllm import compat
-from s2o_vllm.compat import Asked
+from s2o_vllm.config import Asked
 from s2o_vllm.kernels import decode_plan
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.metadata import DENSE_TAIL

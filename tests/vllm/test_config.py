@@ -200,7 +200,9 @@ def test_every_setting_has_a_help_text():
 
 
 def test_unknown_request_setting_is_refused():
-    with pytest.raises(ConfigError, match="unknown request setting 's2o_budget', must be s2o_sp"):
+    with pytest.raises(
+        ConfigError, match=r"'s2o_budget', must be s2o_sparsity_budget or s2o_target_error$"
+    ):
         config.request_settings({"s2o_budget": 0.1})
 
 

@@ -1,0 +1,191 @@
+"""README's table of results, from result files: what S2O buys, and what it costs."""
+
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from .quality.methods import parse, settings
+from .quality.report import RANKINGS
+from .quality.tables import Result, table
+
+SHAPE = "llama-3.1-8b"
+MODEL = "qwen2.5-coder-1.5b"  # that errors are of
+TEXT = "essays"
+FEW_ERRORS = 0.02  # relative MSE up to which it counts
+AT = 0.05  # the density at which methods are compared
+Row = Mapping[str, Any]
+Results = Mapping[str, Result | None]
+
+
+def rows_of(results: Results, name: str) -> list[Row]:
+    """Return a file's rows; none where it was not measured."""
+    result = results.get(name)
+    return list(result["rows"]) if result else []
+
+
+def measured(results: Results, spec: str) -> list[Row]:
+    """Return a method's rows of quality.json for the headline's model and text."""
+    method = parse(spec)
+    wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
+    wanted |= {"model": MODEL, "text": TEXT}
+    return [
+        row
+        for row in rows_of(results, "quality")
+        if "tau" not in row and wanted == {key: row[key] for key in wanted}
+    ]
+
+
+def errors(rows: Iterable[Row]) -> dict[tuple[int, float], float]:
+    """Return the mean relative MSE over layers and positions, by context and budget."""
+    found: dict[tuple[int, float], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["context"], row["budget"]), []).append(row["relative_mse"])
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def times(value: float) -> str:
+    """Return how many times."""
+    return f"{value:.1f}x"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent."""
+    return f"{100 * share:g} %"
+
+
+def about(share: float) -> str:
+    """Return a measured share in percent."""
+    return f"{100 * share:.1f} %"
+
+
+class Line(NamedTuple):
+    """A line of README's table.
+
+    Attributes:
+        what: was measured.
+        found: what was found.
+        name: of the result file.
+        commit: that it is of, where rows of the file are of several.
+    """
+
+    what: str
+    found: str
+    name: str
+    commit: str = ""
+
+
+def headline(results: Results) -> str:
+    """Return README's table of results."""
+    lines = [*attention_lines(results), *quality_lines(results), *served_lines(results)]
+    told = []
+    for what, found, name, commit in lines:
+        result = results[name]
+        assert result is not None
+        quality = name in ("quality", "ruler", "perplexity")
+        where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
+        told.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}"])
+    return table(["", "", "from"], told).replace("---:", "---")
+
+
+def attention_lines(results: Results) -> list[Line]:
+    """Return the fastest setting of every context whose error is small."""
+    known = errors(measured(results, RANKINGS["low_rank"]))
+    best: dict[int, Row] = {}
+    for row in rows_of(results, "attention"):
+        key = (row["context"], row["budget"])
+        if (
+            (row["shape"], row["ranking"], row["kv_dtype"]) == (SHAPE, "low_rank", "bf16")
+            and known.get(key, 1.0) <= FEW_ERRORS
+            and row["total_ms"] < best.get(row["context"], {"total_ms": float("inf")})["total_ms"]
+        ):
+            best[row["context"]] = row
+    return [
+        Line(
+            f"attention of {context:,} tokens at an error of {known[context, row['budget']]:.4f} "
+            f"(budget {row['budget']:g}), ranking included",
+            f"{row['total_ms']:.1f} ms: **{times(row['fa3_paged_ms'] / row['total_ms'])}** faster "
+            f"than paged FlashAttention 3, **{times(row['fa2_ms'] / row['total_ms'])}** than 2",
+            "attention",
+        )
+        for context, row in sorted(best.items(), reverse=True)
+    ]
+
+
+def quality_lines(results: Results) -> list[Line]:
+    """Return the error beside PBS-Attn's, RULER's means and perplexities."""
+    served = measured(results, RANKINGS["low_rank"])
+    ours, theirs = errors(served), errors(measured(results, "pbs"))
+    commits = {(row["context"], row["budget"]): str(row.get("commit", "")) for row in served}
+    contexts = sorted({c for c, budget in ours if budget == AT and (c, AT) in theirs})[::-1]
+    lines = [
+        Line(
+            f"error at {percent(AT)} of {context:,} tokens",
+            f"{ours[context, AT]:.4f}, **{times(theirs[context, AT] / ours[context, AT])}** less "
+            f"than PBS-Attn's {theirs[context, AT]:.4f}",
+            "quality",
+            commits[context, AT],
+        )
+        for context in contexts[:2]
+    ]
+    for row in rows_of(results, "ruler"):
+        if row["task"] == "mean" and row["difference"] is not None:
+            told = tuple(row[f"difference{end}"] for end in ("", "_low", "_high"))
+            lines.append(
+                Line(
+                    f"RULER, {row['context']:,} tokens, budget {row['budget']:g}, against dense",
+                    "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*told),
+                    "ruler",
+                )
+            )
+    for row in rows_of(results, "perplexity"):
+        if row["difference"] is not None:
+            told = (row["perplexity"], row["difference"])
+            lines.append(
+                Line(
+                    f"perplexity of {row['context']:,} tokens, budget {row['budget']:g}",
+                    "{:.2f}, {:+.4f} nats from dense".format(*told),
+                    "perplexity",
+                )
+            )
+    return lines
+
+
+def served_lines(results: Results) -> list[Line]:
+    """Return times to first token, what S2O leaves alone, and the mixed run."""
+    lines: list[Line] = []
+    rows = rows_of(results, "ttft")
+    if rows:
+        longest = max(row["context"] for row in rows)
+        own = [row for row in rows if row["context"] == longest]
+        (stock,) = (row["ttft_s"] for row in own if row["backend"] == "stock")
+        lines += [
+            Line(
+                f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}",
+                f"{row['ttft_s']:.2f} s for stock's {stock:.2f}: **{stock / row['ttft_s']:.2f}x**",
+                "ttft",
+            )
+            for row in own
+            if row["backend"] != "stock"
+        ]
+    rows = rows_of(results, "decode")
+    if rows:
+        ratios = [row["s2o"] / row["stock"] for row in rows]
+        lines.append(
+            Line(
+                "decode, and prompts too short for it, against stock",
+                f"{min(ratios):.3f} to {max(ratios):.3f} of its time",
+                "decode",
+            )
+        )
+    result = results.get("serve")
+    if result:
+        one = result["summary"]
+        late = one["kernels"]["end"] - one["kernels"]["ready"]
+        lines.append(
+            Line(
+                f"{one['requests']} mixed requests of up to {one['max_context']:,} tokens",
+                f"{one['failed']} failed, {late} kernels compiled late",
+                "serve",
+            )
+        )
+    return lines

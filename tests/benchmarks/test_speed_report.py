@@ -1,0 +1,126 @@
+"""The speed report and README's table, from result files small enough to be checked by eye."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2o_vllm.benchmarks import speed_report
+from s2o_vllm.benchmarks.headline import headline
+from s2o_vllm.benchmarks.quality.methods import parse, settings
+from s2o_vllm.benchmarks.quality.tables import read_result
+from s2o_vllm.benchmarks.speed_report import BEGIN, END, NAMES, main, renewed, report
+
+ROOT = Path(__file__).parents[2]
+HEAD = {
+    "device": "a card", "torch": "2", "triton": "3", "vllm": "0.32", "commit": "c0ffee00",
+    "date": "d",
+}  # fmt: skip
+
+
+def result(*rows, **more):
+    return HEAD | more | {"rows": list(rows)}
+
+
+def attention_row(budget, total, **changes):
+    return {
+        "shape": "llama-3.1-8b", "context": 1000, "kv_dtype": "bf16", "ranking": "low_rank",
+        "budget": budget, "rank_ms": 1.0, "attend_ms": total - 1.0, "total_ms": total,
+        "fa3_paged_ms": 24.0, "fa2_ms": 48.0, "dense_mode_ms": 32.0, "early_stop_overhead": 0.0123,
+    } | changes  # fmt: skip
+
+
+def quality_row(spec, budget, error, **changes):
+    method = parse(spec)
+    return {
+        "model": "qwen2.5-coder-1.5b", "text": "essays", "context": 1000, "method": method.name,
+        "unit": method.unit, "settings": settings(method), "budget": budget,
+        "relative_mse": error, "commit": "beef00000",
+    } | changes  # fmt: skip
+
+
+def nothing():
+    return dict.fromkeys(NAMES)
+
+
+def test_the_headline_is_the_fastest_setting_whose_error_is_small():
+    results = nothing() | {
+        "attention": result(
+            attention_row(0.02, 2.0), attention_row(0.05, 3.0), attention_row(0.1, 6.0),
+            attention_row(0.05, 1.0, kv_dtype="fp8"), attention_row(0.05, 1.0, shape="other"),
+            attention_row(0.3, 0.5),
+        ),
+        "quality": result(
+            quality_row("served", 0.02, 0.03), quality_row("served", 0.05, 0.01),
+            quality_row("served", 0.05, 0.02), quality_row("served", 0.1, 0.001),
+            quality_row("served", 0.1, 9.0, text="other"), quality_row("served", 0.1, 9.0, tau=0.1),
+            quality_row("pbs", 0.05, 0.09),
+        ),
+    }  # fmt: skip
+    first, second = headline(results).splitlines()[2:]
+    assert "attention of 1,000 tokens at an error of 0.0150 (budget 0.05)" in first
+    assert "3.0 ms: **8.0x** faster than paged FlashAttention 3, **16.0x** than 2" in first
+    assert "`attention.json`](benchmarks/SPEED.md) at c0ffee0 |" in first
+    assert "error at 5 % of 1,000 tokens | 0.0150, **6.0x** less than PBS-Attn's 0.0900" in second
+    assert second.endswith("at beef000 |")
+
+
+def test_served_and_accuracy_lines():
+    mean = {"task": "mean", "context": 99, "budget": 0.1, "difference": -1.23,
+            "difference_low": -3.0, "difference_high": 0.5}  # fmt: skip
+    results = nothing() | {
+        "ttft": result(
+            {"context": 10, "backend": "stock", "budget": 1.0, "ttft_s": 1.0},
+            {"context": 99, "backend": "stock", "budget": 1.0, "ttft_s": 10.0},
+            {"context": 99, "backend": "s2o", "budget": 0.1, "ttft_s": 4.0},
+        ),
+        "decode": result({"stock": 2.0, "s2o": 1.9}, {"stock": 2.0, "s2o": 2.1}),
+        "ruler": result(mean | {"difference": None}, mean, mean | {"task": "vt"}),
+        "perplexity": result({"context": 7, "budget": 0.1, "perplexity": 12.3, "difference": 0.01}),
+    }  # fmt: skip
+    lines = headline(results).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "-1.2 points [-3.0, +0.5]",
+        "12.30, +0.0100 nats from dense",
+        "4.00 s for stock's 10.00: **2.50x**",
+        "0.950 to 1.050 of its time",
+    ]
+
+
+def test_a_section_says_where_it_is_from_or_how_to_measure_it():
+    text = report(nothing() | {"attention": result(attention_row(0.05, 3.0))})
+    row = (
+        "| 1,000, `low_rank`, bf16, 5 % | - | 1.00 | 2.00 | 3.00 | 8.0x | 16.0x | 12.0x | 75.0 % |"
+    )
+    assert f"{row} 1.2 % |" in text
+    assert "`s2o bench attention`. `attention.json`: a card; vllm 0.32, torch 2, triton 3;" in text
+    assert "Not measured: `s2o bench ttft` makes `ttft.json`." in text
+
+
+def test_only_what_lies_between_the_marks_is_renewed():
+    assert renewed("no marks", "x") == "no marks"
+    once = renewed(f"a\n{BEGIN}\nold\n{END}\nb\n", "new")
+    assert once == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    assert renewed(once, "new") == once
+
+
+def test_the_command(tmp_path, capsys):
+    (tmp_path / "ttft.json").write_text(json.dumps(result()))
+    options = ["--results", str(tmp_path), "--out", str(tmp_path / "S.md")]
+    options += ["--readme", str(tmp_path / "none.md")]
+    assert main(options) == 0
+    assert "not measured: attention.json" in capsys.readouterr().out
+    assert (tmp_path / "S.md").read_text().startswith("# Speed")
+    (tmp_path / "ttft.json").write_text("[]")
+    assert main(options) == 2
+    assert "ttft.json is not a result file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/SPEED.md"])
+def test_what_is_written_is_what_the_files_say(name):
+    """`s2o bench report` was run after the last result: no number is typed in by hand."""
+    results = {name: read_result(ROOT / f"benchmarks/results/{name}.json") for name in NAMES}
+    text = (ROOT / name).read_text(encoding="utf-8")
+    made = report(results) if name.endswith("SPEED.md") else renewed(text, headline(results))
+    assert text == made
+    assert speed_report.BEGIN in text or name.endswith("SPEED.md")
