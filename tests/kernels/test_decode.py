@@ -21,6 +21,7 @@ from s2o_vllm.kernels import (
     decode,
     reference,
     reference_decode,
+    reference_regions,
     reference_select,
     regions,
 )
@@ -84,33 +85,60 @@ def prompt_of(batch, number):
     return query.to(batch.query), work
 
 
-def kept(batch, budget=0.25, slots=(3, 0, 1)):
-    """Slots that the kernels filled, all else poisoned, and the decode list of the batch."""
-    heads, head_dim = batch.query.shape[1:]
-    kv_heads, device, dtype = batch.kv_cache.shape[1], batch.query.device, batch.query.dtype
-    shape = shape_of(batch, budget)
+def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
+    """Slots that hold the ends of prompts, all else poisoned, and the decode list of the batch.
+
+    ``by`` fills one: by default the references do, which take less time than the kernels.
+    """
+    shape, device = shape_of(batch, budget), batch.query.device
     space = decode.DecodeWorkspace(
-        shape, dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
+        shape, batch.query.dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
     )
-    averaged = regions.workspace(kv_heads, head_dim, LONGEST, dtype, device, REGION)
     kind = torch.uint8 if ON_GPU else torch.int16
     space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
-    ranked = LowRankWorkspace(heads, kv_heads, head_dim, LONGEST, 8, 32, dtype, device)
-    scores = torch.empty(8, kv_heads, LONGEST, dtype=torch.half, device=device)
-    bounds = torch.empty(8 * kv_heads, 1, 2, device=device)
     for number, slot in enumerate(slots):
         query, work = prompt_of(batch, number)
-        low_rank_scores(
-            query, batch.kv_cache, batch.block_table, work, scores, bounds, ranked,
-            scale=batch.scale,
-        )  # fmt: skip
-        regions.average(batch.kv_cache, batch.block_table, work, averaged)
-        space.keep(keep(work, slot), ranked, averaged)
+        (by or by_references)(batch, space, keep(work, slot), query, work)
     rows = [
         DecodeRow(number, number, context, slots[number], PROMPTS[number])
         for number, context in enumerate(CONTEXTS)
     ]
     return space, listed(batch, rows, budget)
+
+
+def by_references(batch, space, one, query, work):
+    """Fill a slot as the references would."""
+    cache, table, slot, rank = batch.kv_cache, batch.block_table, one.slot, basis.RANK
+    fitted = basis.fit_work(query, cache, table, work, batch.scale)
+    for own, part in zip(space.fit, fitted, strict=True):
+        own[slot, ..., :rank] = part[one.fit]
+    space.fit.offset[slot, :, rank:] = -torch.tensor(basis.SHIFT_FACTORS, device=query.device)
+    positions = torch.arange(one.tokens, device=query.device)
+    places = reference.physical_slots(positions, table[work.row], cache.shape[2])
+    keys, _ = reference.load_tokens(cache, places, query.shape[2])
+    images = basis.key_images(
+        keys, basis.Basis(*(part[slot] for part in fit_of(space))), space.images.dtype
+    )
+    space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
+    averaged = reference_regions.average(cache, table, work, query.dtype, REGION)
+    space.known[slot] = one.tokens // REGION
+    space.regions.means[slot, :, : one.tokens // REGION] = averaged.means
+    space.regions.slopes[slot] = averaged.slopes[one.fit]
+    space.regions.spreads[slot] = averaged.spreads[one.fit]
+
+
+def by_kernels(batch, space, one, query, work):
+    """Fill a slot as a server does."""
+    (heads, head_dim), kv_heads = query.shape[1:], batch.kv_cache.shape[1]
+    device, dtype = query.device, query.dtype
+    averaged = regions.workspace(kv_heads, head_dim, LONGEST, dtype, device, REGION)
+    ranked = LowRankWorkspace(heads, kv_heads, head_dim, LONGEST, 8, 32, dtype, device)
+    scores = torch.empty(8, kv_heads, LONGEST, dtype=torch.half, device=device)
+    bounds = torch.empty(8 * kv_heads, 1, 2, device=device)
+    arguments = (query, batch.kv_cache, batch.block_table, work)
+    low_rank_scores(*arguments, scores, bounds, ranked, scale=batch.scale)
+    regions.average(*arguments[1:], averaged)
+    space.keep(one, ranked, averaged)
 
 
 def listed(batch, rows, budget=0.25, items=None):
@@ -137,7 +165,7 @@ def fit_of(space):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_new_keys_have_the_images_that_the_slots_basis_gives(device, size):
     batch = make(device, *size)
-    space, rows = kept(batch)
+    space, rows = kept(batch, by=by_kernels)
     decode.append(batch.kv_cache, batch.block_table, rows, space)
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=device)
