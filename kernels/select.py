@@ -34,9 +34,6 @@ from .plan import (
     list_places,
 )
 
-LEVELS = tl.constexpr(16)
-ROUNDS = tl.constexpr(10)
-
 
 @triton.jit
 def _buckets(scores, best, worst, BUCKETS: tl.constexpr):
@@ -119,16 +116,13 @@ def _plan_kernel(
     width = tl.maximum(best - worst, 1e-20) / BUCKETS
     edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width[:, None]
 
-    # The lowest level whose lists fit the budget; below it they do not. Many are tried at a time:
-    # a sum over buckets is a round of messages between warps, for one level or for as many.
+    # The lowest level whose lists fit the budget, by bisection: below it they do not.
     least = tl.where(m_h, (count + 1) // 2, 0)
-    o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
-    for _ in range(ROUNDS):
-        level = below + (above - below) * o_l
-        taken = tl.where(edge[:, :, None] >= level[None, None, :], total[:, :, None], 0)
-        taken = tl.maximum(tl.sum(taken, 1), least[:, None])
-        fits = tl.sum(taken, 0) <= sharing * count
-        above, below = tl.min(tl.where(fits, level, above)), tl.max(tl.where(fits, below, level))
+    for _ in range(40):
+        level = 0.5 * (above + below)
+        fits = tl.sum(_lengths_above(level, total, edge, least)) <= sharing * count
+        above = tl.where(fits, level, above)
+        below = tl.where(fits, below, level)
     lengths = _lengths_above(above, total, edge, least)
     extra = _lengths_above(below, total, edge, least) - lengths
     left = (sharing * count - tl.sum(lengths)).to(tl.int64)
