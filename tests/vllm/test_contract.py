@@ -41,7 +41,7 @@ BUILDER = (
     "update_block_table(self, metadata, blk_table, slot_mapping)",
     "vllm_config",
 )
-METADATA = ("num_actual_tokens", "block_table")
+METADATA = ("num_actual_tokens", "block_table", "seq_lens")
 
 
 def of(owner: str, *members: str) -> tuple[str, ...]:
@@ -68,14 +68,15 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "get_current_vllm_config()",
         "get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",
         *of("VllmConfig", "additional_config", "model_config", "parallel_config", "cache_config",
-            "scheduler_config", "speculative_config"),
+            "scheduler_config", "speculative_config", "compilation_config"),
         *of("ModelConfig", "model", "use_mla", "runner_type", "is_encoder_decoder",
             "get_sliding_window(self)", "hf_text_config", "max_model_len",
             "get_total_num_hidden_layers(self)"),
         *of("ParallelConfig", "rank", "tensor_parallel_size", "decode_context_parallel_size",
-            "prefill_context_parallel_size"),
+            "prefill_context_parallel_size", "use_ubatching(self)"),
+        *of("CompilationConfig", "max_cudagraph_capture_size"),
         *of("CacheConfig", "block_size", "user_specified_block_size"),
-        *of("SchedulerConfig", "max_num_batched_tokens"),
+        *of("SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
         *of("AttentionConfig", "backend", "backend_per_kind"),
     ),
     # The backend's slot.
@@ -114,11 +115,11 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.attention": of("Attention", "impl", "layer_name"),
     "vllm.v1.attention.backend": (
         "AttentionType.DECODER",
-        *of("AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE", "NEVER"),
+        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE",
         *of("AttentionLayer", "_q_scale", "_k_scale", "_v_scale", "_q_scale_float",
             "_k_scale_float", "_v_scale_float"),
-        *of("AttentionMetadataBuilder", "_cudagraph_support", "reorder_batch_threshold",
-            "get_cudagraph_support(cls, vllm_config, kv_cache_spec)"),
+        *of("AttentionMetadataBuilder", "_cudagraph_support", "reorder_batch_threshold", "device",
+            "build_for_cudagraph_capture(self, common_attn_metadata)"),
         *of("CommonAttentionMetadata", "query_start_loc", "query_start_loc_cpu", "seq_lens",
             "num_reqs", "num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping",
             "causal", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx", "mm_req_doc_ranges",
@@ -127,8 +128,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.flash_attn": (
         *of("FlashAttentionBackend", "get_name()", "get_impl_cls()", "get_builder_cls()"),
         *of("FlashAttentionImpl", IMPLEMENTATION, "forward" + FORWARD, *LAYER),
-        *of("FlashAttentionMetadataBuilder", *BUILDER,
-            "get_cudagraph_support(cls, vllm_config, kv_cache_spec)"),
+        *of("FlashAttentionMetadataBuilder", *BUILDER, "use_full_cuda_graph"),
         *of("FlashAttentionMetadata", *METADATA),
     ),
     "vllm.v1.attention.backends.cpu_attn": (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from s2o_vllm import plugin
+from s2o_vllm import compat, plugin
 
 
 def configure(model, **arguments):
@@ -78,3 +78,28 @@ def test_rust_frontend_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="s2o: VLLM_USE_RUST_FRONTEND is set, must be unset"):
         configure(tiny_model)
+
+
+def decoding(model, **arguments):
+    """Sparse decode asked for."""
+    return configure(model, additional_config={"s2o": {"decode_budget": 0.1}}, **arguments)
+
+
+def test_sparse_decode_with_drafts_is_refused(tiny_model):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with pytest.raises(ValueError, match=r"decode_budget is 0\.1, must be 1 with speculative dec"):
+        decoding(tiny_model, speculative_config=drafts)
+
+
+def test_sparse_decode_in_micro_batches_is_refused(tiny_model, monkeypatch):
+    """vLLM itself has them only where experts are spread over GPUs: it is told that it has."""
+    from vllm.config import ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    made = decoding(tiny_model)
+    monkeypatch.setattr(ParallelConfig, "use_ubatching", property(lambda self: True))
+    args = EngineArgs(model=tiny_model, attention_backend="s2o", additional_config={
+        "s2o": {"decode_budget": 0.1}
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"decode_budget is 0\.1, must be 1 with micro-batches"):
+        compat._create_engine_config(lambda *_: made, args)
