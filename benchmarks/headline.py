@@ -1,11 +1,11 @@
 """README's table of results, from result files: what S2O buys, and what it costs."""
 
-from collections.abc import Iterable, Mapping
-from statistics import fmean
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from .quality.methods import parse, settings
-from .quality.report import RANKINGS
+from .quality.plots import error_by_density
+from .quality.report import RANKINGS, of_method
+from .quality.samples import Row
 from .quality.tables import Result, table
 
 SHAPE = "llama-3.1-8b"
@@ -13,7 +13,6 @@ MODEL = "qwen2.5-coder-1.5b"  # that errors are of
 TEXT = "essays"
 FEW_ERRORS = 0.02  # relative MSE up to which it counts
 AT = 0.05  # the density at which methods are compared
-Row = Mapping[str, Any]
 Results = Mapping[str, Result | None]
 
 
@@ -25,22 +24,17 @@ def rows_of(results: Results, name: str) -> list[Row]:
 
 def measured(results: Results, spec: str) -> list[Row]:
     """Return a method's rows of quality.json for the headline's model and text."""
-    method = parse(spec)
-    wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
-    wanted |= {"model": MODEL, "text": TEXT}
-    return [
-        row
-        for row in rows_of(results, "quality")
-        if "tau" not in row and wanted == {key: row[key] for key in wanted}
-    ]
+    rows = of_method(rows_of(results, "quality"), spec)
+    return [row for row in rows if (row["model"], row["text"]) == (MODEL, TEXT)]
 
 
-def errors(rows: Iterable[Row]) -> dict[tuple[int, float], float]:
+def errors(rows: Sequence[Row]) -> dict[tuple[int, float], float]:
     """Return the mean relative MSE over layers and positions, by context and budget."""
-    found: dict[tuple[int, float], list[float]] = {}
-    for row in rows:
-        found.setdefault((row["context"], row["budget"]), []).append(row["relative_mse"])
-    return {key: fmean(values) for key, values in found.items()}
+    return {
+        (context, point.budget): point.error
+        for (_, _, context), points in error_by_density(rows).items()
+        for point in points
+    }
 
 
 def times(value: float) -> str:

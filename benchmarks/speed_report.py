@@ -13,7 +13,6 @@ from .headline import (
     MODEL,
     TEXT,
     Results,
-    Row,
     about,
     errors,
     headline,
@@ -23,7 +22,7 @@ from .headline import (
     times,
 )
 from .quality.report import RANKINGS, source
-from .quality.samples import EvalError
+from .quality.samples import EvalError, Row
 from .quality.tables import Result, number, read_result, table
 
 BEGIN, END = "<!-- s2o bench report: begin -->", "<!-- s2o bench report: end -->"

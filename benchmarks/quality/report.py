@@ -65,19 +65,20 @@ def chosen_rows(quality: Result | None) -> tuple[list[str], list[Row]]:
     Every method of `methods.DEFAULTS` and of `RANKINGS` at its default setting; other settings
     and early-stop rows are left to the log.
     """
-    from .methods import DEFAULTS, parse, settings
+    from .methods import DEFAULTS
 
     specs = list(dict.fromkeys([*DEFAULTS, *RANKINGS.values()]))
-    chosen = []
-    for spec in specs:
-        method = parse(spec)
-        wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
-        chosen += [
-            row | {"method": spec}
-            for row in (quality["rows"] if quality else [])
-            if "tau" not in row and wanted == {key: row[key] for key in wanted}
-        ]
-    return specs, chosen
+    rows = quality["rows"] if quality else []
+    return specs, [row | {"method": spec} for spec in specs for row in of_method(rows, spec)]
+
+
+def of_method(rows: Sequence[Row], spec: str) -> list[Row]:
+    """Return the rows of a method at the settings of its spec, without an early stop."""
+    from .methods import parse, settings
+
+    method = parse(spec)
+    wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
+    return [row for row in rows if "tau" not in row and wanted == {key: row[key] for key in wanted}]
 
 
 def attention_tables(order: Sequence[str], rows: Sequence[Row]) -> str:

@@ -35,7 +35,7 @@ def quality_row(spec, budget, error, **changes):
     return {
         "model": "qwen2.5-coder-1.5b", "text": "essays", "context": 1000, "method": method.name,
         "unit": method.unit, "settings": settings(method), "budget": budget,
-        "relative_mse": error, "commit": "beef00000",
+        "density": budget, "relative_mse": error, "commit": "beef00000",
     } | changes  # fmt: skip
 
 
