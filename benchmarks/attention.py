@@ -41,6 +41,7 @@ from .dense import (
     make_prompt,
     milliseconds,
     quantised,
+    to_fp8,
 )
 from .quality.samples import EvalError
 from .quality.tables import read_result
@@ -163,11 +164,19 @@ class Sparse:
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
         self.lists: list[Lists] = []
-        self.units = {"k_scale": prompt.unit, "v_scale": prompt.unit}
+        self.query, self.k_scale, self.query_e4m3 = prompt.query, prompt.unit, None
+        if prompt.kv_dtype == "fp8":  # as a layer hands it on, in units of its own
+            self.query_e4m3 = to_fp8(prompt.query)
+            self.query = self.query_e4m3.to(prompt.query.dtype)
+            self.k_scale *= prompt.unit
+        self.tile = self.operator.tiles[self.query_e4m3 is not None]
+        self.units: dict[str, Any] = {
+            "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
+        }  # fmt: skip
 
     def arguments(self, work: WorkList) -> tuple:
         """Return what every launch takes first."""
-        return self.prompt.query, self.prompt.kv_cache, self.prompt.block_table, work
+        return self.query, self.prompt.kv_cache, self.prompt.block_table, work
 
     def run(self) -> torch.Tensor:
         """Rank, select and attend; return the output."""
@@ -178,15 +187,15 @@ class Sparse:
     def rank(self) -> None:
         """Rank and select only."""
         for work in self.waves:
-            self.operator.rank(*self.arguments(work), k_scale=self.prompt.unit)
+            self.operator.rank(*self.arguments(work), k_scale=self.k_scale)
 
     def attend(self, stop_threshold: float = 0.0) -> None:
         """Attend only, over the lists that :meth:`visits` kept and the last chunk's regions."""
         for work, lists in zip(self.waves, self.lists, strict=True):
             attend.attend(
                 *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
-                scale=self.prompt.scale * self.prompt.unit, v_scale=self.prompt.unit,
-                stop_threshold=stop_threshold, tile=self.operator.tile,
+                scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
+                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile,
             )  # fmt: skip
 
     def visits(self) -> Visits:
@@ -202,7 +211,7 @@ class Sparse:
         return Visits(
             visited / float(self.counters[ELIGIBLE]),
             attend_operations(shape, tokens, visited),
-            attend_bytes(shape, self.operator.tile.block_m, tokens, visited, self.prompt.kv_dtype),
+            attend_bytes(shape, self.tile.block_m, tokens, visited, self.prompt.kv_dtype),
         )
 
 

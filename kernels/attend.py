@@ -32,15 +32,15 @@ from .plan import (
 )
 from .rest import BLOCK_K, LN2, dropped_mass, region_lift, visit_rest
 from .tiles import AttendTile, input_precision
-from .visit import load_rows, online_softmax, soft_cap, visit
+from .visit import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes, p_spreads,
-    p_table, p_order, p_counters, p_mass, p_known,
+    p_q, p_q_e4m3, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes,
+    p_spreads, p_table, p_order, p_counters, p_mass, p_known,
     scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -53,7 +53,7 @@ def _attend_kernel(
     DROPPED_PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
     LIFT_MOST: tl.constexpr,
-    PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    E4M3: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
 
@@ -93,6 +93,12 @@ def _attend_kernel(
     p_q += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
     o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
     q = load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
+    # What is multiplied by keys. Loaded a second time and not converted: the tensor core then finds
+    # it in shared memory, which takes no registers.
+    q_k = q
+    if E4M3:
+        p_q_e4m3 += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
+        q_k = load_rows(p_q_e4m3, o_q, m_row, o_d, True, D, D_PAD)
 
     # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
@@ -120,7 +126,7 @@ def _attend_kernel(
     for start in range(dense_start, masked, BLOCK_N):
         page = tl.load(p_table + (start + o_n) // PAGE)
         m, mass, acc = visit(
-            q, p_k, p_v, page * PAGE + (start + o_n) % PAGE, m, mass, acc, o_d, scale, softcap,
+            q, q_k, p_k, p_v, page * PAGE + (start + o_n) % PAGE, m, mass, acc, o_d, scale, softcap,
             stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
     for start in range(masked, end, BLOCK_N):
@@ -128,9 +134,9 @@ def _attend_kernel(
         m_n = position < end
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_kv = page * stride_block + (position % PAGE) * stride_token
-        k = load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
-        v = load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD)
+        v = as_numbers(load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD), q.dtype)
+        s = scores(q, q_k, k, PRECISION)
         scale_own = scale
         if SOFTCAP:
             s = soft_cap(s * scale, softcap)
@@ -153,7 +159,7 @@ def _attend_kernel(
     if SETTLED and full > 0:
         ahead = tl.load(p_list + tl.minimum(1, full - 1) * BLOCK_N + o_n)
         m, mass, acc = visit(
-            q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+            q, q_k, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
             stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
         slot = ahead
@@ -165,7 +171,7 @@ def _attend_kernel(
             for tile in range(seen, stop):
                 ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
                 m, mass, acc = visit(
-                    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+                    q, q_k, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
                     stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
                 )  # fmt: skip
                 slot = ahead
@@ -178,7 +184,7 @@ def _attend_kernel(
         for tile in range(seen, full):
             ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
             m, mass, acc = visit(
-                q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
+                q, q_k, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap,
                 stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, SETTLED,
             )  # fmt: skip
             slot = ahead
@@ -247,7 +253,7 @@ def _attend_kernel(
         if dense_start > 0:
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
             dropped = dropped_mass(
-                q, p_k, p_table, p_places, visited, dense_start,
+                q, q_k, p_k, p_table, p_places, visited, dense_start,
                 m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
             )  # fmt: skip
@@ -287,6 +293,7 @@ def attend(
     softcap: float = 0.0,
     order: torch.Tensor | None = None,
     parts: Parts | None = None,
+    query_e4m3: torch.Tensor | None = None,
     tile: AttendTile,
 ) -> None:
     """Run both passes for every segment of a work list.
@@ -318,6 +325,9 @@ def attend(
             fill the tiles; None keeps theirs.
         parts: written to instead of ``out``; without an early stop, and with no estimate of the
             mass that was not visited. Regions that are each request's own go with it.
+        query_e4m3: the same numbers as ``query`` in e4m3, with the same strides, where a layer
+            quantises its queries as it does its cache: keys are multiplied as they are then. Not
+            in the interpreter; see `tiles.fp8_products`.
         tile: tile shape, see :mod:`tiles`.
 
     Source: S2O, two passes and early stop; packing the GQA group into a tile and what stands
@@ -331,8 +341,9 @@ def attend(
     segment_tiles = -(-work.max_queries // queries_per_tile)
     shares = 0 if parts is None else parts.mass.shape[2]
     _attend_kernel[(shares or segment_tiles, work.num_items, kv_heads)](
-        query, kv_cache, out if parts is None else parts.out, work.items, slots, lists.lengths,
-        lists.samples, regions.means, regions.slopes, regions.spreads, block_table,
+        query, query if query_e4m3 is None else query_e4m3, kv_cache,
+        out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
+        regions.means, regions.slopes, regions.spreads, block_table,
         order if order is not None else work.items, counters,
         counters if parts is None else parts.mass,
         counters if regions.known is None else regions.known,
@@ -351,7 +362,6 @@ def attend(
         DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
         REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
         LIFT_MOST=math.log2(REGION_MOST),
-        PRECISION=input_precision(query.dtype),
-        ITEM_COLUMNS=COLUMNS,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        E4M3=query_e4m3 is not None, PRECISION=input_precision(query.dtype), ITEM_COLUMNS=COLUMNS,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from .plan import (
     fit_span,
     list_places,
 )
-from .tiles import attend_tile
+from .tiles import attend_tile, fp8_products
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
@@ -101,12 +101,14 @@ class SparsePrefill:
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
         rows = shape.segment * shape.heads // shape.kv_heads
-        self.tile = attend_tile(shape.head_dim, device, rows)
-        if device.type == "cuda" and shape.heads // shape.kv_heads > self.tile.block_m:
+        self.tiles = [attend_tile(shape.head_dim, device, rows, e4m3) for e4m3 in (False, True)]
+        most = min(tile.block_m for tile in self.tiles)
+        if device.type == "cuda" and shape.heads // shape.kv_heads > most:
             raise ValueError(
                 f"{shape.heads // shape.kv_heads} query heads share a KV head, "
-                f"must be at most {self.tile.block_m}"
+                f"must be at most {most}"
             )
+        self.fp8_products = fp8_products(device)
         self.space: Any = None  # a Workspace, on a CUDA device
         if device.type == "cuda":
             self.space = workspace(shape, dtype, device)
@@ -114,17 +116,22 @@ class SparsePrefill:
             self.reference: Any = getattr(reference, f"{shape.ranking}_scores")
 
     def warm_up(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        query_e4m3: torch.Tensor | None = None,
     ) -> None:
         """Run every kernel once, over the very tensors that requests will use.
 
         Strides are part of what a kernel is compiled for, so they must be the real ones.
-        Reads the cache, writes only scratch.
+        Reads the cache, writes only scratch. ``query_e4m3`` if requests have it.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         work = small_work_list(query.device)
         table = torch.zeros_like(block_table)
-        self(query, kv_cache, table, work, torch.empty_like(query), counters)
+        out = torch.empty_like(query)
+        self(query, kv_cache, table, work, out, counters, query_e4m3=query_e4m3)
 
     def __call__(
         self,
@@ -137,6 +144,7 @@ class SparsePrefill:
         *,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        query_e4m3: torch.Tensor | None = None,
     ) -> None:
         """Attend to the history and the own tokens of every segment of ``work``.
 
@@ -151,7 +159,10 @@ class SparsePrefill:
             k_scale: what one unit of the cache's keys stands for (and of the queries, if they
                 have a scale of their own).
             v_scale: what one unit of the cache's values stands for.
+            query_e4m3: see :func:`attend.attend`; left alone where the device has no such products.
         """
+        if not self.fp8_products:
+            query_e4m3 = None
         order = query_order(query, work, self.shape) if self.permute_queries else None
         scale = self.scale * k_scale
         options: dict[str, Any] = {
@@ -179,7 +190,7 @@ class SparsePrefill:
 
         attend.attend(
             *arguments, self.space.selection.lists(work), self.space.regions, out, counters,
-            tile=self.tile, **options,
+            query_e4m3=query_e4m3, tile=self.tiles[query_e4m3 is not None], **options,
         )  # fmt: skip
 
     def rank(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .visit import load_rows, slot_offset, soft_cap
+from .visit import as_numbers, load_rows, scores, slot_offset, soft_cap
 
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_K = tl.constexpr(32)  # rows of a slope, columns of a spread that are held at a time
@@ -57,9 +57,9 @@ def visit_rest(
             v = tl.load(p_row[:, None] + (o_d + D)[None, :], m_kv, 0.0)
         else:
             m_mean = m_n & (number >= tail)
-            k = load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            k = as_numbers(load_rows(p_k, o_slot, is_token, o_d, True, D, D_PAD), q.dtype)
             k += load_rows(p_means, o_mean, m_mean, o_d, True, D, D_PAD)
-            v = load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD).to(q.dtype)
+            v = as_numbers(load_rows(p_k + D, o_slot, is_token, o_d, True, D, D_PAD), q.dtype)
             v += load_rows(p_means + D, o_mean, m_mean, o_d, True, D, D_PAD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
@@ -77,7 +77,7 @@ def visit_rest(
 
 @triton.jit
 def dropped_mass(
-    q, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
+    q, q_k, p_k, p_table, p_places, visited, n, m, mass, o_n, o_d, scale, softcap,
     stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
@@ -98,8 +98,8 @@ def dropped_mass(
         position = number * step + step // 2
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (position % PAGE) * stride_token
-        k = load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD)
+        s = scores(q, q_k, k, PRECISION) * scale
         if SOFTCAP:
             s = soft_cap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)

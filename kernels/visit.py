@@ -49,8 +49,44 @@ def slot_offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
 
 
 @triton.jit
+def as_numbers(x, kind: tl.constexpr):
+    """Return what a cache holds in the queries' dtype, which has room for it."""
+    if x.dtype == tl.float8e4nv and kind == tl.bfloat16:
+        # The compiler goes by way of fp16, and of the unit that has the exponentials to do. Here an
+        # exponent of four bits is put in the place of one of eight, where it is 120 too small.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, x, y, factor, zero;
+            mov.b32 factor, 0x7b807b80;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 low, $2, 0, 0x1404;
+            prmt.b32 high, $2, 0, 0x3424;
+            shr.u32 x, low, 4;
+            shr.u32 y, high, 4;
+            and.b32 x, x, 0x07f007f0;
+            and.b32 y, y, 0x07f007f0;
+            lop3.b32 x, low, 0x80008000, x, 0xea;
+            lop3.b32 y, high, 0x80008000, y, 0xea;
+            fma.rn.bf16x2 $0, x, factor, zero;
+            fma.rn.bf16x2 $1, y, factor, zero;
+            }""",
+            "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return x.to(kind)
+
+
+@triton.jit
+def scores(q, q_k, k, PRECISION: tl.constexpr):
+    """Products of queries and keys: of numbers of e4m3, where queries hold such, as they are."""
+    if q_k.dtype == k.dtype and q_k.dtype != q.dtype:
+        # All of a head is summed as the tensor core does: by parts, each is a sum on other units.
+        return tl.dot(q_k, tl.trans(k), max_num_imprecise_acc=k.shape[1])
+    return tl.dot(q, tl.trans(as_numbers(k, q.dtype)), input_precision=PRECISION)
+
+
+@triton.jit
 def visit(
-    q, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
+    q, q_k, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +96,9 @@ def visit(
     probabilities and values can still be under way while the next tile is scored.
     """
     o_kv = slot_offset(slot, stride_block, stride_token, PAGE)
-    k = load_rows(p_k, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
-    v = load_rows(p_v, o_kv, None, o_d, False, D, D_PAD).to(q.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    k = load_rows(p_k, o_kv, None, o_d, False, D, D_PAD)
+    v = as_numbers(load_rows(p_v, o_kv, None, o_d, False, D, D_PAD), q.dtype)
+    s = scores(q, q_k, k, PRECISION)
     if SOFTCAP:
         s = soft_cap(s * scale, softcap)
         scale = 1.0

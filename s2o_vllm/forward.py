@@ -110,10 +110,11 @@ class SparseImpl:
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         self._s2o_warm = True
+        quantised = query if query.dtype.itemsize == 1 else None
         query = query.to(dtype)
         self.reserve(query)
         arguments = (query, as_numbers(kv_cache), attn_metadata.block_table)
-        self._s2o_operator.warm_up(*arguments)
+        self._s2o_operator.warm_up(*arguments, quantised)
         if self._s2o_decode is not None:
             self._s2o_decode.warm_up(*arguments)
 
@@ -154,12 +155,14 @@ class SparseImpl:
         tokens = attn_metadata.num_actual_tokens
         units = compat.units(layer, query.dtype) if self.fp8 else {}
         # An fp8 layer's query comes quantised where the parent takes it so.
-        query = query[:tokens].to(output.dtype)
+        query = query[:tokens]
+        quantised = query if query.dtype.itemsize == 1 else None
+        query = query.to(output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
         result = (output[:tokens], self._s2o_counters)
         for number, work in enumerate(plan.work):
-            self._s2o_operator(query, cache, table, work, *result, **units)
+            self._s2o_operator(query, cache, table, work, *result, **units, query_e4m3=quantised)
             if number in plan.kept:
                 self._s2o_decode.keep(
                     plan.kept[number], self._s2o_operator, query, cache, table, work,

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from cases import (
     CACHES,
@@ -13,6 +15,7 @@ from cases import (
     make_batch,
     nan_like,
     relative_error,
+    to_fp8,
     tokens_of,
 )
 from s2o_vllm.kernels import attend, reference, reference_regions, reference_select
@@ -28,6 +31,7 @@ from s2o_vllm.kernels.plan import (
     VISITED,
 )
 from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.visit import as_numbers
 
 GQA_AND_SIZES = [
     # heads, kv_heads, head_dim, page, head_major
@@ -117,6 +121,42 @@ def test_full_list_is_dense_attention(
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
     assert counters[VISITED] == counters[1], "a full list visits all that is eligible"
     assert counters[DROPPED] == 0, "nothing is left out"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
+@pytest.mark.parametrize("fp8", CACHES[1:])
+def test_queries_in_fp8_are_multiplied_as_they_are(
+    device, heads, kv_heads, head_dim, page, head_major, fp8
+):
+    batch = make_batch(
+        device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
+        head_major=head_major, budget=1.0, fp8=fp8,
+    )  # fmt: skip
+    quantised = to_fp8(batch.query, 0.25)
+    batch.query = quantised.to(batch.query.dtype)
+    batch.softmax_scale *= 0.25
+    given = {"query_e4m3": quantised} if ON_GPU else {}  # no such products in the interpreter
+    out, _ = run(batch, full_lists(batch), region=REGION, **given)
+    truth = dense_attention(batch)
+    same_dtype = relative_error(dense_attention(batch, batch.query.dtype), truth)
+    assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
+
+
+@triton.jit
+def _numbers_kernel(p_x, p_out):
+    o = tl.arange(0, 256)
+    tl.store(p_out + o, as_numbers(tl.load(p_x + o), p_out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_e4m3_is_itself(device, dtype):
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    out = torch.full((256,), float("nan"), dtype=dtype, device=device)
+    _numbers_kernel[(1,)](codes, out)
+    number = ~torch.isnan(codes.float())
+    assert number.sum() == 254
+    assert torch.equal(out[number].float(), codes[number].float())
+    assert torch.equal(torch.signbit(out[number]), torch.signbit(codes[number].float()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

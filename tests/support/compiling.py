@@ -24,7 +24,12 @@ DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch, not of the kernel
+OPTIONS = (
+    "num_warps",
+    "num_stages",
+    "enable_fp_fusion",
+    "maxnreg",
+)  # of a launch, not of the kernel
 
 
 @dataclass
@@ -158,7 +163,7 @@ def compile_attend(
     with compiling_for(capability) as compiled:
         attend.attend(
             q, kv, table, work, lists, means, q, counters, scale=0.1, stop_threshold=stop_threshold,
-            tile=tile,
+            tile=tile, query_e4m3=q.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None,
         )  # fmt: skip
     return compiled[0]
 
@@ -234,8 +239,10 @@ def variants_beyond_warm_up(
         shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
     )
     operation.space = operator.workspace(shape, torch.bfloat16, meta)
-    operation.tile = tiles.HOPPER[128]
+    operation.tiles = [tiles.HOPPER[128], tiles.E4M3[90][128]]
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
+    quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
+    operation.fp8_products = quantised is not None
     decoding = None
     if ranking == "low_rank":
         sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
@@ -247,7 +254,7 @@ def variants_beyond_warm_up(
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
-        operation.warm_up(query, kv, table)
+        operation.warm_up(query, kv, table, quantised)
         if decoding is not None:
             decoding.warm_up(query, kv, table)
         known = set(launches)
@@ -265,8 +272,10 @@ def variants_beyond_warm_up(
         ):
             cpu = torch.device("cpu")
             for work in plan.build_work_lists([row], shape.segment, 0, cpu, shape.limits):
-                scales = {"k_scale": 0.07, "v_scale": 0.3}
-                operation(query[:8192], kv, table, work, query, counters, **scales)
+                operation(
+                    query, kv, table, work, query, counters,
+                    k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
+                )  # fmt: skip
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
 
@@ -306,6 +315,8 @@ def main() -> None:
     for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:
         compiled += compile_decode(capability, head_dim, kv_dtype)
     table = [*tiles.BY_CAPABILITY[capability].items(), *tiles.WIDE.get(capability, {}).items()]
+    if kv_dtype == torch.float8_e4m3fn:
+        table += tiles.E4M3.get(capability, {}).items()
     for head_dim, tile in table:
         for stop_threshold in (0.0, 0.001):
             one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
