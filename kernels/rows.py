@@ -39,6 +39,44 @@ def _project_block(
 
 
 @triton.jit
+def _choose(
+    p_q, p_a, p_size, p_chosen, rows, kept, o_basis, stride_q_token, stride_q_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the numbers of the rows that are scored: evenly spread ones, and the largest others."""
+    o_b = tl.arange(0, BLOCK)
+    for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
+        o_row = i * BLOCK + o_b
+        image = _project_block(
+            p_q, p_a, tl.minimum(o_row, rows - 1), o_basis,
+            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
+        )  # fmt: skip
+        tl.store(p_size + o_row, tl.sum(image * image, 1), o_row < rows)
+    # By memory to threads that each have a few of them. As integers, which sizes that are not
+    # negative order like. Rows that are always chosen have the largest number.
+    tl.debug_barrier()
+    number = tl.arange(0, BLOCKS * BLOCK)
+    size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
+    always = (number // GROUP + number % GROUP) % (2 * ROW_STEP) == 0
+    size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
+    # The largest number that so many sizes reach, by four bits at a time: to count is a round of
+    # messages between warps, for one number or for sixteen. The last round has three bits to
+    # tell; a fourth would be the last of the round before, which has found it too large.
+    least = 0
+    for i in range(8):
+        higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))
+        reach = tl.sum((size[:, None] >= higher[None, :]).to(tl.int32), 0)
+        least = tl.max(tl.where(reach >= kept, higher, 0))
+    equal = (size == least).to(tl.int32)
+    room = kept - tl.sum((size > least).to(tl.int32))
+    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
+    place = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(p_chosen + place, number, chosen)
+    tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
 def _project_rows_kernel(
     p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -61,39 +99,20 @@ def _project_rows_kernel(
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
     o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
-    p_size = p_sizes + o_list * ROW_STEP
-    for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
-        o_row = i * BLOCK + o_b
-        image = _project_block(
-            p_q, p_a, tl.minimum(o_row, rows - 1), o_basis,
-            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
-        )  # fmt: skip
-        tl.store(p_size + o_row, tl.sum(image * image, 1), o_row < rows)
-    # By memory to threads that each have a few of them. As integers, which sizes that are not
-    # negative order like. Rows that are always chosen have the largest number.
-    tl.debug_barrier()
-    number = tl.arange(0, BLOCKS * BLOCK)
-    size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
-    always = (number // GROUP + number % GROUP) % (2 * ROW_STEP) == 0
-    size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
     kept = tl.cdiv(rows, ROW_STEP)
-    # The largest number that so many sizes reach, by four bits at a time: to count is a round of
-    # messages between warps, for one number or for sixteen. The last round has three bits to
-    # tell; a fourth would be the last of the round before, which has found it too large.
-    least = 0
-    for i in range(8):
-        higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))
-        reach = tl.sum((size[:, None] >= higher[None, :]).to(tl.int32), 0)
-        least = tl.max(tl.where(reach >= kept, higher, 0))
-    equal = (size == least).to(tl.int32)
-    room = kept - tl.sum((size > least).to(tl.int32))
-    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
-    place = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(p_chosen + o_list + place, number, chosen)
-    tl.debug_barrier()  # other threads read them
+    if ROW_STEP > 1:
+        _choose(
+            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, o_basis,
+            stride_q_token, stride_q_head,
+            GROUP, D, D_PAD, WIDTH, ROW_STEP, BLOCK, BLOCKS, PRECISION,
+        )  # fmt: skip
     for first in tl.range(0, kept, BLOCK, num_stages=1):
         o_row = first + o_b
-        row = tl.load(p_chosen + o_list + tl.minimum(o_row, kept - 1))
+        row = tl.minimum(o_row, kept - 1)
+        if ROW_STEP > 1:
+            row = tl.load(p_chosen + o_list + row)
+        else:
+            tl.store(p_chosen + o_list + o_row, o_row, o_row < kept)
         image = _project_block(
             p_q, p_a, row, o_basis, stride_q_token, stride_q_head,
             GROUP, D, D_PAD, WIDTH, PRECISION,

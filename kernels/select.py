@@ -34,6 +34,9 @@ from .plan import (
     list_places,
 )
 
+LEVELS = tl.constexpr(16)
+ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
+
 
 @triton.jit
 def _buckets(scores, best, worst, BUCKETS: tl.constexpr):
@@ -116,13 +119,16 @@ def _plan_kernel(
     width = tl.maximum(best - worst, 1e-20) / BUCKETS
     edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width[:, None]
 
-    # The lowest level whose lists fit the budget, by bisection: below it they do not.
+    # The lowest level whose lists fit the budget; below it they do not. Many are tried at a time:
+    # a sum over buckets is a round of messages between warps, for one level or for as many.
     least = tl.where(m_h, (count + 1) // 2, 0)
-    for _ in range(40):
-        level = 0.5 * (above + below)
-        fits = tl.sum(_lengths_above(level, total, edge, least)) <= sharing * count
-        above = tl.where(fits, level, above)
-        below = tl.where(fits, below, level)
+    o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
+    for _ in range(ROUNDS):
+        level = below + (above - below) * o_l
+        taken = tl.where(edge[:, :, None] >= level[None, None, :], total[:, :, None], 0)
+        taken = tl.maximum(tl.sum(taken, 1), least[:, None])
+        fits = tl.sum(taken, 0) <= sharing * count
+        above, below = tl.min(tl.where(fits, level, above)), tl.max(tl.where(fits, below, level))
     lengths = _lengths_above(above, total, edge, least)
     extra = _lengths_above(below, total, edge, least) - lengths
     left = (sharing * count - tl.sum(lengths)).to(tl.int64)
@@ -313,7 +319,7 @@ def select(
         space.scores, work.items, space.bounds, lengths, space.thresholds, work.target_error,
         heads, *strides, space.chunks, BUCKETS=BUCKETS, COUNTED=counted,
         SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
-        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=4, enable_fp_fusion=False, **shape,
+        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=8 if split else 4, enable_fp_fusion=False, **shape,
     )  # fmt: skip
     programs = triton.cdiv(work.max_history, space.chunk) if split else 1
     _emit_kernel[(heads, work.num_items, programs)](
