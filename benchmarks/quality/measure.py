@@ -12,7 +12,7 @@ from .attention import Partial, Segment, attend, merge
 from .selection import Selection
 
 STOP_TILE = 128  # rows that stop together
-STOP_STEP = 1024  # history tokens between two tests of the early stop
+STOP_STEP = 2048  # history tokens between two tests of the early stop
 
 
 class Errors(NamedTuple):
