@@ -15,7 +15,7 @@ import pytest
 import triton
 
 from s2o_vllm.kernels.operator import RANKINGS
-from s2o_vllm.kernels.tiles import BY_CAPABILITY, E4M3, SHARED_MEMORY, WIDE
+from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
@@ -24,7 +24,7 @@ MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
 SPILLED_BYTES = {90: 64}
 SPILLED_ELSEWHERE = 400
 # 128 registers a thread; faster all the same. A tile of a list, which is what nearly all of the
-# time goes to, touches the stack so often: with 32 keys a step never.
+# time goes to, touches the stack so often: with 32 keys a step once at most.
 SPILLED_CROWDED = 256
 LOOP_SPILLS_CROWDED = 8
 # Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these two go without: one
@@ -85,8 +85,8 @@ def test_compiles_and_fits(compiled, target):
             assert one["spills"] <= (8 if target == (90, FP8) else 0), one
         elif one["name"].startswith("_attend"):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
-            tables = (WIDE.get(capability, {}), E4M3.get(capability, {}))
-            crowded = any(str(tile) in one["name"] for table in tables for tile in table.values())
+            wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())
+            crowded = wide or "registers=128" in one["name"]
             limit = SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE)
             assert one["spills"] <= (SPILLED_CROWDED if crowded else limit), one
             if capability == 90:
