@@ -127,7 +127,7 @@ def test_a_gpu_shows_its_row_of_tiles(gpu):
     assert report.runs
     (device,) = report.devices
     assert (device.kind, device.name, device.capability) == ("cuda", "Test GPU", "9.0")
-    assert device.tiles[128] == "128x64, 8 warps, 4 stages"
+    assert device.tiles[128] == "128x32, 8 warps, 3 stages"
 
 
 def test_an_old_gpu_is_a_reason(gpu):

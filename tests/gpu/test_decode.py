@@ -10,7 +10,7 @@ import pytest
 from asking import ask, grown, tracebacks
 from models import VOCABULARY
 from s2o_vllm.benchmarks.serving import kv_cache_bytes, prompt, starting
-from s2o_vllm.cli.demo import read
+from s2o_vllm.cli.demo import measured_density, read
 
 CONTEXT, CHUNK, LENGTH, TOKENS = 32768, 8192, 20000, 32
 PROMPTS = 8
@@ -54,6 +54,8 @@ def test_answers_begin_as_those_of_dense_decode(servers, name, same):
         found.append((ask(url, tokens, None, TOKENS), ask(plain, tokens, None, TOKENS)))
     assert all(one.tokens[0] == other.tokens[0] for one, other in found), "of the prompt"
     assert sum(one.tokens[1] == other.tokens[1] for one, other in found) >= same
+    for server, page in zip((url, plain), before, strict=True):
+        assert measured_density(server, page) < 0.12, "and all is counted"
     assert grown(url, before[0], ELIGIBLE) > grown(plain, before[1], ELIGIBLE)
     share = grown(url, before[0], VISITED)[0] - grown(plain, before[1], VISITED)[0]
     share /= grown(url, before[0], ELIGIBLE)[0] - grown(plain, before[1], ELIGIBLE)[0]

@@ -52,8 +52,13 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("fp8", CACHES)
 def test_lists_agree_with_the_reference(ranking, fp8):
-    """The same tokens up to rounding: bf16 scores may swap tokens at the edge of a list."""
-    batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, fp8=fp8)
+    """The same tokens up to rounding: bf16 scores may swap tokens at the edge of a list.
+
+    A mean query's attention to random keys is so flat that one step of fp16 holds a tenth of a
+    list: keys that are larger tell more tokens apart.
+    """
+    spread = {"mean_query": 4.0, "low_rank": 1.0}[ranking]
+    batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, spread=spread, fp8=fp8)
     heads, head_dim = batch.query.shape[1:]
     for work in batch.work(segment=64):
         if work.max_list == 0:

@@ -314,10 +314,12 @@ def main() -> None:
     # What fits elsewhere is asked of the largest alone.
     for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:
         compiled += compile_decode(capability, head_dim, kv_dtype)
-    table = [*tiles.BY_CAPABILITY[capability].items(), *tiles.WIDE.get(capability, {}).items()]
-    if kv_dtype == torch.float8_e4m3fn:
-        table += tiles.E4M3.get(capability, {}).items()
-    for head_dim, tile in table:
+    table = tiles.BY_CAPABILITY[capability]
+    if kv_dtype == torch.float8_e4m3fn:  # then a layer's queries come in e4m3, too
+        launched = [*(table | tiles.E4M3.get(capability, {})).items()]
+    else:
+        launched = [*table.items(), *tiles.WIDE.get(capability, {}).items()]
+    for head_dim, tile in launched:
         for stop_threshold in (0.0, 0.001):
             one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
             compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
