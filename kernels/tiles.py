@@ -34,7 +34,8 @@ SHARED_MEMORY = {
 }
 
 # With 128 registers two programs share a multiprocessor, and one's products run beside the other's
-# exponentials: at 128K 15 % faster than one program of 64 keys a step.
+# exponentials: at 128K 15 % faster than one program of 64 keys a step. Such figures here are by
+# hand, see `benchmarks/quality/LOG.md`.
 HOPPER = {
     64: AttendTile(128, 128, 8, 3),
     96: AttendTile(128, 64, 8, 4),

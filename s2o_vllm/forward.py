@@ -110,8 +110,7 @@ class SparseImpl:
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         self._s2o_warm = True
-        quantised = query if query.dtype.itemsize == 1 else None
-        query = query.to(dtype)
+        quantised, query = in_both(query, dtype)
         self.reserve(query)
         arguments = (query, as_numbers(kv_cache), attn_metadata.block_table)
         self._s2o_operator.warm_up(*arguments, quantised)
@@ -154,10 +153,7 @@ class SparseImpl:
             )
         tokens = attn_metadata.num_actual_tokens
         units = compat.units(layer, query.dtype) if self.fp8 else {}
-        # An fp8 layer's query comes quantised where the parent takes it so.
-        query = query[:tokens]
-        quantised = query if query.dtype.itemsize == 1 else None
-        query = query.to(output.dtype)
+        quantised, query = in_both(query[:tokens], output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
         result = (output[:tokens], self._s2o_counters)
@@ -179,6 +175,14 @@ class SparseImpl:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cache as ``[blocks, kv_heads, block_size, 2 * head_dim]`` and its table."""
         return kv_cache, block_table
+
+
+def in_both(query: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return a query as it comes if that is in e4m3, else None; and in ``dtype``.
+
+    An fp8 layer's query comes quantised where the parent takes it so.
+    """
+    return query if query.dtype.itemsize == 1 else None, query.to(dtype)
 
 
 def as_numbers(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
+
 from ..report import commit, local_device
 from .attention import Segment
 from .capture import DTYPES, CaptureError, CaptureSpec, capture, check, load
-from .measure import STOP_STEP, Errors, early_stop, measure
+from .measure import Errors, early_stop, measure
 from .methods import DEFAULTS, parse, settings
 from .ranking import Method
 from .results import Row, identity, mean_over, read_rows, write_rows
@@ -48,7 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--positions", type=numbers, default=POSITIONS, help="where segments end, of the context")
     add("--segment", type=int, default=SEGMENT, help="queries of a segment")
     add("--taus", type=numbers, default=(), help="also stop early at these thresholds")
-    add("--stop-step", type=int, default=STOP_STEP, help="tokens between two early-stop tests")
+    add(
+        "--stop-step",
+        type=int,
+        default=STOP_STEP_TOKENS,
+        help="tokens between two early-stop tests",
+    )
     add("--yarn", type=float, default=1.0, help="factor of the YaRN position scaling")
     add("--dtype", choices=DTYPES, default="bf16", help="of the model and of what is captured")
     add("--device", default="cpu", help="where the model and the methods run")

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
 from s2o_vllm.kernels.reference import region_weight
 
 from .attention import Partial, Segment, attend, merge
 from .selection import Selection
 
 STOP_TILE = 128  # rows that stop together
-STOP_STEP = 2048  # history tokens between two tests of the early stop
 
 
 class Errors(NamedTuple):
@@ -73,7 +73,7 @@ def early_stop(
     segment: Segment,
     selection: Selection,
     taus: Sequence[float],
-    step: int = STOP_STEP,
+    step: int = STOP_STEP_TOKENS,
     tile: int = STOP_TILE,
 ) -> list[Errors]:
     """Walk each list and stop a tile once its gain in mass falls below tau (S2O, early stop).

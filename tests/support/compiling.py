@@ -24,12 +24,8 @@ DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-OPTIONS = (
-    "num_warps",
-    "num_stages",
-    "enable_fp_fusion",
-    "maxnreg",
-)  # of a launch, not of the kernel
+# Of a launch, not of the kernel.
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 @dataclass
