@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
 BLOCK_N = 128
+KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
+KEYS_SPAN = 512
 
 
 @triton.jit(do_not_specialize=["row", "fits"])
@@ -33,36 +35,44 @@ def _project_keys_kernel(
     p_kv, p_table, p_b, p_offset, p_images, p_fits, row, fits,
     stride_block, stride_head, stride_token, stride_table, stride_images_fit, stride_images_head,
     FITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Images of BLOCK keys of one head by all bases of a chunk: k B − offset."""
-    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    """Images of SPAN keys of one head by all bases of a chunk: k B − offset.
+
+    The bases of a chunk are twice as much as BLOCK keys: they are read once for all of a span. One
+    stage: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    """
+    i_span, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, D_PAD)
     # One product for all: of a basis WIDTH columns.
     o_c = tl.arange(0, FITS * WIDTH)
     fit = tl.minimum(o_c // WIDTH, fits - 1)
     n = tl.load(p_fits + 3 * fit + 2)
     longest = tl.max(n)
-    if i_block * BLOCK >= longest:
+    if i_span * SPAN >= longest:
         return
-    m_n = o_n < longest
-    p_table += row.to(tl.int64) * stride_table
-    page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
-    o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
-    k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
-    k = k.to(p_b.dtype.element_ty)
     i_basis = fit * tl.num_programs(1) + i_head
     o_b = i_basis[None, :] * (D * WIDTH) + o_d[:, None] * WIDTH + (o_c % WIDTH)[None, :]
     b = tl.load(p_b + o_b, (o_d < D)[:, None], 0.0)
     offset = tl.load(p_offset + i_basis * WIDTH + o_c % WIDTH)
-    image = tl.dot(k, b, input_precision=PRECISION) - offset[None, :]
-    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
     o_image = fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head + o_c % WIDTH
-    tl.store(
-        p_images + o_n[:, None] * WIDTH + o_image[None, :], image.to(p_images.dtype.element_ty),
-        (o_n[:, None] < n[None, :]) & (o_c // WIDTH < fits)[None, :],
-    )  # fmt: skip
+    p_table += row.to(tl.int64) * stride_table
+    end = tl.minimum((i_span + 1) * SPAN, longest)
+    for start in tl.range(i_span * SPAN, end, BLOCK, num_stages=1):
+        o_n = start + tl.arange(0, BLOCK)
+        m_n = o_n < longest
+        page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
+        o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
+        k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+        k = k.to(p_b.dtype.element_ty)
+        image = tl.dot(k, b, input_precision=PRECISION) - offset[None, :]
+        image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
+        tl.store(
+            p_images + o_n[:, None] * WIDTH + o_image[None, :],
+            image.to(p_images.dtype.element_ty),
+            (o_n[:, None] < n[None, :]) & (o_c // WIDTH < fits)[None, :],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -174,14 +184,14 @@ def project_keys(
     kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, space: LowRankWorkspace
 ) -> None:
     """Project the keys that a work list's chunk sees by the fitted bases."""
-    fitted, block = space.fit, 64
+    fitted = space.fit
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
-    _project_keys_kernel[(-(-work.max_fit_tokens // block), kv_heads)](
+    _project_keys_kernel[(-(-work.max_fit_tokens // KEYS_SPAN), kv_heads)](
         kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
         work.fits.shape[0], kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), space.images.stride(0), space.images.stride(1), FITS=FITS,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH,
-        BLOCK=block, LIMIT=torch.finfo(space.images.dtype).max,
+        BLOCK=KEYS_BLOCK, SPAN=KEYS_SPAN, LIMIT=torch.finfo(space.images.dtype).max,
         PRECISION=input_precision(fitted.b.dtype),
     )  # fmt: skip
 
