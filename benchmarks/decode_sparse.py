@@ -4,14 +4,16 @@
 servers of :mod:`arms` on one card, in turn, the ratio pair by pair of the same prompts. Four
 requests of 131,072 tokens do not fit a card twice with all of Llama-3.1-8B's layers: by default
 the model has 8 of its 32, between which nothing else differs. What is not a layer (sampling, the
-scheduler, the last product) then weighs four times as much as it would.
+scheduler, the last product) then weighs four times as much as it would. Of short prompts the same
+server decodes densely, in the same graphs: what these cost then is the ratio at 2,048 tokens.
 
 Each row of `benchmarks/results/decode_sparse.json` is one comparison: those of `decode.json`, and
 `layers`, `decode_budget`, and `density`, the share of the history that S2O visited, prefill's
-included. It ends if a request decoded densely for want of a slot.
+included, or None where all is dense. It ends if a request decoded densely for want of a slot.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -38,17 +40,18 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     else:
         layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     args.server_args = ["--stream-interval", str(PIECE), *args.server_args]
+    sparse_from = min(max(args.contexts), args.decode_min_context)
     args.s2o_args = [
         "--s2o-decode-budget", str(args.decode_budget),
-        "--s2o-decode-min-context", str(min(args.context, args.decode_min_context)),
+        "--s2o-decode-min-context", str(sparse_from),
         "--s2o-decode-requests", str(max(args.batches)),
     ]  # fmt: skip
-    request = args.context + args.output_tokens
+    request = max(args.contexts) + args.output_tokens
     rows: list[dict[str, Any]] = []
     print(f"starting stock vLLM and S2O, {layers} layers", flush=True)
     with arms.both(args, folder, request, max(args.batches) * request) as pair:
-        for batch in args.batches:
-            print(f"{batch} x {args.context} tokens", flush=True)
+        for context, batch in itertools.product(args.contexts, args.batches):
+            print(f"{batch} x {context} tokens", flush=True)
             before = read(f"{pair.urls['s2o']}/metrics") or ""
 
             def tpot(url: str, prompts: list[list[int]]) -> float:
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 "model": args.name,
                 "layers": layers,
                 "what": "tpot_ms",
-                "context": args.context,
+                "context": context,
                 "batch": batch,
                 "output_tokens": args.output_tokens,
                 "chunk": args.chunk,
@@ -71,8 +74,10 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 "budget": max(args.budgets),
                 "decode_budget": args.decode_budget,
             }
-            row |= compare(pair, args.context, batch, args.repeat, tpot)
-            row["density"] = measured_density(pair.urls["s2o"], before)
+            row |= compare(pair, context, batch, args.repeat, tpot)
+            row["density"] = None
+            if context >= sparse_from:
+                row["density"] = measured_density(pair.urls["s2o"], before)
             rows.append(row)
             save(args.out, header(), rows)
             print(summary(row), flush=True)
@@ -90,10 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     add_arm_options(parser, 8101, "decode_sparse.json")
     add = parser.add_argument
     add("--layers", type=int, default=8, help="of the model without weights")
-    add("--context", type=int, default=130_000, metavar="TOKENS")
+    add("--contexts", nargs="+", type=int, default=[2048, 130_000], metavar="TOKENS")
     add("--output-tokens", type=int, default=256, metavar="TOKENS")
     add("--batches", nargs="+", type=int, default=[1, 4], metavar="N")
-    add("--repeat", type=int, default=2, help="pairs; one more is not counted")
+    add("--repeat", type=int, default=3, help="pairs; one more is not counted")
     add("--budgets", nargs=1, type=float, default=[0.05], metavar="B", help="of prefill")
     add("--decode-budget", type=float, default=0.05, metavar="B")
     add("--decode-min-context", type=int, default=32768, metavar="TOKENS")

@@ -4,7 +4,7 @@ import pytest
 
 from s2o_vllm.benchmarks import arms, decode_sparse
 
-SMALL = ["--context", "64", "--output-tokens", "32"]
+SMALL = ["--contexts", "40", "64", "--output-tokens", "32"]
 
 
 @pytest.fixture(autouse=True)
@@ -14,16 +14,16 @@ def page(monkeypatch):
     monkeypatch.setattr(decode_sparse, "measured_density", lambda url, before: 0.05)
 
 
-def test_one_row_a_batch(two_arms, tmp_path):
+def test_one_row_a_context_and_batch(two_arms, tmp_path):
     out = tmp_path / "decode_sparse.json"
     assert decode_sparse.main([*SMALL, "--batches", "1", "2", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["batch"], row["layers"], row["decode_budget"]) for row in rows] == [
-        (1, 8, 0.05), (2, 8, 0.05),
+    assert [(row["context"], row["batch"], row["density"]) for row in rows] == [
+        (40, 1, None), (40, 2, None), (64, 1, 0.05), (64, 2, 0.05),
     ]  # fmt: skip
+    assert {(row["layers"], row["decode_budget"]) for row in rows} == {(8, 0.05)}
     assert rows[0]["ratio"] == pytest.approx(1)
-    assert rows[0]["density"] == 0.05
-    assert [len(row["s2o_all"]) for row in rows] == [2, 2]
+    assert {len(row["s2o_all"]) for row in rows} == {3}
 
 
 def test_the_server_decodes_sparsely(two_arms, monkeypatch, tmp_path):
