@@ -28,6 +28,7 @@ BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group
 BLOCK_N = 128
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512
+SCORE_REGISTERS = 96  # of a thread: five blocks share a multiprocessor
 
 
 @triton.jit(do_not_specialize=["row", "fits"])
@@ -76,26 +77,51 @@ def _project_keys_kernel(
 
 
 @triton.jit
-def _halve(s):
-    """Fold the second half of the columns of [N, M] into the first, by the larger."""
+def _halves(s):
+    """Split the columns of [N, M] into the first half and the second."""
     s = tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2])
-    one, other = tl.split(tl.permute(s, [0, 2, 1]))
-    return tl.maximum(one, other)
+    return tl.split(tl.permute(s, [0, 2, 1]))
+
+
+@triton.jit
+def _largest(a, b, c, PACKED: tl.constexpr):
+    """Return the largest of three, element by element; two to a register if PACKED."""
+    if PACKED:
+        # Which Hopper has one instruction for. Left to itself the compiler takes two.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 most;
+            max.f16x2 most, $1, $2;
+            max.f16x2 $0, most, $3;
+            }""",
+            "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
+def _largest_of_rows(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
+    """Largest of each row of [N, M], M = 2^(FOLDS + 4)."""
+    most, rest = _halves(s)
+    for _ in tl.static_range(FOLDS):
+        first, second = _halves(most)
+        third, rest = _halves(rest)
+        most = _largest(first, second, third, PACKED)
+    return tl.max(tl.maximum(most, rest), 1).to(tl.float16)
 
 
 @triton.jit
 def _score_block(
     q, p_images, p_scores, o_n, n, o_r, again, best, worst,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Score a block of keys; return the best and the worst so far."""
     m_n = o_n < n
     o_k = o_n[:, None] * WIDTH + o_r[None, :]
     k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
     # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
-    # holds two, halve what it costs. By halves fewer registers are alive at a time.
-    s = _halve(_halve(_halve(tl.dot(k, q, out_dtype=tl.float16))))
-    score = tl.max(_halve(s), 1).to(tl.float16)
+    # holds two, halve what it costs.
+    score = _largest_of_rows(tl.dot(k, q, out_dtype=tl.float16), FOLDS, PACKED)
     if again:
         score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
     if MASKED:
@@ -115,7 +141,8 @@ def _score_kernel(
     stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head,
     max_rows, max_chunks,
     GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds."""
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
@@ -144,12 +171,12 @@ def _score_kernel(
         for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
             best, worst = _score_block(
                 q, p_images, p_scores, o + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, False,
+                WIDTH, False, FOLDS, PACKED,
             )  # fmt: skip
         if full < end:
             best, worst = _score_block(
                 q, p_images, p_scores, full + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, True,
+                WIDTH, True, FOLDS, PACKED,
             )  # fmt: skip
         tl.store(p_bounds, tl.max(best))
         tl.store(p_bounds + 1, tl.min(worst))
@@ -279,5 +306,6 @@ def score_rows(
         space.rows.shape[2], bounds.shape[1],
         GROUP=group, ROW_STEP=row_step, WIDTH=basis.WIDTH,
         CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=min(BLOCK_N, chunk),
-        ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4,
+        FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
+        ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4, maxnreg=SCORE_REGISTERS,
     )  # fmt: skip
