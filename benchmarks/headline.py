@@ -1,5 +1,6 @@
 """README's table of results, from result files: what S2O buys, and what it costs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ class Line(NamedTuple):
     commit: str = ""
 
 
+def card(device: str) -> str:
+    """Return ``, H100`` of a device's name; nothing of one that is no such card."""
+    found = re.search(r"NVIDIA (\w+)", device)
+    return f", {found[1]}" if found else ""
+
+
 def headline(results: Results) -> str:
     """Return README's table of results."""
     lines = [*attention_lines(results), *quality_lines(results), *served_lines(results)]
@@ -77,7 +84,8 @@ def headline(results: Results) -> str:
         assert result is not None
         quality = name in ("quality", "ruler", "perplexity")
         where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
-        told.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}"])
+        on = "" if quality else card(str(result.get("device")))
+        told.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
     return table(["", "", "from"], told).replace("---:", "---")
 
 
@@ -171,6 +179,17 @@ def served_lines(results: Results) -> list[Line]:
                 "decode",
             )
         )
+    lines += [
+        Line(
+            f"a token of {row['batch']} x {row['context']:,} with a decode budget of "
+            f"{row['decode_budget']:g}, {row['layers']} layers",
+            f"{row['s2o']:.2f} ms for stock's {row['stock']:.2f}: **{row['ratio']:.2f}x** "
+            f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+            "decode_sparse",
+        )
+        for row in rows_of(results, "decode_sparse")
+        if row["density"] is not None
+    ]
     result = results.get("serve")
     if result:
         one = result["summary"]

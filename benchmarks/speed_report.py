@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .headline import (
     MODEL,
+    SHAPE,
     TEXT,
     Results,
     about,
@@ -24,12 +25,16 @@ from .headline import (
 from .quality.report import RANKINGS, source
 from .quality.samples import EvalError, Row
 from .quality.tables import Result, number, read_result, table
+from .serving import LLAMA_8B
 
 BEGIN, END = "<!-- s2o bench report: begin -->", "<!-- s2o bench report: end -->"
+H200 = "_h200"  # the same of another card, in a file of its own
 NAMES = (
-    "attention", "attention_shapes", "ttft", "profile", "decode", "decode_budget", "decode_sparse",
-    "serve", "load", "quality", "ruler", "perplexity",
+    "attention", "attention_h200", "attention_shapes", "ttft", "ttft_h200", "profile", "decode",
+    "decode_budget", "decode_sparse", "serve", "load", "quality", "ruler", "perplexity",
 )  # fmt: skip
+LAYERS = {"Llama-3.1-8B shape": (SHAPE, LLAMA_8B["num_hidden_layers"])}
+NEAR = 0.01  # contexts that differ by less are one: tokens of an answer need room
 
 
 def attention_table(rows: Iterable[Row], known: Mapping[str, Mapping[tuple, float]]) -> str:
@@ -74,6 +79,50 @@ def ttft_table(rows: Sequence[Row]) -> str:
     for backend, budget in arms:
         head += ["stock, s"] if backend == "stock" else [f"budget {budget:g}, s", "sooner"]
     return table(head, lines)
+
+
+def attention_seconds(row: Row, attention: Result | None, name: str) -> float | None:
+    """Return what one kernel takes of a server's prompt, None where that card did not measure it.
+
+    Args:
+        row: of ttft.json.
+        attention: attention.json of the same card; one prompt, one layer.
+        name: of the kernel's time there. Attention is quadratic: a context nearby tells it.
+    """
+    shape, layers = LAYERS.get(row["model"], ("", 0))
+    for one in attention["rows"] if attention else []:
+        ratio = row["context"] / one["context"]
+        if one["shape"] == shape and one["kv_dtype"] == "bf16" and abs(ratio - 1) < NEAR:
+            return float(layers * one[name] * ratio**2 / 1000)
+    return None
+
+
+def bounds_table(rows: Sequence[Row], attention: Result | None) -> str:
+    """Return how far attention that costs nothing would go, and the paper's baseline."""
+    lines = []
+    for stock in rows:
+        if stock["backend"] != "stock":
+            continue
+        fa3 = attention_seconds(stock, attention, "fa3_paged_ms")
+        fa2 = attention_seconds(stock, attention, "fa2_ms")
+        if fa3 is None or fa2 is None:
+            continue
+        most = stock["ttft_s"] / (stock["ttft_s"] - fa3)
+        baseline = stock["ttft_s"] - fa3 + fa2
+        for row in rows:
+            if row["backend"] == "stock" or row["context"] != stock["context"]:
+                continue
+            sooner = stock["ttft_s"] / row["ttft_s"]
+            lines.append([
+                f"{row['context']:,}, budget {row['budget']:g}", number(fa3, 3), f"{most:.2f}x",
+                f"{sooner:.2f}x", about(sooner / most), number(baseline, 3),
+                f"{baseline / row['ttft_s']:.2f}x",
+            ])  # fmt: skip
+    head = [
+        "tokens", "stock's attention, s", "sooner without it", "S2O sooner", "share of that",
+        "with FlashAttention 2, s", "S2O sooner than that",
+    ]  # fmt: skip
+    return table(head, lines) if lines else ""
 
 
 def compared_table(rows: Sequence[Row]) -> str:
@@ -169,9 +218,13 @@ SECTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("attention", "Attention of one layer", "s2o bench attention",
      "One prompt, causal, ranking included, against dense attention of the same run. The error is "
      f"that of quality.json at the same context and budget ({MODEL}, {TEXT})."),
+    ("attention_h200", "On an H200", "s2o bench attention", ""),
     ("attention_shapes", "Other contexts", "s2o bench attention --contexts ...", ""),
     ("ttft", "Time to first token", "s2o bench ttft",
-     "`vllm serve`, both servers on one card, one prompt at a time, random weights."),
+     "`vllm serve`, both servers on one card, one prompt at a time, random weights. The second "
+     "table says what there is to gain: stock's time without its attention, as the card's "
+     "attention.json has it, and with FlashAttention 2 instead, the paper's baseline."),
+    ("ttft_h200", "On an H200", "s2o bench ttft", ""),
     ("profile", "Where a long prompt's time goes", "s2o bench profile", ""),
     ("decode", "What S2O leaves alone", "s2o bench decode",
      "Decode and prompts below `min_context`, pair by pair of the same prompts; 95 % intervals."),
@@ -194,9 +247,12 @@ def body(name: str, results: Results) -> str:
         return attention_table(rows, known)
     if name == "serve":
         return serve_table(result)
+    if name.startswith("ttft"):
+        attention = results.get("attention" + (H200 if name.endswith(H200) else ""))
+        return "\n\n".join(filter(None, [ttft_table(rows), bounds_table(rows, attention)]))
     makers: dict[str, Callable[[Sequence[Row]], str]] = {
-        "ttft": ttft_table, "profile": profile_table, "decode": compared_table,
-        "decode_sparse": compared_table, "decode_budget": operator_table, "load": load_table,
+        "profile": profile_table, "decode": compared_table, "decode_sparse": compared_table,
+        "decode_budget": operator_table, "load": load_table,
     }  # fmt: skip
     return makers[name](rows)
 

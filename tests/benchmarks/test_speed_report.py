@@ -39,6 +39,14 @@ def quality_row(spec, budget, error, **changes):
     } | changes  # fmt: skip
 
 
+def sparse_decode(own, stock, ratio, density):
+    return {
+        "context": 9, "batch": 4, "layers": 8, "decode_budget": 0.05, "what": "tpot_ms",
+        "s2o": own, "stock": stock, "ratio": ratio, "ratio_low": ratio - 0.1,
+        "ratio_high": ratio + 0.1, "density": density,
+    }  # fmt: skip
+
+
 def nothing():
     return dict.fromkeys(NAMES)
 
@@ -75,6 +83,9 @@ def test_served_and_accuracy_lines():
             {"context": 99, "backend": "s2o", "budget": 0.1, "ttft_s": 4.0},
         ),
         "decode": result({"stock": 2.0, "s2o": 1.9}, {"stock": 2.0, "s2o": 2.1}),
+        "decode_sparse": result(
+            sparse_decode(1.0, 2.0, 2.0, density=0.05), sparse_decode(2.0, 1.0, 0.5, density=None)
+        ),
         "ruler": result(mean | {"difference": None}, mean, mean | {"task": "vt"}),
         "perplexity": result({"context": 7, "budget": 0.1, "perplexity": 12.3, "difference": 0.01}),
     }  # fmt: skip
@@ -84,7 +95,42 @@ def test_served_and_accuracy_lines():
         "12.30, +0.0100 nats from dense",
         "4.00 s for stock's 10.00: **2.50x**",
         "0.950 to 1.050 of its time",
+        "1.00 ms for stock's 2.00: **2.00x** [1.90, 2.10]",
     ]
+
+
+def test_a_time_names_its_card():
+    """Accuracy is the same on all."""
+    results = nothing() | {
+        "decode": result({"stock": 2.0, "s2o": 2.0}, device="1x NVIDIA H200"),
+        "perplexity": result(
+            {"context": 7, "budget": 0.1, "perplexity": 12.3, "difference": 0.01},
+            device="1x NVIDIA H200",
+        ),
+    }  # fmt: skip
+    accuracy, time = headline(results).splitlines()[2:]
+    assert accuracy.endswith("at c0ffee0 |")
+    assert time.endswith("at c0ffee0, H200 |")
+
+
+def test_first_tokens_beside_attention_that_costs_nothing():
+    """By hand: of 10 s attention takes 32 x 2 x 100 ms = 6.4 (FlashAttention 2: 12.8)."""
+    model = {"model": "Llama-3.1-8B shape"}
+    first = result(
+        model | {"context": 2000, "backend": "stock", "budget": 1.0, "ttft_s": 10.0},
+        model | {"context": 2000, "backend": "s2o", "budget": 0.1, "ttft_s": 5.0},
+    )
+    attention = result(
+        attention_row(0.1, 3.0, context=2000, fa3_paged_ms=200.0, fa2_ms=400.0),
+        attention_row(0.1, 3.0, context=4000, fa3_paged_ms=1.0, fa2_ms=1.0),
+    )
+    line = "| 2,000, budget 0.1 | 6.400 | 2.78x | 2.00x | 72.0 % | 16.400 | 3.28x |"
+    assert line in report(nothing() | {"ttft": first, "attention": attention})
+    assert line in report(nothing() | {"ttft_h200": first, "attention_h200": attention})
+    for other in (nothing(), {"attention_h200": attention}, {"attention": None}):
+        assert line not in report(nothing() | {"ttft": first} | other), "another card's attention"
+    other = result(*(row | {"model": "another"} for row in first["rows"]))
+    assert line not in report(nothing() | {"ttft": other, "attention": attention})
 
 
 def test_a_section_says_where_it_is_from_or_how_to_measure_it():
