@@ -243,7 +243,7 @@ def decode(
     shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,
-        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk,
+        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk, items=1,
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(

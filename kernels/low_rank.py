@@ -26,9 +26,21 @@ if TYPE_CHECKING:
 
 BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
 BLOCK_N = 128
+SHARING = 2  # neighbouring segments that share a load of images
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512
 SCORE_REGISTERS = 96  # of a thread: five blocks share a multiprocessor
+
+
+@triton.jit
+def _load_keys(
+    p_kv, p_table, o_n, o_d, end, stride_block, stride_token, PAGE: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Keys of some tokens of a head."""
+    m_n = o_n < end
+    page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
+    o_k = page * stride_block + (o_n % PAGE) * stride_token
+    return tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
 
 
 @triton.jit(do_not_specialize=["row", "fits"])
@@ -60,12 +72,14 @@ def _project_keys_kernel(
     o_image = fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head + o_c % WIDTH
     p_table += row.to(tl.int64) * stride_table
     end = tl.minimum((i_span + 1) * SPAN, longest)
-    for start in tl.range(i_span * SPAN, end, BLOCK, num_stages=1):
-        o_n = start + tl.arange(0, BLOCK)
-        m_n = o_n < longest
-        page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
-        o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
-        k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    p_kv += i_head * stride_head
+    o_n = i_span * SPAN + tl.arange(0, BLOCK)
+    k = _load_keys(p_kv, p_table, o_n, o_d, longest, stride_block, stride_token, PAGE, D)
+    for _ in tl.range(i_span * SPAN, end, BLOCK, num_stages=1):
+        # The next keys are on their way meanwhile: what they wait for is memory, twice.
+        ahead = _load_keys(
+            p_kv, p_table, o_n + BLOCK, o_d, end, stride_block, stride_token, PAGE, D
+        )
         k = k.to(p_b.dtype.element_ty)
         image = tl.dot(k, b, input_precision=PRECISION) - offset[None, :]
         image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
@@ -74,6 +88,8 @@ def _project_keys_kernel(
             image.to(p_images.dtype.element_ty),
             (o_n[:, None] < n[None, :]) & (o_c // WIDTH < fits)[None, :],
         )  # fmt: skip
+        o_n += BLOCK
+        k = ahead
 
 
 @triton.jit
@@ -112,16 +128,14 @@ def _largest_of_rows(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _score_block(
-    q, p_images, p_scores, o_n, n, o_r, again, best, worst,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
+    q, k, p_scores, o_n, n, again, best, worst,
+    MASKED: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Score a block of keys; return the best and the worst so far."""
-    m_n = o_n < n
-    o_k = o_n[:, None] * WIDTH + o_r[None, :]
-    k = tl.load(p_images + o_k, m_n[:, None], 0.0) if MASKED else tl.load(p_images + o_k)
     # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
     # holds two, halve what it costs.
     score = _largest_of_rows(tl.dot(k, q, out_dtype=tl.float16), FOLDS, PACKED)
+    m_n = o_n < n
     if again:
         score = tl.maximum(score, tl.load(p_scores + o_n, m_n, 0.0))
     if MASKED:
@@ -136,50 +150,112 @@ def _score_block(
 
 
 @triton.jit
+def _score_blocks(
+    q_first, q_second, p_images, p_first, p_second, o_n, n_first, n_second, o_r, again,
+    best_first, worst_first, best_second, worst_second,
+    WIDTH: tl.constexpr, ITEMS: tl.constexpr, MASKED: tl.constexpr, FOLDS: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Score a block of keys for one item or two; return the best and the worst of each so far."""
+    o_k = o_n[:, None] * WIDTH + o_r[None, :]
+    if MASKED:
+        k = tl.load(p_images + o_k, (o_n < n_first)[:, None], 0.0)
+    else:
+        k = tl.load(p_images + o_k)
+    best_first, worst_first = _score_block(
+        q_first, k, p_first, o_n, n_first, again, best_first, worst_first, MASKED, FOLDS, PACKED,
+    )  # fmt: skip
+    if ITEMS == 2:
+        best_second, worst_second = _score_block(
+            q_second, k, p_second, o_n, n_second, again, best_second, worst_second,
+            MASKED, FOLDS, PACKED,
+        )  # fmt: skip
+    return best_first, worst_first, best_second, worst_second
+
+
+@triton.jit
+def _load_rows(p_rows, o_list, first, rows, o_m, o_r, WIDTH: tl.constexpr):
+    """Images of a block of rows. What is too much of it repeats the last, which no maximum sees."""
+    o_row = o_list + tl.minimum(first + o_m, rows - 1)
+    return tl.trans(tl.load(p_rows + o_row[:, None] * WIDTH + o_r[None, :]))
+
+
+@triton.jit(do_not_specialize=["items"])
 def _score_kernel(
     p_rows, p_images, p_items, p_scores, p_bounds,
     stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head,
-    max_rows, max_chunks,
+    max_rows, max_chunks, items,
     GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDS: tl.constexpr,
+    PACKED: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds."""
+    """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds.
+
+    With ITEMS = 2 two neighbouring segments share each load of images, where they share a basis;
+    where they do not, each is scored as if it were both.
+    """
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
-    p_item = p_items + i_item * ITEM_COLUMNS
-    rows = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
-    n = tl.load(p_item + 4)
+    heads = tl.num_programs(1)
+    i_item = tl.program_id(2) * ITEMS
+    i_last = tl.minimum(i_item + ITEMS, items) - 1
     start = i_chunk * CHUNK
-    if start >= n:
+    # Items are sorted by history: the first one sees the most.
+    if start >= tl.load(p_items + i_item * ITEM_COLUMNS + 4):
         return
     o_r = tl.arange(0, WIDTH)
     o_block = tl.arange(0, BLOCK_N)
-    i_fit = tl.load(p_item + 6).to(tl.int64)
-    p_rows += (i_item * tl.num_programs(1) + i_head) * max_rows * WIDTH
-    p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
-    p_scores += i_item * stride_scores_item + i_head * stride_scores_head
-    p_bounds += 2 * ((i_item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
-    end = tl.minimum(start + CHUNK, n)
-    full = start + (end - start) // BLOCK_N * BLOCK_N
-    for first in range(0, rows, BLOCK_M):
-        # What is too much of a block repeats the last row, which the maximum does not see.
-        o_m = tl.minimum(first + tl.arange(0, BLOCK_M), rows - 1)
-        q = tl.trans(tl.load(p_rows + o_m[:, None] * WIDTH + o_r[None, :]))
-        best = tl.full([BLOCK_N], float("-inf"), tl.float16)
-        worst = tl.full([BLOCK_N], float("inf"), tl.float16)
-        for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
-            best, worst = _score_block(
-                q, p_images, p_scores, o + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, False, FOLDS, PACKED,
-            )  # fmt: skip
-        if full < end:
-            best, worst = _score_block(
-                q, p_images, p_scores, full + o_block, n, o_r, first > 0, best, worst,
-                WIDTH, True, FOLDS, PACKED,
-            )  # fmt: skip
-        tl.store(p_bounds, tl.max(best))
-        tl.store(p_bounds + 1, tl.min(worst))
+    o_m = tl.arange(0, BLOCK_M)
+    alike = tl.load(p_items + i_item * ITEM_COLUMNS + 6) == tl.load(
+        p_items + i_last * ITEM_COLUMNS + 6
+    )
+    for i in range(0, tl.where(alike, 1, ITEMS)):
+        i_first = (i_item + i).to(tl.int64)
+        i_second = tl.where(alike, i_last, i_item + i).to(tl.int64)
+        p_item = p_items + i_first * ITEM_COLUMNS
+        n_first = tl.load(p_item + 4)
+        n_second = tl.load(p_items + i_second * ITEM_COLUMNS + 4)
+        rows_first = tl.cdiv(tl.load(p_item + 2) * GROUP, ROW_STEP)
+        rows_second = tl.cdiv(tl.load(p_items + i_second * ITEM_COLUMNS + 2) * GROUP, ROW_STEP)
+        p_image = p_images + tl.load(p_item + 6).to(tl.int64) * stride_images_fit
+        p_image += i_head.to(tl.int64) * stride_images_head
+        o_first = i_first * heads + i_head
+        o_second = i_second * heads + i_head
+        p_first = p_scores + i_first * stride_scores_item + i_head * stride_scores_head
+        p_second = p_scores + i_second * stride_scores_item + i_head * stride_scores_head
+        end = tl.minimum(start + CHUNK, n_first)
+        shared = tl.maximum(tl.minimum(end, n_second) - start, 0)
+        full = start + shared // BLOCK_N * BLOCK_N
+        for first in range(0, tl.maximum(rows_first, rows_second), BLOCK_M):
+            q_first = _load_rows(p_rows, o_first * max_rows, first, rows_first, o_m, o_r, WIDTH)
+            q_second = q_first
+            if ITEMS == 2:
+                q_second = _load_rows(
+                    p_rows, o_second * max_rows, first, rows_second, o_m, o_r, WIDTH
+                )
+            best_first = tl.full([BLOCK_N], float("-inf"), tl.float16)
+            worst_first = tl.full([BLOCK_N], float("inf"), tl.float16)
+            best_second, worst_second = best_first, worst_first
+            for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
+                best_first, worst_first, best_second, worst_second = _score_blocks(
+                    q_first, q_second, p_image, p_first, p_second, o + o_block, n_first, n_second,
+                    o_r, first > 0,
+                    best_first, worst_first, best_second, worst_second,
+                    WIDTH, ITEMS, False, FOLDS, PACKED,
+                )  # fmt: skip
+            for o in tl.range(full, end, BLOCK_N, num_stages=1):
+                best_first, worst_first, best_second, worst_second = _score_blocks(
+                    q_first, q_second, p_image, p_first, p_second, o + o_block, n_first, n_second,
+                    o_r, first > 0,
+                    best_first, worst_first, best_second, worst_second,
+                    WIDTH, ITEMS, True, FOLDS, PACKED,
+                )  # fmt: skip
+            if (ITEMS == 2) & (start < n_second):
+                o_bound = 2 * (o_second * max_chunks + i_chunk)
+                tl.store(p_bounds + o_bound, tl.max(best_second))
+                tl.store(p_bounds + o_bound + 1, tl.min(worst_second))
+            o_bound = 2 * (o_first * max_chunks + i_chunk)
+            tl.store(p_bounds + o_bound, tl.max(best_first))
+            tl.store(p_bounds + o_bound + 1, tl.min(worst_first))
 
 
 class LowRankWorkspace:
@@ -285,6 +361,7 @@ def score_rows(
     row_step: int = ROW_STEP,
     block_m: int = BLOCK_M,
     chunk: int = CHUNK,
+    items: int = SHARING,
 ) -> None:
     """Score histories by the rows and images that ``space`` holds; see :func:`low_rank_scores`.
 
@@ -297,15 +374,16 @@ def score_rows(
         row_step: one row of so many is scored.
         block_m: rows at a time.
         chunk: history tokens of a program.
+        items: neighbouring segments of a program, one or two; one where no two share a fit.
     """
     images = space.images
     kv_heads = images.shape[1]
-    _score_kernel[(-(-work.max_history // chunk), kv_heads, work.num_items)](
+    _score_kernel[(-(-work.max_history // chunk), kv_heads, -(-work.num_items // items))](
         space.rows, images, work.items, scores, bounds,
         images.stride(0), images.stride(1), scores.stride(0), scores.stride(1),
-        space.rows.shape[2], bounds.shape[1],
+        space.rows.shape[2], bounds.shape[1], work.num_items,
         GROUP=group, ROW_STEP=row_step, WIDTH=basis.WIDTH,
-        CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=min(BLOCK_N, chunk),
+        CHUNK=chunk, ITEMS=items, BLOCK_M=block_m, BLOCK_N=min(BLOCK_N, chunk),
         FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
         ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4, maxnreg=SCORE_REGISTERS,
     )  # fmt: skip
