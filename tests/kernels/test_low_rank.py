@@ -3,13 +3,23 @@
 `test_rank.py` compares the end with the reference; here a step that goes wrong is named.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference
 from s2o_vllm.kernels.fit import find_bases, take_moments
-from s2o_vllm.kernels.plan import DENSE_START, ROW_STEP
+from s2o_vllm.kernels.plan import (
+    DENSE_START,
+    FIT,
+    NUM_QUERIES,
+    ROW_STEP,
+    Limits,
+    PrefillRow,
+    build_work_lists,
+)
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
@@ -131,6 +141,35 @@ def test_scores_are_the_largest_products(ranked):
             scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0
         )
         assert torch.isnan(scores[number, :, history:]).all()
+
+
+def test_neighbours_that_share_loads_score_as_single_ones(device):
+    row = PrefillRow(0, 0, 138, 2000, 0.1)
+    (work,) = build_work_lists([row], 32, 512, device, Limits(8, 2**14))
+    # The longest history first: the second pair is of two bases, the last segment has no other.
+    assert work.items[:, FIT].tolist() == [1, 1, 1, 0, 0]
+    kind = basis.image_dtype(device)
+    space = SimpleNamespace(
+        images=torch.randn(2, 2, 2138, basis.WIDTH, device=device).to(kind),
+        rows=torch.randn(5, 2, 32, basis.WIDTH, device=device).to(kind),
+    )
+    results = []
+    for items in (1, 2):
+        scores = torch.full((5, 2, 3072), float("nan"), device=device).half()
+        bounds = torch.full((10, 3, 2), float("nan"), device=device)
+        low_rank.score_rows(work, scores, bounds, space, 2, chunk=1024, items=items)
+        results.append((scores, bounds))
+    (scores, bounds), (shared_scores, shared_bounds) = results
+    for number, item in enumerate(work.items.tolist()):
+        fit, history, kept = item[FIT], item[DENSE_START], item[NUM_QUERIES] * 2 // ROW_STEP
+        wanted = (
+            space.rows[number, :, :kept].float() @ space.images[fit, :, :history].float().mT
+        ).amax(1)
+        got = scores[number, :, :history].float()
+        torch.testing.assert_close(got, wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0)
+        assert torch.isnan(shared_scores[number, :, history:]).all()
+    torch.testing.assert_close(shared_scores, scores, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(shared_bounds, bounds, atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
