@@ -15,9 +15,10 @@ import triton.language as tl
 from . import basis
 from .attend import Parts, attend
 from .decode_plan import APPEND_COLUMNS, DECODE_PARTS, DecodeList, DecodeShape, Kept
-from .low_rank import LowRankWorkspace, score_rows
+from .low_rank import LowRankWorkspace
 from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_UNORDERED, Regions
 from .rows import choose_rows, shift_rows
+from .score import score_rows
 from .select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile, input_precision
 
@@ -243,7 +244,7 @@ def decode(
     shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,
-        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk, items=1,
+        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk, shared=False,
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(

@@ -200,7 +200,14 @@ class WorkList:
             up to ``GROUP_ITEMS`` segments.
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
+        dense_items: items that visit all of their history; these are the last ones.
+        max_dense: longest history of these.
+        max_visits: most tokens of its history that any item visits, in the mean of the heads that
+            share.
         max_queries: most queries of any item.
+        fit_items: segments of a whole fit.
+        first_fit_items: items of the same fit as the first one; all others' but the last one's
+            are ``fit_items``.
         host_fits: ``fits`` on the host.
     """
 
@@ -216,6 +223,11 @@ class WorkList:
     max_history: int
     max_list: int
     max_queries: int
+    dense_items: int = 0
+    max_dense: int = 0
+    max_visits: int = 0
+    fit_items: int = 1
+    first_fit_items: int = 1
     host_fits: tuple[tuple[int, int, int], ...] = ()
 
     @property
@@ -307,18 +319,19 @@ def build_work_lists(
         items = segments(row, segment, min_context)
         for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
-            lists += chunk_lists(row, parts, span, device, limits)
+            lists += chunk_lists(row, parts, segment, device, limits)
     return lists
 
 
 def chunk_lists(
     row: PrefillRow,
     parts: Sequence[Sequence[tuple[int, ...]]],
-    span: int,
+    segment: int,
     device: torch.device,
     limits: Limits,
 ) -> list[WorkList]:
-    """Make the lists of a chunk from the items of each of its fits, which ``span`` tokens cut."""
+    """Make the lists of a chunk from the items of each of its fits."""
+    span = fit_span(segment)
     fits = [
         (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
@@ -330,6 +343,7 @@ def chunk_lists(
         room = max(1, limits.slots // list_places(longest_list(ordered[0])))
         items = ordered[: min(limits.items, room)]
         ordered = ordered[len(items) :]
+        dense = [item[HISTORY] for item in items if item[DENSE_START] == 0]
         lists.append(
             WorkList(
                 row=row.row,
@@ -344,6 +358,11 @@ def chunk_lists(
                 max_history=items[0][DENSE_START],
                 max_list=longest_list(items[0]),
                 max_queries=max(item[NUM_QUERIES] for item in items),
+                dense_items=len(dense),
+                max_dense=max(dense, default=0),
+                max_visits=max(visits(item) for item in items),
+                fit_items=span // segment,
+                first_fit_items=sum(item[FIT] == items[0][FIT] for item in items),
                 host_fits=tuple(fits),
             )
         )
@@ -353,6 +372,11 @@ def chunk_lists(
 def seen(item: Sequence[int]) -> int:
     """Return the tokens that an item's queries see, if it ranks any."""
     return item[DENSE_START] + item[NUM_QUERIES] if item[DENSE_START] else 0
+
+
+def visits(item: Sequence[int]) -> int:
+    """Return the tokens that an item visits of its history, in the mean of the heads that share."""
+    return item[LIST_LENGTH] + item[HISTORY] - item[DENSE_START]
 
 
 def ranked_together(items: int) -> list[tuple[int, int]]:

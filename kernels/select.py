@@ -11,8 +11,6 @@ list ends earlier where the scores say that what it leaves out holds less softma
 request's target error.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +33,7 @@ from .plan import (
 )
 
 LEVELS = tl.constexpr(16)
+RUN = 2 * ESTIMATE_STEP  # neighbouring tokens that are handled as one
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
 
 
@@ -163,6 +162,25 @@ def _plan_kernel(
 
 
 @triton.jit
+def _ones(bits):
+    """Count the ones of numbers of sixteen bits."""
+    bits -= (bits >> 1) & 0x5555
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def _bits(scores, least, below, o_in, BOUNDED: tl.constexpr):
+    """Return which of the scores [N, M] are listed: a bit each, of N numbers."""
+    scores = scores.to(tl.float32)
+    listed = scores >= least
+    if BOUNDED:
+        listed &= scores < below
+    return tl.sum(tl.where(listed, 1 << o_in[None, :], 0), 1)
+
+
+@triton.jit
 def _emit_kernel(
     p_scores, p_items, p_lengths, p_thresholds, p_table, p_slots, p_samples,
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
@@ -172,8 +190,9 @@ def _emit_kernel(
 ):  # fmt: skip
     """Write the slots of a list's tokens, and how many they became.
 
-    RUN neighbouring tokens lie on one page; CHUNK tokens are handled at a time. With SPLIT the
-    programs of the last dimension share a list, which has one tier then.
+    RUN neighbouring tokens lie on one page, and are the bits of one number: what is done for every
+    token is little. CHUNK tokens are handled at a time. With SPLIT the programs of the last
+    dimension share a list, which has one tier then.
     """
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
@@ -189,7 +208,7 @@ def _emit_kernel(
     p_samples += (i_item // EVERY * tl.num_programs(0) + i_head) * SAMPLES
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     o_run = tl.arange(0, CHUNK // RUN) * RUN
-    o_in = tl.arange(0, RUN)
+    o_in = tl.arange(0, RUN // 2)
     chunks = tl.cdiv(n, CHUNK)
     share = tl.cdiv(chunks, tl.num_programs(2))
     begin = tl.minimum(tl.program_id(2) * share, chunks)
@@ -203,38 +222,49 @@ def _emit_kernel(
         least = tl.load(p_thresholds + i_list * TIERS + t)
         if SPLIT:
             # What other programs list before this one's share is counted, so that none waits.
-            others = tl.zeros([CHUNK // RUN, RUN], tl.int32)
+            o_n = tl.arange(0, CHUNK)
+            others = tl.zeros([CHUNK], tl.int32)
             for i in range(middle, middle + begin):
-                o_n = (tl.where(i < chunks, i, i - chunks) * CHUNK + o_run)[:, None] + o_in[None, :]
-                s = tl.load(p_scores + o_n).to(tl.float32)
-                others += ((s >= least) & (o_n < n)).to(tl.int32)
+                start = tl.where(i < chunks, i, i - chunks) * CHUNK
+                s = tl.load(p_scores + start + o_n).to(tl.float32)
+                others += ((s >= least) & (start + o_n < n)).to(tl.int32)
             before = tl.sum(others)
+        # Rows of scores hold whole chunks: loads without a mask are wide. The next chunk is on its
+        # way while one is listed.
+        first = tl.where(middle + begin < chunks, middle + begin, middle + begin - chunks) * CHUNK
+        p_run = p_scores + (first + o_run)[:, None] + o_in[None, :]
+        low, high = tl.load(p_run), tl.load(p_run + RUN // 2)
         for i in range(middle + begin, middle + end):
             start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
-            o_n = start[:, None] + o_in[None, :]
-            # Rows of scores hold whole chunks: loads without a mask are wide.
-            s = tl.load(p_scores + o_n).to(tl.float32)
-            listed = (s >= least) & (o_n < n)
-            if t > 0:
-                listed &= s < below
-            one = listed.to(tl.int32)
-            of_run = tl.sum(one, 1)
-            place = (tl.cumsum(of_run) - of_run + before)[:, None] + tl.cumsum(one, 1) - 1
-            place = tl.where(listed, place, NOT_LISTED)
+            bits = _bits(low, least, below, o_in, t > 0)
+            bits |= _bits(high, least, below, o_in, t > 0) << (RUN // 2)
+            next = tl.where(i + 1 < chunks, i + 1, i + 1 - chunks) * CHUNK
+            p_run = p_scores + (next + o_run)[:, None] + o_in[None, :]
+            low, high = tl.load(p_run), tl.load(p_run + RUN // 2)
+            bits &= (1 << tl.minimum(tl.maximum(n - start, 0), RUN)) - 1
+            of_run = _ones(bits)
+            place = tl.cumsum(of_run) - of_run + before
             page = tl.load(p_table + start // PAGE, start < n, 0)
-            slot = (page * PAGE + start % PAGE)[:, None] + o_in[None, :]
-            tl.store(p_slots + place, slot, place < count)
+            slot = page * PAGE + start % PAGE
+            left = bits
+            for i_token in range(tl.max(of_run)):
+                lowest = left & -left
+                left ^= lowest
+                exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+                m_token = (lowest != 0) & (place + i_token < count)
+                tl.store(p_slots + place + i_token, slot + exponent - 127, m_token)
             if i_item % EVERY == 0:
-                # A run has one of them at most.
-                number = tl.maximum(start + step - 1 - step // 2, 0) // step
-                sample = number * step + step // 2
-                m_sample = ((sample - start)[:, None] == o_in[None, :]) & (sample < n)[:, None]
-                # What one pass says is not listed a later one may list.
-                m_sample &= (place < count) | (t == 0)
-                tl.store(
-                    p_samples + number[:, None] + 0 * o_in[None, :],
-                    tl.where(place < count, place, NOT_LISTED), m_sample,
-                )  # fmt: skip
+                # Half of a run has one of them at most.
+                for half in tl.static_range(2):
+                    begun = start + half * (RUN // 2)
+                    number = tl.maximum(begun + step - 1 - step // 2, 0) // step
+                    sample = number * step + step // 2
+                    m_sample = (sample < begun + RUN // 2) & (sample < n)
+                    bit = 1 << tl.minimum(sample - start, RUN)
+                    at = tl.where((bits & bit) != 0, place + _ones(bits & (bit - 1)), NOT_LISTED)
+                    # What one pass says is not listed a later one may list.
+                    m_sample &= (at < count) | (t == 0)
+                    tl.store(p_samples + number, tl.where(at < count, at, NOT_LISTED), m_sample)
             before += tl.sum(of_run)
         below = least
     # Who reads it after that lists the same: no place is beyond.
@@ -298,7 +328,7 @@ def select(
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments; ``space.scores[i, h, :dense_start]`` holds the scores of item i, and
             ``space.bounds`` their bounds.
-        page: tokens per block of the cache.
+        page: tokens per block of the cache, a multiple of ``RUN``.
         space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
         counted: most scores of a list that are counted.
@@ -325,6 +355,6 @@ def select(
     _emit_kernel[(heads, work.num_items, programs)](
         space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
         *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
-        RUN=math.gcd(page, ESTIMATE_STEP), EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
+        RUN=RUN, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
         SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split, num_warps=8, **shape,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from s2o_vllm.kernels.plan import (
     PrefillRow,
     build_work_lists,
 )
+from s2o_vllm.kernels.score import score_rows
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
@@ -146,18 +147,19 @@ def test_scores_are_the_largest_products(ranked):
 def test_neighbours_that_share_loads_score_as_single_ones(device):
     row = PrefillRow(0, 0, 138, 2000, 0.1)
     (work,) = build_work_lists([row], 32, 512, device, Limits(8, 2**14))
-    # The longest history first: the second pair is of two bases, the last segment has no other.
+    # The longest history first: one group lacks its first segment, the next one its last two.
     assert work.items[:, FIT].tolist() == [1, 1, 1, 0, 0]
+    assert work.first_fit_items == 3
     kind = basis.image_dtype(device)
     space = SimpleNamespace(
         images=torch.randn(2, 2, 2138, basis.WIDTH, device=device).to(kind),
         rows=torch.randn(5, 2, 32, basis.WIDTH, device=device).to(kind),
     )
     results = []
-    for items in (1, 2):
+    for shared in (False, True):
         scores = torch.full((5, 2, 3072), float("nan"), device=device).half()
         bounds = torch.full((10, 3, 2), float("nan"), device=device)
-        low_rank.score_rows(work, scores, bounds, space, 2, chunk=1024, items=items)
+        score_rows(work, scores, bounds, space, 2, chunk=1024, shared=shared)
         results.append((scores, bounds))
     (scores, bounds), (shared_scores, shared_bounds) = results
     for number, item in enumerate(work.items.tolist()):
