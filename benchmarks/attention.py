@@ -24,12 +24,14 @@ from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     ELIGIBLE,
     NUM_COUNTERS,
+    NUM_QUERIES,
     VISITED,
     Lists,
     PrefillRow,
     WorkList,
     build_work_lists,
 )
+from s2o_vllm.kernels.tiles import AttendTile
 
 from . import attention_plot
 from .dense import (
@@ -169,7 +171,6 @@ class Sparse:
             self.query_e4m3 = to_fp8(prompt.query)
             self.query = self.query_e4m3.to(prompt.query.dtype)
             self.k_scale *= prompt.unit
-        self.tile = self.operator.tiles[self.query_e4m3 is not None]
         self.units: dict[str, Any] = {
             "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
         }  # fmt: skip
@@ -177,6 +178,10 @@ class Sparse:
     def arguments(self, work: WorkList) -> tuple:
         """Return what every launch takes first."""
         return self.query, self.prompt.kv_cache, self.prompt.block_table, work
+
+    def tile(self, work: WorkList) -> AttendTile:
+        """Return the tile that a wave is attended to with."""
+        return self.operator.tile(work, self.query_e4m3 is not None)
 
     def run(self) -> torch.Tensor:
         """Rank, select and attend; return the output."""
@@ -195,23 +200,27 @@ class Sparse:
             attend.attend(
                 *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
-                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile,
+                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile(work),
             )  # fmt: skip
 
     def visits(self) -> Visits:
         """Run once; keep the lists and return what was visited."""
         self.counters.zero_()
         self.lists.clear()
+        shape, gathered, before = self.operator.shape, 0.0, 0.0
         for work in self.waves:
             self.operator(*self.arguments(work), self.out, self.counters, **self.units)
             lists = self.operator.space.selection.lists(work)
             self.lists.append(Lists(*(part.clone() for part in lists)))
-        visited = float(self.counters[VISITED])
-        shape, tokens = self.operator.shape, self.prompt.query.shape[0]
+            visited, queries = float(self.counters[VISITED]), int(work.items[:, NUM_QUERIES].sum())
+            gathered += attend_bytes(
+                shape, self.tile(work).block_m, queries, visited - before, self.prompt.kv_dtype
+            )
+            before = visited
         return Visits(
             visited / float(self.counters[ELIGIBLE]),
-            attend_operations(shape, tokens, visited),
-            attend_bytes(shape, self.tile.block_m, tokens, visited, self.prompt.kv_dtype),
+            attend_operations(shape, self.prompt.query.shape[0], visited),
+            gathered,
         )
 
 

@@ -30,37 +30,39 @@ from .plan import (
     Regions,
     WorkList,
 )
-from .rest import BLOCK_K, LN2, dropped_mass, region_lift, visit_rest
+from .rest import LN2, add_slopes, dropped_mass, region_lift, visit_rest
 from .tiles import AttendTile, input_precision
 from .visit import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
 
 LOG2E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["stride_order_item", "stride_order_head"])
+@triton.jit(do_not_specialize=["first_item", "stride_order_item", "stride_order_head"])
 def _attend_kernel(
     p_q, p_q_e4m3, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes,
     p_spreads, p_table, p_order, p_counters, p_mass, p_known,
-    scale, v_scale, softcap, stop_threshold,
+    first_item, scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
     stride_slots_item, stride_slots_head, stride_means_fit, stride_means, stride_table,
     stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
-    EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    DENSE: tl.constexpr, EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     DROPPED_PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
     LIFT_MOST: tl.constexpr,
+    LIFT_BLOCK: tl.constexpr, SLOPE_BLOCK: tl.constexpr,
     E4M3: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
 
-    With PARTS a segment has one tile, and so many programs share its list: see :class:`Parts`.
+    With DENSE all segments have one list, the slots of the sequence, and visit their history's part
+    of it. With PARTS a segment has one tile, and so many programs share its list: :class:`Parts`.
     """
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
-    i_tile, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_tile, i_item = tl.program_id(0), (first_item + tl.program_id(1)).to(tl.int64)
     i_head = tl.program_id(2)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     p_item = p_items + i_item * ITEM_COLUMNS
@@ -68,8 +70,13 @@ def _attend_kernel(
     query_start = tl.load(p_item + 1).to(tl.int64)
     num_queries = tl.load(p_item + 2)
     history = tl.load(p_item + 3)
-    dense_start = tl.load(p_item + 4)
-    count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
+    p_list = p_slots
+    if DENSE:
+        dense_start, count = history, history
+    else:
+        dense_start = tl.load(p_item + 4)
+        count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
+        p_list += i_item * stride_slots_item + i_head * stride_slots_head
     first = i_tile * QUERIES
     listed = count
     i_part = 0
@@ -77,7 +84,7 @@ def _attend_kernel(
         i_part = i_tile
         first = 0
         share = tl.cdiv(count, PARTS * BLOCK_N) * BLOCK_N
-        p_slots += i_part * share
+        p_list += i_part * share
         count = tl.minimum(tl.maximum(count - i_part * share, 0), share)
     if first >= num_queries:
         return
@@ -102,11 +109,11 @@ def _attend_kernel(
 
     # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
-    if (dense_start >= REGION) & (i_part == 0):
+    if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
         p_spreads += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
         lift = region_lift(
             q, p_q, o_q, m_row, p_spreads, o_d, scale,
-            D, D_PAD, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
+            D, D_PAD, LIFT_BLOCK, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
         )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -115,21 +122,12 @@ def _attend_kernel(
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     p_v = p_k + D
 
-    # Pass 1: dense and causal, from dense_start to the tile's last query. Whole tiles of history,
-    # which only dense segments have, need no mask.
+    # Pass 1: dense and causal, from dense_start to the tile's last query.
     end = history + tl.max(tl.where(m_row, o_query, 0)) + 1
-    masked = dense_start + (history - dense_start) // BLOCK_N * BLOCK_N
     if PARTS:  # the first part has all that is not of the list
         end = tl.where(i_part == 0, end, dense_start)
-        masked = tl.minimum(masked, end)
     p_table += row * stride_table
-    for start in range(dense_start, masked, BLOCK_N):
-        page = tl.load(p_table + (start + o_n) // PAGE)
-        m, mass, acc = visit(
-            q, q_k, p_k, p_v, page * PAGE + (start + o_n) % PAGE, m, mass, acc, o_d, scale, softcap,
-            stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
-        )  # fmt: skip
-    for start in range(masked, end, BLOCK_N):
+    for start in range(dense_start, end, BLOCK_N):
         position = start + o_n
         m_n = position < end
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
@@ -145,7 +143,6 @@ def _attend_kernel(
         m, mass, acc = online_softmax(s, v, m, mass, acc, scale_own, PRECISION)
 
     # Pass 2: the listed slots, each visible to every query of the segment.
-    p_list = p_slots + i_item * stride_slots_item + i_head * stride_slots_head
     full = count // BLOCK_N
     tail = count % BLOCK_N
     seen = 0
@@ -164,6 +161,8 @@ def _attend_kernel(
         )  # fmt: skip
         slot = ahead
         seen = 1
+        mass_before *= tl.exp2(m_before - m)
+        m_before = m
     if EARLY_STOP:
         stop = 0
         while (stop < full) & running:
@@ -177,9 +176,13 @@ def _attend_kernel(
                 slot = ahead
             seen = stop
             # The largest relative gain of any row decides: no row loses mass unseen.
-            gain = 1.0 - mass_before * tl.exp2(m_before - m) / mass
-            running = tl.max(tl.where(m_row, gain, 0.0)) >= stop_threshold
-            m_before, mass_before = m, mass
+            if not SETTLED:
+                mass_before *= tl.exp2(m_before - m)
+                m_before = m
+            # Without a division: what it takes is what lets products overlap.
+            grown = m_row & (mass - mass_before >= stop_threshold * mass)
+            running = tl.max(grown.to(tl.int32)) > 0
+            mass_before = mass
     else:
         for tile in range(seen, full):
             ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
@@ -209,17 +212,16 @@ def _attend_kernel(
 
     if PARTS:
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
-    acc = acc / mass[:, None]
+    unit = 1.0 / mass
     if regions > 0:
         p_slopes += (fit * tl.num_programs(2) + i_head) * (D * D)
-        # A row's slope counts by its mass of regions; scale is in base 2.
-        lean = (1.0 - tokens / mass) * (scale * LN2)
-        # Queries are read again, for registers' sake. One stage, as to other caches above.
-        for first_k in tl.range(0, D_PAD, BLOCK_K, num_stages=1):
-            o_k = first_k + tl.arange(0, BLOCK_K)
-            part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD).to(tl.float32) * lean[:, None]
-            slope = load_rows(p_slopes, o_k * D, o_k < D, o_d, True, D, D_PAD)
-            acc = tl.dot(part.to(q.dtype), slope, acc, input_precision=PRECISION)
+        # A row's slope counts by its mass of regions; scale is in base 2. It is the other summand
+        # that is divided by it, so that queries are multiplied as they are at hand.
+        lean = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
+        acc *= (unit / lean)[:, None]
+        acc = add_slopes(acc, q, p_q, o_q, m_row, p_slopes, o_d, D, D_PAD, SLOPE_BLOCK, PRECISION)
+        unit = lean
+    acc *= unit[:, None]
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
     if PARTS:
@@ -242,7 +244,6 @@ def _attend_kernel(
         if i_part > 0:
             return
         visited = 0
-    # A dense segment visits all of its history in pass 1.
     tl.atomic_add(p_counters + 0, rows * (visited + history - dense_start))
     tl.atomic_add(p_counters + 1, rows * history)
     tl.atomic_add(p_counters + 2, 1)
@@ -250,7 +251,7 @@ def _attend_kernel(
         return  # none stops early, and none knows the mass of all
     tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
     if i_item % EVERY == 0:
-        if dense_start > 0:
+        if (dense_start > 0) & (not DENSE):
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
             dropped = dropped_mass(
                 q, q_k, p_k, p_table, p_places, visited, dense_start,
@@ -336,32 +337,47 @@ def attend(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     queries_per_tile = tile.block_m // group
-    slots = lists.slots
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
-    segment_tiles = -(-work.max_queries // queries_per_tile)
     shares = 0 if parts is None else parts.mass.shape[2]
-    _attend_kernel[(shares or segment_tiles, work.num_items, kv_heads)](
-        query, query if query_e4m3 is None else query_e4m3, kv_cache,
-        out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
-        regions.means, regions.slopes, regions.spreads, block_table,
-        order if order is not None else work.items, counters,
-        counters if parts is None else parts.mass,
-        counters if regions.known is None else regions.known,
-        scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        slots.stride(0), slots.stride(1),
-        0 if regions.known is None else regions.means.stride(0), regions.means.stride(-3),
-        block_table.stride(0),
-        order.stride(0) if order is not None else 0, order.stride(1) if order is not None else 0,
-        GROUP=group, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page,
-        LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        STOP_STEP=max(1, stop_step // tile.block_n),
-        EARLY_STOP=stop_threshold > 0, PERMUTED=order is not None, SOFTCAP=softcap > 0,
-        EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
-        DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
-        REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
-        LIFT_MOST=math.log2(REGION_MOST),
-        E4M3=query_e4m3 is not None, PRECISION=input_precision(query.dtype), ITEM_COLUMNS=COLUMNS,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
-    )  # fmt: skip
+    tiles = shares or -(-work.max_queries // queries_per_tile)
+    pad = triton.next_power_of_2(head_dim)
+    ranked = work.num_items - work.dense_items
+    for first, items in ((0, ranked), (ranked, work.dense_items)):
+        if items == 0:
+            continue
+        dense = first == ranked
+        slots = history_slots(block_table, work, page) if dense else lists.slots
+        _attend_kernel[(tiles, items, kv_heads)](
+            query, query if query_e4m3 is None else query_e4m3, kv_cache,
+            out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
+            regions.means, regions.slopes, regions.spreads, block_table,
+            order if order is not None else work.items, counters,
+            counters if parts is None else parts.mass,
+            counters if regions.known is None else regions.known,
+            first, scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
+            query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+            kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+            lists.slots.stride(0), lists.slots.stride(1),
+            0 if regions.known is None else regions.means.stride(0), regions.means.stride(-3),
+            block_table.stride(0),
+            order.stride(0) if order is not None else 0,
+            order.stride(1) if order is not None else 0,
+            GROUP=group, D=head_dim, D_PAD=pad, PAGE=page,
+            LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            STOP_STEP=max(1, stop_step // tile.block_n), DENSE=dense,
+            EARLY_STOP=stop_threshold > 0 and not dense, PERMUTED=order is not None,
+            SOFTCAP=softcap > 0,
+            EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
+            DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
+            REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
+            LIFT_MOST=math.log2(REGION_MOST), LIFT_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
+            SLOPE_BLOCK=pad if pad <= 128 else 32, E4M3=query_e4m3 is not None,
+            PRECISION=input_precision(query.dtype), ITEM_COLUMNS=COLUMNS,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
+        )  # fmt: skip
+
+
+def history_slots(block_table: torch.Tensor, work: WorkList, page: int) -> torch.Tensor:
+    """Return the slots of the longest history that is visited as it is: int32, first to last."""
+    blocks = block_table[work.row, : -(-work.max_dense // page), None]
+    return (blocks * page + torch.arange(page, dtype=torch.int32, device=blocks.device)).flatten()

@@ -1,6 +1,7 @@
 """The whole operator: rank, select, attend, over workspaces that are made once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from .plan import (
     fit_span,
     list_places,
 )
-from .tiles import attend_tile, fp8_products
+from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
@@ -101,8 +102,11 @@ class SparsePrefill:
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
         rows = shape.segment * shape.heads // shape.kv_heads
-        self.tiles = [attend_tile(shape.head_dim, device, rows, e4m3) for e4m3 in (False, True)]
-        most = min(tile.block_m for tile in self.tiles)
+        self.tiles = {
+            (e4m3, visits): attend_tile(shape.head_dim, device, rows, e4m3, visits)
+            for e4m3, visits in product((False, True), (0, WIDE_VISITS))
+        }
+        most = min(tile.block_m for tile in self.tiles.values())
         if device.type == "cuda" and shape.heads // shape.kv_heads > most:
             raise ValueError(
                 f"{shape.heads // shape.kv_heads} query heads share a KV head, "
@@ -128,10 +132,16 @@ class SparsePrefill:
         Reads the cache, writes only scratch. ``query_e4m3`` if requests have it.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
-        work = small_work_list(query.device)
         table = torch.zeros_like(block_table)
         out = torch.empty_like(query)
-        self(query, kv_cache, table, work, out, counters, query_e4m3=query_e4m3)
+        for visits, dense in product((0, WIDE_VISITS), (False, True)):
+            work = small_work_list(query.device, self.shape.segment, dense)
+            work = replace(work, max_visits=visits)
+            self(query, kv_cache, table, work, out, counters, query_e4m3=query_e4m3)
+
+    def tile(self, work: WorkList, e4m3: bool) -> AttendTile:
+        """Return the tile shape for a work list, whose queries may be in e4m3."""
+        return self.tiles[e4m3, WIDE_VISITS if work.max_visits >= WIDE_VISITS else 0]
 
     def __call__(
         self,
@@ -190,7 +200,7 @@ class SparsePrefill:
 
         attend.attend(
             *arguments, self.space.selection.lists(work), self.space.regions, out, counters,
-            query_e4m3=query_e4m3, tile=self.tiles[query_e4m3 is not None], **options,
+            query_e4m3=query_e4m3, tile=self.tile(work, query_e4m3 is not None), **options,
         )  # fmt: skip
 
     def rank(
@@ -235,9 +245,10 @@ class Workspace(NamedTuple):
 _workspaces: dict[tuple, Workspace] = {}
 
 
-def small_work_list(device: torch.device) -> WorkList:
+def small_work_list(device: torch.device, segment: int, dense: bool) -> WorkList:
     """Return a work list of one segment with a short history, all in the row's first block."""
-    (work,) = build_work_lists([PrefillRow(0, 0, 1, 8, 0.5)], 16, 0, device, Limits(1, LIST_STEP))
+    rows, min_context = [PrefillRow(0, 0, 1, 8, 0.5)], 16 if dense else 0
+    (work,) = build_work_lists(rows, segment, min_context, device, Limits(1, LIST_STEP))
     return work
 
 

@@ -6,26 +6,48 @@ import triton.language as tl
 from .visit import as_numbers, load_rows, scores, slot_offset, soft_cap
 
 LN2 = tl.constexpr(0.6931471805599453)
-BLOCK_K = tl.constexpr(32)  # rows of a slope, columns of a spread that are held at a time
 
 
 @triton.jit
 def region_lift(
     q, p_q, o_q, m_row, p_spreads, o_d, scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, LEAST: tl.constexpr, SPREAD: tl.constexpr,
-    MOST: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
+    SPREAD: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """How many times a token of a region counts for each row, in base 2: q' spread q tells it."""
+    """How many times a token of a region counts for each row, in base 2: q' spread q tells it.
+
+    BLOCK columns of the product are held at a time: for each, memory is waited for.
+    """
     variance = tl.zeros([q.shape[0]], tl.float32)
-    # Queries are read again, for registers' sake. One stage, as to other caches below.
-    for first_k in tl.range(0, D_PAD, BLOCK_K, num_stages=1):
-        o_k = first_k + tl.arange(0, BLOCK_K)
+    # One stage, as to other caches below.
+    for first in tl.range(0, D_PAD, BLOCK, num_stages=1):
+        o_k = first + tl.arange(0, BLOCK)
         spread = load_rows(p_spreads, o_k * D, o_k < D, o_d, True, D, D_PAD)  # symmetric
         product = tl.dot(q, tl.trans(spread), input_precision=PRECISION)
-        part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
-        variance += tl.sum(product * part.to(tl.float32), 1)
+        if BLOCK == D_PAD:
+            variance += tl.sum(product * q.to(tl.float32), 1)
+        else:  # queries are read again, for registers' sake
+            part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
+            variance += tl.sum(product * part.to(tl.float32), 1)
     # scale is in base 2: the variance is that of natural logarithms once one LN2 is put in here.
     return tl.minimum(LEAST + SPREAD * LN2 * tl.maximum(variance, 0.0) * scale * scale, MOST)
+
+
+@triton.jit
+def add_slopes(
+    acc, q, p_q, o_q, m_row, p_slopes, o_d,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to acc the product of queries and slopes, BLOCK rows of these at a time."""
+    for first in tl.range(0, D_PAD, BLOCK, num_stages=1):
+        o_k = first + tl.arange(0, BLOCK)
+        slopes = load_rows(p_slopes, o_k * D, o_k < D, o_d, True, D, D_PAD)
+        if BLOCK == D_PAD:
+            acc = tl.dot(q, slopes, acc, input_precision=PRECISION)
+        else:
+            part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
+            acc = tl.dot(part, slopes, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

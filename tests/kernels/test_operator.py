@@ -50,6 +50,20 @@ def test_dense_segments_are_exact(device, fp8):
     assert relative_error(out, dense_attention(batch)) < TOLERANCE
 
 
+def test_dense_segments_beside_ranked_ones_are_exact(device):
+    batch = make_batch(device, budget=0.1, chunks=((90, 3 * SEGMENT), (0, 40)))
+    first, other = batch.work(min_context=100)
+    assert (first.num_items, first.dense_items, first.max_dense) == (4, 2, 96)
+    assert (other.num_items, other.dense_items, other.max_dense) == (2, 2, SEGMENT)
+    out, counters = run(batch, [first, other], stop_threshold=1e-30)
+    dense = SEGMENT + 96 - 90  # queries of the first one's two dense segments
+    exact = dense_attention(batch)
+    for part in (slice(0, dense), slice(3 * SEGMENT, None)):
+        assert relative_error(out[part], exact[part]) < TOLERANCE
+    assert relative_error(out[dense : 3 * SEGMENT], exact[dense : 3 * SEGMENT]) > TOLERANCE
+    assert counters[VISITED] < counters[ELIGIBLE]
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("fp8", CACHES)
 def test_error_falls_as_the_budget_rises(device, ranking, fp8):

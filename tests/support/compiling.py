@@ -147,18 +147,20 @@ def unfenced(ptx: str) -> bool:
 
 
 def compile_attend(
-    tile, capability: int, head_dim: int, stop_threshold: float, kv_dtype: torch.dtype
+    tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
-    """Compile the attend kernel with a tile of the table."""
+    """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
     from s2o_vllm.kernels import attend, plan, regions, select
 
-    q, kv, table, work = launch_arguments(head_dim, kv_dtype)
+    dense = stop_threshold is None
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
     lists = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, "meta").lists(work)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
     means = regions.workspace(8, head_dim, 131072, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
-            q, kv, table, work, lists, means, q, counters, scale=0.1, stop_threshold=stop_threshold,
+            q, kv, table, work, lists, means, q, counters, scale=0.1,
+            stop_threshold=stop_threshold or 0.0,
             tile=tile, query_e4m3=q.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None,
         )  # fmt: skip
     return compiled[0]
@@ -185,13 +187,13 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     return compiled
 
 
-def launch_arguments(head_dim: int, kv_dtype: torch.dtype):
+def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
     limits = plan.Limits(16, 16 * 131072)
-    (work,) = plan.build_work_lists(rows, 512, 4096, torch.device("cpu"), limits)
+    (work,) = plan.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
     q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
@@ -235,7 +237,14 @@ def variants_beyond_warm_up(
         shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
     )
     operation.space = operator.workspace(shape, torch.bfloat16, meta)
-    operation.tiles = [tiles.HOPPER[128], tiles.E4M3[90][128]]
+    operation.tiles = {
+        (e4m3, visits): tiles.E4M3[90][128] if e4m3 else few_or_many
+        for e4m3 in (False, True)
+        for visits, few_or_many in (
+            (0, tiles.HOPPER[128]),
+            (tiles.WIDE_VISITS, tiles.WIDE[90][128]),
+        )
+    }
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
     quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
     operation.fp8_products = quantised is not None
@@ -267,7 +276,7 @@ def variants_beyond_warm_up(
             plan.PrefillRow(6, 4097, 33, 17, 0.02),
         ):
             cpu = torch.device("cpu")
-            for work in plan.build_work_lists([row], shape.segment, 0, cpu, shape.limits):
+            for work in plan.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
                 operation(
                     query, kv, table, work, query, counters,
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
@@ -316,7 +325,7 @@ def main() -> None:
     else:
         launched = [*table.items(), *tiles.WIDE.get(capability, {}).items()]
     for head_dim, tile in launched:
-        for stop_threshold in (0.0, 0.001):
+        for stop_threshold in (0.0, 0.001, None):
             one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
             compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
     mma = ("wgmma", "tcgen05", "mma.sync")
