@@ -146,7 +146,6 @@ def _attend_kernel(
     full = count // BLOCK_N
     tail = count % BLOCK_N
     seen = 0
-    running = count > 0
     # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
     # What is ahead is not used behind the loop, or it is loaded a second time for there.
     slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
@@ -164,9 +163,8 @@ def _attend_kernel(
         mass_before *= tl.exp2(m_before - m)
         m_before = m
     if EARLY_STOP:
-        stop = 0
-        while (stop < full) & running:
-            stop = tl.minimum(stop + STOP_STEP, full)
+        while seen < full:
+            stop = tl.minimum((seen // STOP_STEP + 1) * STOP_STEP, full)
             for tile in range(seen, stop):
                 ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
                 m, mass, acc = visit(
@@ -179,9 +177,12 @@ def _attend_kernel(
             if not SETTLED:
                 mass_before *= tl.exp2(m_before - m)
                 m_before = m
-            # Without a division: what it takes is what lets products overlap.
-            grown = m_row & (mass - mass_before >= stop_threshold * mass)
-            running = tl.max(grown.to(tl.int32)) > 0
+            if stop % STOP_STEP == 0:
+                # Without a division: what it takes is what lets products overlap.
+                grown = m_row & (mass - mass_before >= stop_threshold * mass)
+                if tl.max(grown.to(tl.int32)) == 0:
+                    full = stop
+                    tail = 0
             mass_before = mass
     else:
         for tile in range(seen, full):
@@ -192,7 +193,6 @@ def _attend_kernel(
             )  # fmt: skip
             slot = ahead
         seen = full
-    tail = tl.where(running, tail, 0)
     visited = seen * BLOCK_N + tail
 
     fit = tl.load(p_item + 6).to(tl.int64)
@@ -320,7 +320,7 @@ def attend(
         v_scale: what one unit of the cache's values stands for; 1 unless it is fp8.
         stop_threshold: a tile ends once no row's softmax mass grew by this share over the
             last ``stop_step`` tokens; 0 visits whole lists.
-        stop_step: tokens between two tests of the threshold.
+        stop_step: tokens between two tests of the threshold, at least two tiles of keys.
         softcap: cap of the scaled scores, 0 for none.
         order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
             fill the tiles; None keeps theirs.
@@ -364,7 +364,7 @@ def attend(
             order.stride(1) if order is not None else 0,
             GROUP=group, D=head_dim, D_PAD=pad, PAGE=page,
             LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            STOP_STEP=max(1, stop_step // tile.block_n), DENSE=dense,
+            STOP_STEP=max(2, stop_step // tile.block_n), DENSE=dense,
             EARLY_STOP=stop_threshold > 0 and not dense, PERMUTED=order is not None,
             SOFTCAP=softcap > 0,
             EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,

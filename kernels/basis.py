@@ -31,7 +31,7 @@ ROUGH_UNIT = 2.0**ROUGH / 1.04073  # (1 + f) / 2^f is 1.04073 in the mean of 0 <
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
 # Every so many keys one counts for the row shift, and at most so many.
 SHIFT_STEP = 16
-SHIFT_SAMPLES = 2048
+SHIFT_SAMPLES = 1024
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 

@@ -356,5 +356,6 @@ def select(
         space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
         *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
         RUN=RUN, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
-        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split, num_warps=8, **shape,
+        SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split,
+        num_warps=8 if split else 4, **shape,
     )  # fmt: skip

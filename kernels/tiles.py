@@ -55,7 +55,7 @@ WIDE = {90: {128: AttendTile(256, 64, 16, 3)}}
 WIDE_VISITS = 3072
 # For queries and keys that are multiplied in e4m3: half the bytes are gathered (5 % faster than
 # the wide ones at 128K).
-E4M3 = {90: {128: AttendTile(128, 64, 8, 2, 128)}}
+E4M3 = {90: {128: AttendTile(128, 64, 8, 3, 128)}}
 # Ampere, Ada and consumer Blackwell keep the pointers of a gathered tile in registers.
 OTHERS = {
     64: AttendTile(128, 64, 8, 3),
