@@ -28,10 +28,11 @@ RANK = WIDTH - len(SHIFT_FACTORS)
 # The exponentials of a row's log-sum-exp are rough ones, see :func:`rough_exp2`.
 ROUGH = 90.0  # from 36 binary orders below the largest own score they reach to 217 above it
 ROUGH_UNIT = 2.0**ROUGH / 1.04073  # (1 + f) / 2^f is 1.04073 in the mean of 0 <= f < 1
+ROUGH_MOST = 254.0  # the largest exponent of a float32, biased
 SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
 # Every so many keys one counts for the row shift, and at most so many.
 SHIFT_STEP = 16
-SHIFT_SAMPLES = 1024
+SHIFT_SAMPLES = 2048
 STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
@@ -210,17 +211,18 @@ def query_images(
 def rough_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     """Return 2^(scores − most − ROUGH), linear between powers of two: by the shift of an integer.
 
-    The last 15 bits of the mantissa of x + 384 are the fraction of x, and the bits before them
-    x + 128 without it: shifted by 8 they are the exponent and the mantissa of the result. Up to 6 %
-    too much, 4 % in the mean. Less than 2^−126 counts as that; more than 2^127 counts as that and
-    adds up to infinity over a history: such a row scores nothing.
+    The mantissa of 1 + e / 256 is e as a number of 8 bits and a fraction: shifted by 8, e is the
+    exponent and the fraction the mantissa of the result. Up to 6 % too much, 4 % in the mean. Less
+    than 2^−127 counts as nothing; more than 2^127 counts as that and adds up to infinity over a
+    history: such a row scores nothing.
 
     Args:
         scores: float32.
         most: float32, what they are relative to.
     """
-    x = (scores - (most + (ROUGH - 384.0))).clamp(384.0 - 126.0, 384.0 + 127.0)
-    return ((x.view(torch.int32) << 8) + 0x7F800000).view(torch.float32)
+    share = scores * (1 / ROUGH_MOST) + (127.0 - ROUGH - most) * (1 / ROUGH_MOST)
+    bits = (share.clamp(0, 1) * (ROUGH_MOST / 256) + 1).view(torch.int32)
+    return -(bits << 8).view(torch.float32)
 
 
 def key_images(keys: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:

@@ -277,5 +277,5 @@ def find_bases(work: WorkList, space: FitWorkspace, *, scale: float) -> None:
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,
         STEPS=basis.STEPS, SPREAD=SPREAD, RIDGE=RIDGE,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=8,
+        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=4,
     )  # fmt: skip

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 CHOSEN_BLOCK = 128  # rows that are projected at a time: a load that all wait for each
 SHIFT_BLOCK = 64
-ROUGH = tl.constexpr(basis.ROUGH)
 ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
+ROUGH_ZERO = tl.constexpr(127.0 - basis.ROUGH)
+ROUGH_SHARE = tl.constexpr(1 / basis.ROUGH_MOST)
+ROUGH_STEP = tl.constexpr(basis.ROUGH_MOST / 256)
 
 
 @triton.jit
@@ -130,10 +132,28 @@ def _add_mass(s, m, mass):
 
 
 @triton.jit
-def _rough_exp2(s, m):
-    """See :func:`basis.rough_exp2`: a sum, two bounds and a shift."""
-    x = tl.minimum(tl.maximum(s - (m + (ROUGH - 384.0))[:, None], 384.0 - 126.0), 384.0 + 127.0)
-    return ((x.to(tl.int32, bitcast=True) << 8) + 0x7F800000).to(tl.float32, bitcast=True)
+def _minus_rough_exp2(s, zero, FUSED: tl.constexpr):
+    """See :func:`basis.rough_exp2`: three instructions, its sign is left as it comes.
+
+    ``zero`` are the shares of scores that are 0.
+    """
+    if FUSED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 share;
+            .reg .b32 bits;
+            fma.rn.sat.f32 share, $1, 0f3B810204, $2;
+            fma.rn.f32 share, share, 0f3F7E0000, 0f3F800000;
+            mov.b32 bits, share;
+            shl.b32 bits, bits, 8;
+            mov.b32 $0, bits;
+            }""",
+            "=f,f,f", [s, tl.broadcast_to(zero[:, None], s.shape)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    share = tl.minimum(tl.maximum(s * ROUGH_SHARE + zero[:, None], 0.0), 1.0)
+    bits = (share * ROUGH_STEP + 1.0).to(tl.int32, bitcast=True)
+    return (bits << 8).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -141,7 +161,7 @@ def _shift_kernel(
     p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
     SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -184,18 +204,19 @@ def _shift_kernel(
         m, mass = _add_mass(s, m, mass)
     # The rest in units of that, by exponentials so rough that they cost less than a maximum.
     rest = tl.zeros([BLOCK_M], tl.float32)
+    zero = (ROUGH_ZERO - m) * ROUGH_SHARE
     full = samples // BLOCK_N * BLOCK_N
     for o in tl.range(0, full, BLOCK_N, num_stages=1):
         position = (o + tl.arange(0, BLOCK_N)) * step + step // 2
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        rest += tl.sum(_rough_exp2(tl.dot(q, tl.trans(k)), m), 1)
+        rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)
     if full < samples:
         o_n = full + tl.arange(0, BLOCK_N)
         position = tl.minimum(o_n * step + step // 2, n - 1)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        s = _rough_exp2(tl.dot(q, tl.trans(k)), m)
+        s = _minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED)
         rest += tl.sum(tl.where((o_n < samples)[None, :], s, 0.0), 1)
-    rest *= ROUGH_UNIT * (n.to(tl.float32) / samples.to(tl.float32))
+    rest *= -ROUGH_UNIT * (n.to(tl.float32) / samples.to(tl.float32))
     left = m + tl.log2(mass + rest)
     kind: tl.constexpr = p_rows.dtype.element_ty
     for place in tl.static_range(3):
@@ -252,7 +273,7 @@ def shift_rows(
     _shift_kernel[(-(-kept // SHIFT_BLOCK), kv_heads, work.num_items)](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
-        BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n,
+        BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
         FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space, row_step),
     )  # fmt: skip

@@ -164,7 +164,7 @@ def test_rough_exponentials_are_within_their_bounds():
     assert ratio.max() < 1.063
     assert float(ratio.mean()) == pytest.approx(2**basis.ROUGH / basis.ROUGH_UNIT, abs=1e-3)
     small = basis.rough_exp2(torch.tensor([-1e4, float("-inf")]), torch.zeros(1))
-    assert (small == 2.0**-126).all()
+    assert (small == 0).all()
     assert basis.rough_exp2(torch.tensor([1e4]), torch.zeros(1)) == 2.0**127
 
 
