@@ -40,6 +40,7 @@ from .dense import (
     baselines,
     ceilings,
     fa3_paged,
+    in_turn,
     make_prompt,
     milliseconds,
     quantised,
@@ -320,8 +321,7 @@ def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dic
 def times(sparse: Sparse, card: Mapping[str, float]) -> dict[str, float]:
     """Return what is measured of one setting of the operator."""
     density, operations, gathered = sparse.visits()
-    attend_ms = milliseconds(sparse.attend)
-    stopping_ms = milliseconds(functools.partial(sparse.attend, NEVER))
+    attend_ms, stopping_ms = in_turn(sparse.attend, functools.partial(sparse.attend, NEVER))
     return {
         "density": density,
         "rank_ms": milliseconds(sparse.rank),

@@ -89,27 +89,39 @@ def to_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """Return the median time of a call on the device, in ms.
+    """Return the median time of a call on the device, in ms; see :func:`in_turn`."""
+    return in_turn(run)[0]
 
-    Replays of a graph: what the host needs to launch many small kernels is hidden behind other
+
+def in_turn(*runs: Callable[[], Any]) -> list[float]:
+    """Return the median time of each of some calls on the device, in ms.
+
+    They are made in turn, so that what the card's clock does meanwhile it does to all.
+
+    Replays of graphs: what the host needs to launch many small kernels is hidden behind other
     layers' work in a server, and would be counted here. The L2 cache is emptied before each.
     """
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graphs = [torch.cuda.CUDAGraph() for _ in runs]
+    for run, graph in zip(runs, graphs, strict=True):
         run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            run()
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times: list[float] = []
-    while len(times) < REPEATS_MIN or (sum(times) < REPEAT_MS and len(times) < REPEATS_MAX):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
+    times: list[list[float]] = []  # of all calls, once in turn
+    while len(times) < REPEATS_MIN or (
+        sum(first for first, *_ in times) < REPEAT_MS and len(times) < REPEATS_MAX
+    ):
+        times.append([])
+        for graph in graphs:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[-1].append(start.elapsed_time(end))
+    return [statistics.median(of_run) for of_run in zip(*times[1:], strict=True)]
 
 
 def ceilings() -> dict[str, float]:

@@ -90,9 +90,12 @@ def test_lists_agree_with_the_reference(ranking, fp8):
                 got = set(own.slots[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
                 likewise = int(lists.lengths[number, head])
-                assert abs(count - likewise) <= 0.1 * likewise + 2, "rounding moves few tokens"
+                # Of a budget that lists share: a bucket at the edge goes to one or to another.
+                few = 0.1 * item[LIST_LENGTH] + 2
+                assert abs(count - likewise) <= few, "rounding moves few tokens"
                 common = len(got & set(lists.slots[number, head, :likewise].tolist()))
-                assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
+                shorter = min(count, likewise)
+                assert common >= 0.9 * shorter - 2, "an edge has few tokens, however short a list"
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)

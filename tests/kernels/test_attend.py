@@ -165,7 +165,7 @@ def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
     """400 natural units above what the units of a list are told from: its value is the answer."""
     batch = make_batch(device, chunks=((384, 20),), heads=2, kv_heads=1, dtype=dtype, budget=1.0)
     batch.query.fill_(1.0)
-    key, page, place = 123, batch.kv_cache.shape[2], 2 * stop_step(batch) + 3
+    key, page, place = 123, batch.kv_cache.shape[2], stop_step(batch) + 3
     token = batch.kv_cache[int(batch.block_table[0, key // page]), 0, key % page]
     token[: batch.query.shape[2]] = 400 / (batch.softmax_scale * batch.query.shape[2])
     ((work, own),) = lists = full_lists(batch)
@@ -333,7 +333,9 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
     """A history that the sample holds whole: the estimate is the truth, early stop included."""
     for module in (attend, reference_select):
         monkeypatch.setattr(module, "ESTIMATE_STEP", 1)
-    batch = make_batch(device, chunks=((ESTIMATE_TOKENS, 20),), budget=budget, spread=2.0, fp8=fp8)
+    batch = make_batch(
+        device, chunks=((ESTIMATE_TOKENS, 20),), head_dim=128, budget=budget, spread=2.0, fp8=fp8
+    )  # of a head_dim whose tiles are so short that a list has two
     ((work, own),) = lists = full_lists(batch)
     assert work.num_items == 1
     _, counters = run(batch, lists, stop_threshold=stop_threshold, stop_step=stop_step(batch))
