@@ -149,6 +149,7 @@ def _attend_kernel(
     # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
     # What is ahead is not used behind the loop, or it is loaded a second time for there.
     slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
+    of_tail = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)  # none waits for it later
     # fp16 has no room for probabilities in units that later scores may exceed.
     SETTLED: tl.constexpr = p_q.dtype.element_ty != tl.float16
     m_before, mass_before = m, mass
@@ -203,10 +204,9 @@ def _attend_kernel(
     regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
     if PARTS:
         regions = tl.minimum(regions, tl.load(p_known + fit))
-    slot = tl.load(p_list + seen * BLOCK_N + o_n, o_n < tail, 0)
     lift += tl.log2(REGION * missing)
     m, mass, tokens, acc = visit_rest(
-        q, p_k, p_means, slot, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
+        q, p_k, p_means, of_tail, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
         stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
     )  # fmt: skip
 
