@@ -89,6 +89,14 @@ def _attend_kernel(
     if first >= num_queries:
         return
 
+    # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
+    # What is ahead is not used behind the loop, or it is loaded a second time for there.
+    full = count // BLOCK_N
+    tail = count % BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)
+    slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
+    of_tail = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)
+
     o_row = tl.arange(0, BLOCK_M)
     o_query = first + o_row // GROUP
     m_row = (o_row < QUERIES * GROUP) & (o_query < num_queries)
@@ -118,7 +126,6 @@ def _attend_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    o_n = tl.arange(0, BLOCK_N)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     p_v = p_k + D
 
@@ -143,13 +150,7 @@ def _attend_kernel(
         m, mass, acc = online_softmax(s, v, m, mass, acc, scale_own, PRECISION)
 
     # Pass 2: the listed slots, each visible to every query of the segment.
-    full = count // BLOCK_N
-    tail = count % BLOCK_N
     seen = 0
-    # Slots are read one tile ahead: a gather whose addresses are at hand can be started early.
-    # What is ahead is not used behind the loop, or it is loaded a second time for there.
-    slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
-    of_tail = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)  # none waits for it later
     # fp16 has no room for probabilities in units that later scores may exceed.
     SETTLED: tl.constexpr = p_q.dtype.element_ty != tl.float16
     m_before, mass_before = m, mass
