@@ -137,7 +137,7 @@ def _minus_rough_exp2(s, zero, FUSED: tl.constexpr):
 
     ``zero`` are the shares of scores that are 0.
     """
-    if FUSED:
+    if FUSED:  # the numbers are ROUGH_SHARE, ROUGH_STEP and 1
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 share;
