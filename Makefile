@@ -30,10 +30,20 @@ serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
 
 test: $(INSTALLED_DEV)
-	$(PY) -m pytest $(or $(ARGS),-m "not gpu")
+ifdef ARGS
+	$(PY) -m pytest $(ARGS)
+else  # servers bind themselves to the cores that other tests would be using
+	$(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not e2e"
+	$(PY) -m pytest -m "not gpu and e2e"
+endif
 
 test-gpu: $(INSTALLED_DEV)
+ifdef ARGS
 	$(PY) -m pytest tests/kernels tests/gpu $(ARGS)
+else
+	$(PY) -m pytest -n 8 --dist worksteal tests/kernels tests/gpu -m "not e2e"
+	$(PY) -m pytest tests/gpu -m e2e
+endif
 
 bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention

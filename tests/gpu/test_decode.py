@@ -12,6 +12,8 @@ from models import VOCABULARY
 from s2o_vllm.benchmarks.serving import kv_cache_bytes, prompt, starting
 from s2o_vllm.cli.demo import measured_density, read
 
+pytestmark = pytest.mark.e2e
+
 CONTEXT, CHUNK, LENGTH, TOKENS = 32768, 8192, 20000, 32
 PROMPTS = 8
 S2O = ("--attention-backend", "s2o", "--s2o-sparsity-budget", "0.1")

@@ -25,6 +25,8 @@ from s2o_vllm.benchmarks.serving import (
 )
 from s2o_vllm.cli.demo import measured_density, metric, read
 
+pytestmark = pytest.mark.e2e
+
 CONTEXT, CHUNK = 32768, 8192
 CACHE_TOKENS = 36864  # a little more than one request of the greatest length
 LONG, REST, FILLER = 16384, 2048, 30000  # tokens; the first in whole blocks and whole chunks

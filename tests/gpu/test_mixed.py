@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from s2o_vllm.benchmarks import serve
+
+pytestmark = pytest.mark.e2e
 
 REQUESTS = 60  # some 1.5 million prompt tokens; `s2o bench serve` itself sends 200
 GROWTH_MIB = 64  # the allocator's rounding; a leak of one prompt's KV cache would be gigabytes

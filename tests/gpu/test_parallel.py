@@ -10,6 +10,8 @@ from models import VOCABULARY
 from s2o_vllm.benchmarks.serving import kv_cache_bytes, prompt, starting
 from s2o_vllm.cli.demo import measured_density, read
 
+pytestmark = pytest.mark.e2e
+
 CONTEXT = 32768
 ARMS = {"one": (), "tensor": ("--tensor-parallel-size", "2"),
         "pipeline": ("--pipeline-parallel-size", "2")}  # fmt: skip

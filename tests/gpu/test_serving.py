@@ -23,6 +23,8 @@ from s2o_vllm.benchmarks.serving import (
 )
 from s2o_vllm.cli.demo import WHAT, WHERE, WHO, density, measured_density, read
 
+pytestmark = pytest.mark.e2e
+
 PORT = 8471
 CONTEXT, SPARE = 131072, 4096  # tokens of the KV cache: a request of the greatest length, and rest
 
