@@ -33,7 +33,7 @@ test: $(INSTALLED_DEV)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else  # servers bind themselves to the cores that other tests would be using
-	$(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not e2e"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not e2e"
 	$(PY) -m pytest -m "not gpu and e2e"
 endif
 
