@@ -7,7 +7,7 @@
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
 # make test ARGS="-m 'not gpu and not e2e'"   any arguments of pytest
-# make test-gpu PY=python3               in an environment that is there already
+# make test-gpu PY=python3               in an environment that is there already, with the dev extra
 
 VENV := .venv
 DEVICE := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)

@@ -34,12 +34,7 @@ LOOP_SPILLS_CROWDED = {BF16: 8, FP8: 16 if TRITON < (3, 8) else 64}
 FENCED = TRITON >= (3, 7, 1)
 UNFENCED = () if FENCED else ("_score_kernel", "_attend_kernel")
 # vLLM's FlashAttention takes an fp8 cache on these two only.
-TARGETS = [
-    (capability, kv_dtype)
-    for capability in BY_CAPABILITY
-    for kv_dtype in (BF16, FP8)
-    if kv_dtype == BF16 or capability in (90, 100)
-]
+TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (100, FP8)]
 
 
 def compiling(*arguments):
