@@ -6,7 +6,7 @@ GQA group is expanded. Every method is then judged on the same files.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 ATTENTION = "s2o_capture"  # the name under which transformers finds our attention function
 CHARACTERS_PER_TOKEN = 8  # more than any text here needs; saves tokenising a whole book
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HALF = (torch.bfloat16, torch.float16)  # dtypes that FlashAttention takes
 
 
 class CaptureError(ValueError):
@@ -127,13 +129,27 @@ class Recorder:
                 )
         if layer == self.last:  # its output is not needed
             return query.new_zeros(1, count, heads, dim), None
+        out = F.scaled_dot_product_attention(
+            query, key, value, scale=scale, enable_gqa=True, **self.causal(query, total)
+        )
+        return out.transpose(1, 2), None
+
+    def causal(self, query: Tensor, total: int) -> dict[str, Any]:
+        """Return the options of a chunk's causal attention, a mask tensor only where one is needed.
+
+        Args:
+            query: [1, H, C, D] of the chunk.
+            total: tokens of the chunk and of all before it.
+        """
+        count = query.shape[2]
+        if count == total:
+            return {"is_causal": True}
+        if query.is_cuda and query.dtype in HALF:  # FlashAttention aligns queries to the last keys
+            return {"attn_mask": causal_lower_right(count, total)}
         if self.mask.shape != (count, total):
             ones = torch.ones(count, total, dtype=torch.bool, device=query.device)
             self.mask = ones.tril(total - count)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
+        return {"attn_mask": self.mask}
 
 
 def read_tokens(tokenizer: Any, text: Path, count: int) -> Tensor:
@@ -184,6 +200,31 @@ def load_model(spec: CaptureSpec, device: torch.device) -> Any:
 
 
 @torch.inference_mode()
+def record(spec: CaptureSpec, device: str = "cpu") -> dict[int, LayerCapture]:
+    """Run the model once and return the attention inputs of every wanted layer, on the device.
+
+    Raises:
+        CaptureError: if the spec names something that is not there.
+    """
+    check(spec)
+    from transformers import AttentionInterface, AutoTokenizer
+
+    torch.manual_seed(0)
+    target = torch.device(device)
+    recorder = Recorder(spec.layers, spec.context, target)
+    AttentionInterface.register(ATTENTION, recorder)
+    ids = read_tokens(AutoTokenizer.from_pretrained(spec.model), spec.text, spec.context)
+    model = load_model(spec, target)
+    past = None
+    with tqdm(total=spec.context, desc=f"capture {spec.model.name}", unit="token") as bar:
+        for start in range(0, spec.context, spec.chunk):
+            part = ids[start : start + spec.chunk].to(target)
+            past = model(input_ids=part[None], past_key_values=past, use_cache=True).past_key_values
+            bar.update(len(part))
+    done, recorder.done = recorder.done, {}  # transformers keeps the recorder
+    return done
+
+
 def capture(spec: CaptureSpec, cache: Path, device: str = "cpu") -> None:
     """Write the files of every wanted layer that is not cached yet.
 
@@ -196,22 +237,9 @@ def capture(spec: CaptureSpec, cache: Path, device: str = "cpu") -> None:
     missing = [layer for layer in spec.layers if not spec.file(cache, layer).is_file()]
     if not missing:
         return
-    from transformers import AttentionInterface, AutoTokenizer
-
-    torch.manual_seed(0)
-    target = torch.device(device)
-    recorder = Recorder(missing, spec.context, target)
-    AttentionInterface.register(ATTENTION, recorder)
-    ids = read_tokens(AutoTokenizer.from_pretrained(spec.model), spec.text, spec.context)
-    model = load_model(spec, target)
-    past = None
-    with tqdm(total=spec.context, desc=f"capture {spec.model.name}", unit="token") as bar:
-        for start in range(0, spec.context, spec.chunk):
-            part = ids[start : start + spec.chunk].to(target)
-            past = model(input_ids=part[None], past_key_values=past, use_cache=True).past_key_values
-            bar.update(len(part))
+    done = record(replace(spec, layers=tuple(missing)), device)
     spec.folder(cache).mkdir(parents=True, exist_ok=True)
-    for layer, data in recorder.done.items():
+    for layer, data in done.items():
         tensors = {"q": data.q, "k": data.k, "v": data.v, "scale": torch.tensor(data.scale)}
         path = spec.file(cache, layer)
         partial = path.with_suffix(".part")

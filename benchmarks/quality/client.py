@@ -35,6 +35,7 @@ class Target:
         name: the model's in results, see `loadtest.server.Server`.
         longest: prompt and answer together in tokens, None where the server does not say.
         backend: ``s2o``, or ``stock`` for a server without budgets.
+        setting: the user's label of the settings that it was started with.
         header: what result files begin with.
     """
 
@@ -43,6 +44,7 @@ class Target:
     name: str
     longest: int | None
     backend: str
+    setting: str
     header: Row
 
     @property
@@ -51,17 +53,34 @@ class Target:
         return Arm("--url", self.url)
 
 
-def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that every evaluation of a running server has."""
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which server is asked, and how; `words` passes them on."""
     add = parser.add_argument
     add("--url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000")
     add("--model", help="served model (default: the server's first)")
     add("--budgets", nargs="+", type=budget, default=[1.0, 0.1], metavar="B",
         help="sparsity budgets to ask at; 1.0 is dense (default: 1.0 0.1)")  # fmt: skip
+    add("--setting", default="", metavar="LABEL",
+        help="names what the server was started with; labels are never mixed")  # fmt: skip
     add("--concurrency", type=count, default=4, help="questions at once (default: %(default)s)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="for one answer")
     add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     add("--device", help="what the server runs on (default: asked, or this machine)")
+
+
+def words(args: argparse.Namespace) -> list[str]:
+    """Return the options of `add_server_options` again, for another command's parser."""
+    given = ["--budgets", *map(str, args.budgets)]
+    for name in ("url", "model", "setting", "concurrency", "timeout", "seed", "device"):
+        value = getattr(args, name)
+        given += [] if value is None else [f"--{name}={value}"]
+    return given
+
+
+def add_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the options that every evaluation of a running server has."""
+    add_server_options(parser)
+    add = parser.add_argument
     add("--out", type=Path, default=Path("benchmarks/results") / out, metavar="FILE",
         help="default: %(default)s")  # fmt: skip
     add("--samples-file", type=Path, metavar="FILE",
@@ -115,7 +134,9 @@ def connect(args: argparse.Namespace) -> Target:
     except (LoadTestError, OSError) as error:
         raise EvalError(str(error)) from None
     head = header([server], args.device)
-    return Target(arm.url, server.model, server.name, server.max_model_len, backend, head)
+    return Target(
+        arm.url, server.model, server.name, server.max_model_len, backend, args.setting, head
+    )
 
 
 def _try(url: str, model: str, wanted: float) -> tuple[int, str]:

@@ -95,3 +95,26 @@ def mean_student(values: Sequence[float]) -> Interval:
     variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     half = T[min(count - 1, len(T)) - 1] * math.sqrt(variance / count)
     return Interval(mean, mean - half, mean + half)
+
+
+def mean_clustered(clusters: Sequence[Sequence[float]]) -> Interval:
+    """Return the mean of all numbers, and Student's interval with clusters as the samples.
+
+    Numbers of one cluster may depend on each other: mean m of n numbers in k clusters, standard
+    error ``sqrt(k / (k - 1) * sum over clusters of (sum of (value - m))^2) / n``, k - 1 degrees of
+    freedom. Of one cluster there are no bounds (nan); empty clusters do not count.
+
+    Raises:
+        ValueError: if there are no numbers.
+    """
+    groups = [cluster for cluster in clusters if cluster]
+    if not groups:
+        raise ValueError("there are no values")
+    count, number = len(groups), sum(map(len, groups))
+    mean = sum(map(sum, groups)) / number
+    if count == 1:
+        return Interval(mean, math.nan, math.nan)
+    squares = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
+    error = math.sqrt(count / (count - 1) * squares) / number
+    half = T[min(count - 1, len(T)) - 1] * error
+    return Interval(mean, mean - half, mean + half)

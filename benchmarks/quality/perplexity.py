@@ -11,40 +11,25 @@ fp32: with little memory to spare start it with a smaller --max-num-batched-toke
 """
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from s2o_vllm.loadtest.server import fetch
+from typing import Any
 
 from ..report import save
 from . import client
 from .intervals import mean_student
-from .samples import EvalError, Row, Samples
+from .samples import EvalError, Row, Samples, dense_of
 from .tables import perplexity_table, read_result
+from .windows import Window, consecutive, log_probabilities, read_text
 
-KEY = ("model", "text", "context", "tail", "window", "prompt", "backend", "budget")
-WHERE = ("model", "text", "context", "tail", "backend", "budget")
+KEY = ("model", "text", "context", "tail", "window", "prompt", "backend", "setting", "budget")
+WHERE = ("model", "text", "context", "tail", "backend", "setting", "budget")
+OLDER: Row = {"setting": ""}  # what older files do not say
 DENSE = 1.0
-CHARACTERS = 12  # of text that are read for each token; English has 4 to 5
-
-
-class Window(NamedTuple):
-    """A run of tokens of the text: its number and its token ids."""
-
-    number: int
-    tokens: list[int]
-
-    @property
-    def digest(self) -> str:
-        """Return the first 16 hexadecimal digits of the SHA-256 of the ids."""
-        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()[:16]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,40 +61,7 @@ def read_windows(args: argparse.Namespace, target: client.Target) -> list[Window
             f"--context is {args.context}, must be less than the server's {target.longest} "
             "(--max-model-len): it answers with one token more"
         )
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"--text {args.text} cannot be read ({error})") from None
-    step = len(text) // args.windows
-    windows = []
-    for index in range(args.windows):
-        part = text[index * step : index * step + min(step, CHARACTERS * args.context)]
-        tokens = tokenize(target, part)[: args.context]
-        if len(tokens) < args.context:
-            raise EvalError(
-                f"{args.text} has no {args.windows} windows of {args.context} tokens: window "
-                f"{index} has {len(tokens)}"
-            )
-        windows.append(Window(index, tokens))
-    return windows
-
-
-def tokenize(target: client.Target, text: str) -> list[int]:
-    """Return the server's token ids of a text, without any that it adds.
-
-    Raises:
-        EvalError: if the server has no such service.
-    """
-    body = {"model": target.model, "prompt": text, "add_special_tokens": False}
-    try:
-        status, page = fetch(target.url + "/tokenize", body)
-        if status == 200:
-            return list(json.loads(page)["tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        status, page = 0, str(error)
-    raise EvalError(
-        f"{target.url}/tokenize gives no tokens (HTTP {status}: {page[:200]}), must be vLLM's"
-    )
+    return consecutive(target, read_text(args.text, "--text"), args.context, args.windows)
 
 
 def ask(
@@ -131,12 +83,10 @@ def ask(
     row = place(target, args, budget, window)
     if isinstance(choice, dict):
         return row | choice
-    try:
-        told = choice.model_extra["prompt_logprobs"]
-        pairs = zip(window.tokens[1:], told[1:], strict=True)
-        losses = [-float(known[str(token)]["logprob"]) for token, known in pairs]
-    except (KeyError, TypeError, ValueError):
+    known = log_probabilities(choice, window.tokens)
+    if known is None:
         return row | {"error": "the answer lacks prompt_logprobs of every token"}
+    losses = [-one for one in known]
     tail = losses[-args.tail :]
     return row | {
         "nll": sum(losses) / len(losses),
@@ -158,6 +108,7 @@ def where_asked(target: client.Target, args: argparse.Namespace, budget: float) 
         "context": args.context,
         "tail": args.tail,
         "backend": target.backend,
+        "setting": target.setting,
         "budget": budget,
     }
 
@@ -171,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     target = client.connect(args)
     windows = read_windows(args, target)
     raw = args.samples_file or args.out.with_name(args.out.stem + "_samples.jsonl")
-    samples = Samples(raw, target.header, KEY)
+    samples = Samples(raw, target.header, KEY, OLDER)
     complete = client.complete(target, args.timeout)
     try:
         for budget in args.budgets:
@@ -206,7 +157,7 @@ def summarise(samples: Samples) -> list[Row]:
     result = []
     for key in sorted(groups, key=lambda key: (*key[:-1], -key[-1])):
         where = dict(zip(WHERE, key, strict=True))
-        dense = groups.get((*key[:-1], DENSE), {}) if where["budget"] != DENSE else {}
+        dense = dense_of(groups, key) or {}
         own = {prompt: row for prompt, row in groups[key].items() if "error" not in row}
         pairs = [
             (row, dense[prompt])

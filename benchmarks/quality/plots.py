@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..report import RANDOM, inputs_of
 from .samples import Row
 from .tables import Result
 
@@ -87,9 +88,13 @@ def shape_of(model: str) -> str:
 
 
 def _rows(attention: Result | None) -> list[Row]:
-    """Return attention.json's rows without those of an fp8 cache, which quality.json has not."""
+    """Return attention.json's rows of one kind of input: of random numbers, in a bf16 cache.
+
+    quality.json has no fp8 cache, and the errors of real heads stand beside their own times.
+    """
     rows = attention["rows"] if attention else []
-    return [row for row in rows if row.get("kv_dtype", "bf16") == "bf16"]
+    plain = [row for row in rows if row.get("kv_dtype", "bf16") == "bf16"]
+    return [row for row in plain if inputs_of(row) == RANDOM]
 
 
 def _points(

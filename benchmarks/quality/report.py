@@ -1,8 +1,8 @@
 """``s2o eval report``: benchmarks/QUALITY.md and its pictures, from the result files alone.
 
-Reads quality.json, quality_layers.json (the same of every layer of a model), attention.json,
-ruler.json and perplexity.json in a folder; what is not there
-is "not measured". Every number of the report stands in one of these files.
+Reads quality.json, quality_layers.json (the same of every layer of a model), ruler.json,
+fidelity.json, perplexity.json and, for times, attention*.json in a folder; what is not there is
+"not measured". Every number of the report stands in one of these files.
 """
 
 import argparse
@@ -12,21 +12,33 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .samples import EvalError, Row
-from .tables import Result, number, perplexity_table, read_result, ruler_tables, table
+from s2o_vllm.config import S2OConfig
 
-NAMES = ("quality", "quality_layers", "attention", "ruler", "perplexity")
+from .samples import EvalError, Row
+from .tables import (
+    Result,
+    fidelity_tables,
+    number,
+    perplexity_table,
+    read_result,
+    ruler_tables,
+    table,
+)
+
+NAMES = ("quality", "quality_layers", "attention", "ruler", "fidelity", "perplexity")
 # What attention.json's rankings compute, as a method of quality.json.
 RANKINGS = {
     "low_rank": "served",
     "mean_query": "mean_query:unit=512xkv,rule=heads,correction=regions",
 }
+NOT_DRAWN = "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)."
 NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
 COMMANDS = {
     "quality": "s2o eval attention --model DIR --text FILE",
     "quality_layers": "s2o eval attention --layers 0,1,2,... --out quality_layers.json",
     "attention": "s2o bench attention",
     "ruler": "s2o eval ruler --url URL --tasks DIR",
+    "fidelity": "s2o eval fidelity --url URL --texts text=FILE",
     "perplexity": "s2o eval perplexity --url URL --text FILE",
 }
 ATTENTION = """\
@@ -38,7 +50,15 @@ The same over all layers of the model: their mean, and each of them."""
 RULER = """\
 RULER's scores: the share of the wanted strings that the answer holds, in percent, greedy decoding,
 with 95 % intervals (Wilson's); "less dense" is the paired difference on the same prompts and the
-same server. Sparse attention begins above the server's `min_context`."""
+same server. Sparse attention begins above the server's `min_context`. RULER asks after the text,
+where the prompt's dense end reads the question; "question before the text" leaves only the opening
+of the answer there. Other settings than the default's are named."""
+FIDELITY = """\
+Nats lost on tokens of real text and code whose dense prediction needs far context: their
+log-probability is above -2 nats given the whole context and more than 2 nats lower given the last
+2,048 tokens alone (LongPPL, arXiv 2410.23771). "within" is the shortest context that restores them,
+in brackets their number; Student's 95 % bounds over windows. Agreement: the share of greedy answers
+whose first 64 tokens are dense attention's; in the line of dense, its own answers asked twice."""
 PERPLEXITY = """\
 Of a text's tokens given all before them, mean over windows; nll is in nats a token, differences are
 paired by window, with Student's 95 % bounds over windows. The tail is a window's last tokens."""
@@ -158,7 +178,7 @@ def pictures(
             what = "an error" if name == "density" else "an error and a time at one setting"
             made[name] = f"not measured, for no result file holds {what}."
         elif importlib.util.find_spec("matplotlib") is None:
-            made[name] = "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)."
+            made[name] = NOT_DRAWN
         else:
             devices = {file: result["device"] for file in files if (result := results[file])}
             title = "; ".join(f"{file}.json: {device}" for file, device in devices.items())
@@ -168,16 +188,46 @@ def pictures(
     return made
 
 
-def write(results: dict[str, Result | None], out: Path, plots: Path) -> str:
+def speed_picture(ruler: Result | None, times: Sequence[Result], path: Path) -> tuple[str, str]:
+    """Draw fidelity against speed.
+
+    Returns:
+        Why there is no picture, empty where there is; and which differences it leaves out.
+    """
+    from .fidelity_plot import draw, fidelity_by_speed
+
+    panels, missing = fidelity_by_speed(ruler, times, S2OConfig().ranking)
+    told = ""
+    if missing:
+        told = f"Not drawn, for attention*.json has no time of the same: {'; '.join(missing)}."
+    if not panels:
+        path.unlink(missing_ok=True)
+        return (
+            "not measured, for no result files hold a difference and a time at one setting.",
+            told,
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        return NOT_DRAWN, told
+    draw(panels, path)
+    return "", told
+
+
+def write(
+    results: dict[str, Result | None], out: Path, plots: Path, times: Sequence[Result] = ()
+) -> str:
     """Draw the pictures, write the report and return its text.
 
     Args:
         results: content of each of `NAMES`, None where there is no file.
         out: the report's file.
         plots: folder of the pictures.
+        times: content of the files attention*.json.
     """
     order, rows = chosen_rows(results["quality"])
     images = pictures(results, order, rows, plots)
+    speed = plots / "fidelity_by_speed.png"
+    reason, told = speed_picture(results["ruler"], times, speed)
+    images["speed"] = reason or speed
 
     def section(title: str, text: str, name: str, body: str) -> str:
         missing = NOT_MEASURED.format(file=f"{name}.json", command=COMMANDS[name])
@@ -199,6 +249,9 @@ def write(results: dict[str, Result | None], out: Path, plots: Path) -> str:
         "Written by `s2o eval report` from the files in `benchmarks/results`; do not edit. What "
         "was tried on the way stands in `quality/LOG.md`.",
         section("RULER", RULER, "ruler", body("ruler", ruler_tables)),
+        image("speed", "Fidelity against speed"),
+        *filter(None, [told]),
+        section("Far context", FIDELITY, "fidelity", body("fidelity", fidelity_tables)),
         section("Perplexity", PERPLEXITY, "perplexity", body("perplexity", perplexity_table)),
         section("Attention", ATTENTION, "quality", attention_tables(order, rows)),
         section(
@@ -227,7 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.results.is_dir():
             raise EvalError(f"--results is {args.results}, must be a folder")
         results = {name: read_result(args.results / f"{name}.json") for name in NAMES}
-        write(results, args.out, args.plots or args.out.parent / "plots")
+        times = [read_result(path) for path in sorted(args.results.glob("attention*.json"))]
+        plots = args.plots or args.out.parent / "plots"
+        write(results, args.out, plots, [result for result in times if result])
     except EvalError as error:
         print(f"s2o eval report: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 Every sample is asked once at every budget, greedily; budget 1.0 is dense attention on the same
 server. Scores are RULER's (the share of the wanted strings that the answer holds, in percent) with
 95 % intervals, and each budget's difference to dense on the same samples. Answers are kept as they
-come; run again, only what is missing is asked.
+come; run again, only what is missing is asked. Prompts of another seed are added to the same file.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 from ..report import save
 from . import client
 from .intervals import Interval, mean_difference, mean_of, mean_share
+from .ruler_questions import END
 from .ruler_tasks import TASKS, Sample, draw, read_tasks, score
-from .samples import EvalError, Row, Samples
+from .samples import EvalError, Row, Samples, dense_of
 from .tables import read_result, ruler_tables
 
-KEY = ("model", "context", "task", "index", "prompt", "backend", "budget")
-WHERE = ("model", "context", "backend", "budget")
+KEY = ("model", "context", "task", "question", "prompt", "backend", "setting", "budget")
+WHERE = ("model", "context", "question", "backend", "setting", "budget")
+OLDER: Row = {"question": END, "seed": None, "setting": ""}  # what older files do not say
 MEAN = "mean"  # the task's name in rows that average over tasks
-DENSE = 1.0
 EPILOG = """\
 The folder of tasks is made by RULER's generator for a tokenizer and a length, see
 s2o eval ruler-tasks --help; the format is described in benchmarks/quality/ruler_tasks.py.
@@ -40,7 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tasks", type=Path, required=True, metavar="DIR", help="folder of task files")
     add("--only", nargs="+", metavar="TASK", help="some of the folder's tasks")
-    add("--samples", type=client.count, metavar="N", help="ask N of each task, drawn by the seed")
+    add("--contexts", nargs="+", type=client.count, metavar="TOKENS",
+        help="some of the folder's lengths")  # fmt: skip
+    add("--samples", type=client.count, metavar="N",
+        help="ask N of each task, length and place of the question, drawn by the seed")  # fmt: skip
     client.add_options(parser, "ruler.json")
     return parser
 
@@ -70,8 +74,9 @@ def ask(
 
 def place(target: client.Target, budget: float, sample: Sample) -> Row:
     """Return the fields that tell a question from others."""
-    return where_asked(target, sample.context, budget) | {
+    return where_asked(target, sample.context, sample.question, budget) | {
         "task": sample.task,
+        "seed": sample.seed,
         "index": sample.index,
         "prompt": sample.digest,
     }
@@ -82,7 +87,7 @@ def check(target: client.Target, wanted: Sequence[Sample], samples: Samples) -> 
 
     Raises:
         EvalError: if a sample is longer than the server allows, or the raw file holds answers to
-            other prompts of the same number.
+            other prompts of the same seed and number: of another tokenizer or chat template.
     """
     longest = max(sample.length or 0 for sample in wanted)
     if target.longest is not None and longest > target.longest:
@@ -90,13 +95,13 @@ def check(target: client.Target, wanted: Sequence[Sample], samples: Samples) -> 
             f"the longest sample is {longest} tokens with its answer, must be at most the server's "
             f"{target.longest} (--max-model-len)"
         )
-    prompts = {(one.context, one.task, one.index): one.digest for one in wanted}
+    prompts = {one.number: one.digest for one in wanted}
     for row in samples.rows:
-        number = (row["context"], row["task"], row["index"])
+        number = tuple(row[key] for key in ("context", "task", "question", "seed", "index"))
         if row["model"] == target.name and prompts.get(number, row["prompt"]) != row["prompt"]:
             raise EvalError(
-                f"{samples.path} holds answers to another prompt {number[2]} of {number[1]} at "
-                f"{number[0]}: name another --samples-file"
+                f"{samples.path} holds answers to another prompt {row['index']} of {row['task']} "
+                f"at {row['context']}: name another --samples-file"
             )
 
 
@@ -106,24 +111,26 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     Raises:
         EvalError: with one sentence for the user; answers kept until then stay.
     """
-    wanted = draw(read_tasks(args.tasks, args.only), args.samples, args.seed)
+    wanted = draw(read_tasks(args.tasks, args.only, args.contexts), args.samples, args.seed)
     target = client.connect(args)
     raw = args.samples_file or args.out.with_name(args.out.stem + "_samples.jsonl")
-    samples = Samples(raw, target.header, KEY)
+    samples = Samples(raw, target.header, KEY, OLDER)
     check(target, wanted, samples)
     complete = client.complete(target, args.timeout)
     try:
-        for context, budget in product(sorted({one.context for one in wanted}), args.budgets):
+        places = sorted({(one.context, one.question) for one in wanted})
+        for (context, question), budget in product(places, args.budgets):
             missing = [
                 sample
                 for sample in wanted
-                if sample.context == context and not samples.answered(place(target, budget, sample))
+                if (sample.context, sample.question) == (context, question)
+                and not samples.answered(place(target, budget, sample))
             ]
-            question = partial(ask, complete, target, budget, args.seed)
-            where = where_asked(target, context, budget)
+            asking = partial(ask, complete, target, budget, args.seed)
+            where = where_asked(target, context, question, budget)
             with client.counting(target, samples, where, active=bool(missing)):
-                label = f"{context} tokens, budget {budget:g}"
-                client.ask_all(missing, question, samples, args.concurrency, label)
+                label = f"{context} tokens, question at the {question}, budget {budget:g}"
+                client.ask_all(missing, asking, samples, args.concurrency, label)
     finally:
         if samples.rows:
             save(args.out, samples.head, summarise(samples))
@@ -131,12 +138,14 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     return samples.of(asked)
 
 
-def where_asked(target: client.Target, context: int, budget: float) -> Row:
+def where_asked(target: client.Target, context: int, question: str, budget: float) -> Row:
     """Return the fields that tell a run of questions from others."""
     return {
         "model": target.name,
         "context": context,
+        "question": question,
         "backend": target.backend,
+        "setting": target.setting,
         "budget": budget,
     }
 
@@ -146,17 +155,18 @@ def summarise(samples: Samples) -> list[Row]:
 
     Scores, bounds and differences are in percent; ``samples`` counts answers and ``failed``
     refusals. ``difference`` is to budget 1.0 on the ``paired`` samples that both answered, null
-    for dense itself and where nothing is paired. ``density`` is the share of the history that
-    was visited, of a context and budget over all tasks, null where the server does not count it.
+    for dense itself and where nothing is paired. A setting without dense answers is compared with
+    those of the empty setting. ``density`` is the share of the history that was visited, of a
+    context and budget over all tasks, null where the server does not count it.
     """
     groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
     for row in samples.rows:
         key = tuple(row[name] for name in WHERE)
         groups.setdefault(key, {}).setdefault(row["task"], []).append(row)
     result = []
-    for key in sorted(groups, key=lambda key: (*key[:3], -key[3])):
+    for key in sorted(groups, key=lambda key: (*key[:-1], -key[-1])):
         where = dict(zip(WHERE, key, strict=True))
-        dense = groups.get((*key[:3], DENSE), {}) if where["budget"] != DENSE else {}
+        dense = dense_of(groups, key) or {}
         density = client.density(samples.counters, where)
         ordered = [*TASKS, *sorted(groups[key])]
         parts = {
@@ -216,8 +226,10 @@ def _row(where: Row, task: str, density: float | None, part: Part) -> Row:
         "model": where["model"],
         "context": where["context"],
         "task": task,
+        "question": where["question"],
         "backend": where["backend"],
         "budget": where["budget"],
+        "setting": where["setting"],
         **percent(part.mean, "score", "low", "high"),
         "samples": part.answered,
         "failed": part.failed,

@@ -8,6 +8,11 @@ question sets are CC BY-SA 4.0, its essays their author's), installed or unpacke
 
 The settings of the 13 tasks, prompts and answer lengths are the package's. NLTK, which it asks
 only where sentences end, is stood in for: its data would be one more download.
+
+``--question start`` states the question in front of the text, as the templates of
+benchmarks/quality/ruler_questions.py say: after the text only the opening of the answer remains,
+without the question's own words. The dense end of a sparse prefill cannot look anything up then.
+Another ``--seed`` makes other prompts, whose answers may be added to the same samples file.
 """
 
 import argparse
@@ -24,6 +29,7 @@ from runpy import run_path
 from typing import Any, NamedTuple
 
 from .client import count
+from .ruler_questions import END, QUESTIONS, question_first
 from .ruler_tasks import TASKS
 from .samples import EvalError, Row
 
@@ -52,6 +58,7 @@ class Recipe(NamedTuple):
     Attributes:
         script: name of the generator script.
         options: the script's options for this task.
+        kinds: the package's table of templates, by script, as the script imports it.
         template: the prompt with its fields, the start of the answer included.
         opening: the fixed words that the start of the answer begins with.
         answer: longest answer, in tokens.
@@ -59,6 +66,7 @@ class Recipe(NamedTuple):
 
     script: str
     options: dict[str, Any]
+    kinds: dict[str, Row]
     template: str
     opening: str
     answer: int
@@ -72,12 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("tokenizer", type=Path, metavar="MODEL_DIR", help="folder with a tokenizer")
-    add("out", type=Path, metavar="OUT_DIR", help="gets LENGTH/TASK.jsonl")
+    add("out", type=Path, metavar="OUT_DIR",
+        help="gets LENGTH/TASK.jsonl, or LENGTH/start/TASK.jsonl")  # fmt: skip
     add("--length", type=count, nargs="+", required=True, metavar="TOKENS",
         help="of the prompt with its answer")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     add("--samples", type=count, default=20, metavar="N", help="of a task (default: %(default)s)")
     add("--seed", type=int, default=42)
+    add("--question", choices=QUESTIONS, default=END,
+        help="after the text, or stated before it (default: %(default)s)")  # fmt: skip
     add("--chat", action="store_true", help="put prompts into the model's chat template")
     add("--xz", action="store_true", help="compress the files, to carry them")
     add("--generator", type=Path, metavar="DIR",
@@ -109,19 +120,25 @@ def find_generator(given: Path | None) -> Path:
     return folder.resolve()
 
 
-def read_recipes(generator: Path) -> dict[str, Recipe]:
-    """Return the recipe of every task, from the package's own tables."""
+def read_recipes(generator: Path, question: str) -> dict[str, Recipe]:
+    """Return the recipe of every task, from the package's own tables.
+
+    Raises:
+        EvalError: if a question cannot be moved in front of the text.
+    """
     import yaml
 
     settings = yaml.safe_load((generator / PACKAGE / "synthetic.yaml").read_text())
     kinds = run_path(str(generator / SCRIPTS / "constants.py"))["TASKS"]
+    if question != END:
+        kinds = {script: question_first(script, kind) for script, kind in kinds.items()}
     recipes = {}
     for task in TASKS:
         script, kind = settings[task]["task"], kinds[settings[task]["task"]]
         start = kind["answer_prefix"]
         recipes[task] = Recipe(
-            script, settings[task]["args"], kind["template"] + start, start.partition("{")[0],
-            kind["tokens_to_generate"],
+            script, settings[task]["args"], kinds, kind["template"] + start,
+            start.partition("{")[0], kind["tokens_to_generate"],
         )  # fmt: skip
     return recipes
 
@@ -137,6 +154,8 @@ def run_script(args: argparse.Namespace, generator: Path, recipe: Recipe, room: 
         nltk.mkdir(parents=True)
         (nltk / "__init__.py").touch()
         (nltk / "tokenize.py").write_text(SENTENCES)
+        # Variable tracking compares --template with this table.
+        (nltk.parent / "constants.py").write_text(f"TASKS = {recipe.kinds!r}\n")
         options = recipe.options | {
             "save_dir": scratch,
             "save_name": "made",
@@ -150,7 +169,8 @@ def run_script(args: argparse.Namespace, generator: Path, recipe: Recipe, room: 
             "template": recipe.template,
         }
         script = generator / SCRIPTS / f"{recipe.script}.py"
-        command = [sys.executable, str(script), *(f"--{k}={v}" for k, v in options.items())]
+        # -P: the script's folder holds the table as it came, and must not go first.
+        command = [sys.executable, "-P", str(script), *(f"--{k}={v}" for k, v in options.items())]
         paths = [nltk.parent, generator, generator / PACKAGE / "data", *sys.path]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)),
@@ -212,6 +232,8 @@ def make(
                 "task": task,
                 "context": length,
                 "index": index,
+                "seed": args.seed,
+                "question": args.question,
                 "length": total,
                 "max_new_tokens": recipe.answer,
                 "metric": TASKS[task].metric,
@@ -221,7 +243,8 @@ def make(
             }
         )
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    path = args.out / str(length) / f"{task}.jsonl{'.xz' if args.xz else ''}"
+    folder = args.out / str(length) / ("" if args.question == END else args.question)
+    path = folder / f"{task}.jsonl{'.xz' if args.xz else ''}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(lzma.compress(data, preset=9) if args.xz else data)
     return path
@@ -232,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         generator = find_generator(args.generator)
-        recipes = read_recipes(generator)
+        recipes = read_recipes(generator, args.question)
         os.environ["HF_HUB_OFFLINE"] = "1"
         from transformers import AutoTokenizer
 

@@ -7,6 +7,8 @@ generator writes; ``.gz`` and ``.xz`` too), one prompt a line:
 ``input``              the prompt up to and with the start of the answer
 ``outputs``            strings that the answer should hold
 ``index``              number of the sample (default: of the line)
+``seed``               the generator's seed; default: not known
+``question``           ``end`` (default) or ``start``: after the text or before it
 ``task``               default: the file's or its folder's name
 ``context``            length the task was made for, in tokens; default: the nearest
                        folder whose name is a number, else the longest ``length``
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .ruler_questions import END, QUESTIONS
 from .samples import EvalError
 
 SUFFIXES: dict[str, Callable[[bytes], bytes]] = {
@@ -79,6 +82,13 @@ class Sample:
     metric: str
     length: int | None
     add_special_tokens: bool
+    question: str = END
+    seed: int | None = None
+
+    @property
+    def number(self) -> tuple[Any, ...]:
+        """Return what names one prompt of a tokenizer and a chat template."""
+        return (self.context, self.task, self.question, self.seed, self.index)
 
     @property
     def digest(self) -> str:
@@ -99,12 +109,19 @@ def score(answer: str, outputs: Sequence[str], metric: str) -> float:
     return float(any(found)) if metric == "part" else sum(found) / len(found)
 
 
-def read_tasks(folder: Path, tasks: Sequence[str] | None = None) -> list[Sample]:
-    """Read the samples below a folder, of all tasks or of some, ordered by context and task.
+def read_tasks(
+    folder: Path, tasks: Sequence[str] | None = None, contexts: Sequence[int] | None = None
+) -> list[Sample]:
+    """Read the samples below a folder, ordered by context, place of the question and task.
+
+    Args:
+        folder: of the files.
+        tasks: some of the tasks; default: all.
+        contexts: some of the lengths; default: all.
 
     Raises:
-        EvalError: naming the file and line that is not as described, a task that is not there, or
-            two samples of one number.
+        EvalError: naming the file and line that is not as described, a task or length that is not
+            there, or two samples of one number.
     """
     if not folder.is_dir():
         raise EvalError(f"--tasks is {folder}, must be a folder")
@@ -116,26 +133,36 @@ def read_tasks(folder: Path, tasks: Sequence[str] | None = None) -> list[Sample]
     for task in tasks or ():
         if task not in there:
             raise EvalError(f"there is no task {task!r} in {folder}; there are {', '.join(there)}")
-    known: set[tuple[int, str, int]] = set()
+    lengths = {sample.context for sample in samples}
+    for context in contexts or ():
+        if context not in lengths:
+            known_lengths = ", ".join(map(str, sorted(lengths)))
+            raise EvalError(f"there is nothing at {context} tokens in {folder}: {known_lengths}")
+    known: set[tuple[Any, ...]] = set()
     for sample in samples:
-        place = (sample.context, sample.task, sample.index)
-        if place in known:
+        if sample.number in known:
             raise EvalError(
                 f"{folder} holds two samples {sample.index} of {sample.task} at {sample.context}"
             )
-        known.add(place)
+        known.add(sample.number)
     names = [*TASKS, *(task for task in there if task not in TASKS)]
-    samples = [sample for sample in samples if not tasks or sample.task in tasks]
-    return sorted(samples, key=lambda one: (one.context, names.index(one.task), one.index))
+    samples = [
+        sample
+        for sample in samples
+        if (not tasks or sample.task in tasks) and (not contexts or sample.context in contexts)
+    ]
+    return sorted(
+        samples, key=lambda one: (one.context, one.question, names.index(one.task), one.index)
+    )
 
 
 def draw(samples: Sequence[Sample], number: int | None, seed: int) -> list[Sample]:
-    """Keep at most this many samples of each task and context, drawn by a seed."""
-    groups: dict[tuple[int, str], list[Sample]] = {}
+    """Keep at most this many samples of each task, context and question, drawn by a seed."""
+    groups: dict[tuple[int, str, str], list[Sample]] = {}
     for sample in samples:
-        groups.setdefault((sample.context, sample.task), []).append(sample)
+        groups.setdefault((sample.context, sample.task, sample.question), []).append(sample)
     kept: list[Sample] = []
-    for (context, task), group in groups.items():
+    for (context, task, _), group in groups.items():
         if number is not None and number < len(group):
             chosen = random.Random(f"{seed} {context} {task}").sample(range(len(group)), number)
             group = [group[index] for index in sorted(chosen)]
@@ -200,9 +227,15 @@ def _sample(fields: dict[str, Any]) -> Sample:
     index = fields["index"]
     if index != 0 and _whole(index) is None:
         raise ValueError(f"'index' is {index!r}, must be a whole number from 0")
+    question, seed = fields.get("question", END), fields.get("seed")
+    if question not in QUESTIONS:
+        raise ValueError(f"'question' is {question!r}, must be {' or '.join(QUESTIONS)}")
+    if seed is not None and not isinstance(seed, int):
+        raise ValueError(f"'seed' is {seed!r}, must be a whole number")
     return Sample(
         task, context, index, fields["input"], tuple(outputs), int(answer or 0), metric,
         _whole(fields.get("length")), fields.get("add_special_tokens", True) is not False,
+        question, seed,
     )  # fmt: skip
 
 

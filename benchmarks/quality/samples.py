@@ -2,12 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Row = dict[str, Any]
 SAME = ("device", "torch", "triton", "vllm", "commit")  # what one file's answers must share
+
+
+DENSE = 1.0  # the budget of dense attention
+T = TypeVar("T")
 
 
 class EvalError(Exception):
@@ -23,18 +27,19 @@ class Samples:
     Attributes:
         path: the file; made with the first row.
         key: names of the fields that tell two questions apart.
+        defaults: fields that lines of an older file lack.
         rows: the latest line of every question.
         counters: all lines with ``counters``.
         head: the header, the file's own where it has one.
     """
 
-    def __init__(self, path: Path, head: Row, key: tuple[str, ...]):
+    def __init__(self, path: Path, head: Row, key: tuple[str, ...], defaults: Row | None = None):
         """Read what the file holds.
 
         Raises:
             EvalError: if it is not such a file, or was measured on something else.
         """
-        self.path, self.key = path, key
+        self.path, self.key, self.defaults = path, key, defaults or {}
         self.counters: list[Row] = []
         self._latest: dict[tuple[Any, ...], Row] = {}
         lines = self._read()
@@ -77,6 +82,7 @@ class Samples:
             file.write("".join(line + "\n" for line in lines))
 
     def _keep(self, row: Row) -> None:
+        row = {**self.defaults, **row}
         if "counters" in row:
             self.counters.append(row)
         else:
@@ -101,3 +107,16 @@ class Samples:
             with self.path.open("r+b") as file:
                 os.truncate(file.fileno(), len(whole))
         return lines
+
+
+def dense_of(groups: Mapping[tuple[Any, ...], T], key: tuple[Any, ...]) -> T | None:
+    """Return the dense group that a group is compared with, None for a dense one itself.
+
+    Args:
+        groups: by keys that end with setting and budget.
+        key: of the group; without dense answers of its setting those of the empty one count.
+    """
+    *others, setting, budget = key
+    if budget == DENSE:
+        return None
+    return groups.get((*others, setting, DENSE)) or groups.get((*others, "", DENSE))

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .ruler_questions import END, START
 from .samples import EvalError, Row
 
 Result = dict[str, Any]
 DENSE = 1.0
+ALL = "all"  # the distance of rows over all far tokens
+OLDER: Row = {"question": END, "setting": ""}  # what rows of older files do not say
 
 
 def read_result(path: Path) -> Result | None:
@@ -49,13 +52,14 @@ def bounds(row: Row, names: Sequence[str], digits: int, signed: bool = False) ->
 
 
 def ruler_tables(result: Result | None) -> str:
-    """Return RULER's scores: for each model and context, tasks by budgets, means last."""
+    """Return RULER's scores: a table for each run of a server, tasks by budgets, means last."""
     parts = []
-    for (model, context, backend), rows in _groups(result, "model", "context", "backend").items():
+    run = ("model", "context", "question", "backend", "setting")
+    for (model, context, question, backend, setting), rows in _groups(result, *run).items():
         budgets = sorted({row["budget"] for row in rows}, reverse=True)
-        columns = [_column(backend, one) for one in budgets]
+        columns = [column(backend, one) for one in budgets]
         sparse = [one for one in budgets if one != DENSE]
-        head = ["task", *columns, *(f"{_column(backend, one)} less dense" for one in sparse)]
+        head = ["task", *columns, *(f"{column(backend, one)} less dense" for one in sparse)]
         lines = []
         for task in dict.fromkeys(row["task"] for row in rows):
             own = {row["budget"]: row for row in rows if row["task"] == task}
@@ -65,13 +69,60 @@ def ruler_tables(result: Result | None) -> str:
             lines.append([f"**{task}**" if task == "mean" else task, *scores])
         means = [row for row in rows if row["task"] == "mean"]
         told = "; ".join(
-            f"{_column(backend, row['budget'])}: {row['samples']} answers over "
+            f"{column(backend, row['budget'])}: {row['samples']} answers over "
             f"{row.get('tasks', '?')} tasks, {row['failed']} refused"
             + (f", density {row['density']:.3f}" if row["density"] is not None else "")
             for row in means
         )
-        parts.append(f"{model}, {context:,} tokens. {told}.\n\n{table(head, lines)}")
+        place = f"{model}, {context:,} tokens"
+        place += ", question before the text" if question == START else ""
+        place += f", {setting}" if setting else ""
+        parts.append(f"{place}. {told}.\n\n{table(head, lines)}")
     return "\n\n".join(parts)
+
+
+def fidelity_tables(result: Result | None) -> str:
+    """Return nats lost on far tokens, by distance, and agreement: a line for each budget."""
+    parts = []
+    for (model, context, what), rows in _groups(result, "model", "context", "what").items():
+        arms = list(
+            dict.fromkeys((row["source"], row["setting"], row["budget"]) for row in rows)
+        )  # fmt: skip
+        distances = sorted(
+            {row["distance"] for row in rows if "distance" in row},
+            key=lambda one: (one != ALL, one),
+        )
+        lines = []
+        for arm in arms:
+            own = [row for row in rows if (row["source"], row["setting"], row["budget"]) == arm]
+            line = [", ".join(filter(None, (arm[1], column(own[0]["backend"], arm[2]))))]
+            by_distance = {row.get("distance"): row for row in own}
+            if distances:
+                line += [_lost(by_distance.get(one)) for one in distances]
+                line += [f"{own[0]['windows']} of {arm[0]}"]
+            else:
+                prefix = ("prefix", "prefix_low", "prefix_high")
+                line += [
+                    bounds(own[0], ("value", "low", "high"), 2),
+                    bounds(own[0], prefix, 1), str(own[0]["samples"]),
+                ]  # fmt: skip
+            lines.append([*line, str(own[0]["failed"]), number(own[0]["density"], 3)])
+        head = [""]
+        if distances:
+            head += [f"within {one:,}" if one != ALL else "all far tokens" for one in distances]
+            head += ["windows"]
+        else:
+            head += ["share", "common tokens", "answers"]
+        title = f"{what}, {model}, {context:,} tokens"
+        parts.append(f"{title}:\n\n{table([*head, 'refused', 'density'], lines)}")
+    return "\n\n".join(parts)
+
+
+def _lost(row: Row | None) -> str:
+    """Return nats lost with bounds, and over how many tokens."""
+    if row is None:
+        return "-"
+    return f"{bounds(row, ('value', 'low', 'high'), 3, signed=True)} ({row['samples']})"
 
 
 def perplexity_table(result: Result | None) -> str:
@@ -84,7 +135,8 @@ def perplexity_table(result: Result | None) -> str:
         lines.append(
             [
                 f"{row['model']}, {row['text']}, {row['context']:,} tokens, "
-                f"{_column(row['backend'], row['budget'])}",
+                + (f"{row['setting']}, " if row.get("setting") else "")
+                + column(row["backend"], row["budget"]),
                 number(row["perplexity"], 3),
                 bounds(row, ("difference", "difference_low", "difference_high"), 4, signed=True),
                 number(row["tail_perplexity"], 3),
@@ -104,11 +156,13 @@ def perplexity_table(result: Result | None) -> str:
 def _groups(result: Result | None, *names: str) -> dict[tuple[Any, ...], list[Row]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in result["rows"] if result else []:
+        row = OLDER | row
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
 
-def _column(backend: str, budget: float) -> str:
+def column(backend: str, budget: float) -> str:
+    """Return the heading of a budget's numbers."""
     if budget == DENSE:
         return "dense" if backend == "s2o" else backend
     return f"{backend}, budget {budget:g}"

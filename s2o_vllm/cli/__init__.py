@@ -40,6 +40,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "attention"): Command(
         "s2o_vllm.benchmarks.quality.evaluate", "measure the error of sparse attention"
     ),
+    ("eval", "fidelity"): Command(
+        "s2o_vllm.benchmarks.quality.fidelity", "measure what is lost of far context"
+    ),
+    ("eval", "quick"): Command(
+        "s2o_vllm.benchmarks.quality.quick", "tell in minutes whether a change costs tasks"
+    ),
     ("eval", "ruler"): Command("s2o_vllm.benchmarks.quality.ruler", "score a model's answers"),
     ("eval", "ruler-tasks"): Command(
         "s2o_vllm.benchmarks.quality.ruler_make", "make RULER's tasks for a tokenizer and a length"

@@ -5,6 +5,7 @@ import pytest
 
 from s2o_vllm.benchmarks.quality.intervals import (
     Interval,
+    mean_clustered,
     mean_difference,
     mean_of,
     mean_share,
@@ -64,7 +65,20 @@ def test_few_numbers_have_students_interval():
     assert many.high - many.value == pytest.approx(2.042 * math.sqrt(0.25 * 1000 / 999 / 1000))
 
 
-@pytest.mark.parametrize("make", [mean_share, mean_of, mean_student])
+@pytest.mark.parametrize("make", [mean_share, mean_of, mean_student, mean_clustered])
 def test_nothing_has_no_mean(make):
     with pytest.raises(ValueError, match="there"):
         make([])
+
+
+def test_clusters_are_the_samples_of_a_clustered_mean():
+    equal = mean_clustered([[1.0, 3.0], [5.0, 7.0], [2.0, 0.0]])
+    assert equal == pytest.approx(mean_student([2.0, 6.0, 1.0]))
+    # Copies of a token add nothing that is known about other windows.
+    few = mean_clustered([[1.0], [2.0], [6.0]])
+    assert mean_clustered([[1.0] * 9, [2.0] * 9, [6.0] * 9, []]) == pytest.approx(few)
+    unequal = mean_clustered([[1.0, 1.0, 1.0], [5.0]])
+    assert unequal.value == 2.0
+    # sqrt(2 / 1 * (3^2 + 3^2)) / 4, one degree of freedom
+    assert unequal.high - unequal.value == pytest.approx(12.706 * 1.5)
+    assert math.isnan(mean_clustered([[1.0, 2.0]]).low)

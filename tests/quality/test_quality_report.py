@@ -6,8 +6,10 @@ import json
 import pytest
 
 from s2o_vllm.benchmarks.quality import report
+from s2o_vllm.benchmarks.quality.fidelity_plot import fidelity_by_speed
 from s2o_vllm.benchmarks.quality.methods import parse, settings
 from s2o_vllm.benchmarks.quality.plots import dense_times, error_by_density, error_by_time, partial
+from s2o_vllm.config import S2OConfig
 
 PNG = b"\x89PNG\r\n"
 HEAD = {
@@ -47,6 +49,8 @@ ATTENTION = [
      "kv_dtype": "fp8", "total_ms": 0.5, "fa3_paged_ms": 0.5},
     {"shape": "llama-3.1-8b", "context": 16384, "ranking": "low_rank", "budget": 0.1,
      "total_ms": 7.0, "fa3_paged_ms": 20.0},
+    {"shape": "m", "context": 16384, "ranking": S2OConfig().ranking, "budget": 0.1,
+     "total_ms": 5.0, "fa3_paged_ms": 20.0},
 ]  # fmt: skip
 RULER = [
     {"model": "m", "context": 16384, "task": task, "backend": "s2o", "budget": budget,
@@ -57,6 +61,19 @@ RULER = [
      "paired": 0 if budget == 1 else 20, "density": None if budget == 1 else 0.123, "tasks": 1}
     for budget, score in ((1.0, 81.5), (0.1, 79.0))
     for task in ("vt", "mean")
+]  # fmt: skip
+FIDELITY = [
+    {"model": "m", "context": 32768, "what": "far_tokens_code", "source": "python-3.11.7",
+     "judged": 2048, "near": 2048, "backend": "s2o", "setting": "", "budget": 0.05,
+     "distance": distance, "value": value, "low": value - 0.01, "high": value + 0.02,
+     "samples": samples, "windows": 8, "failed": 0, "density": 0.061}
+    for distance, value, samples in (("all", 0.0421, 77), (8192, 0.0123, 50), (32768, 0.09, 27))
+] + [
+    {"model": "m", "context": 32768, "what": "agreement", "source": "", "judged": 64, "near": 0,
+     "backend": "s2o", "setting": setting, "budget": budget, "value": value, "low": 0.7,
+     "high": 0.95, "samples": 32, "prefix": 55.5, "prefix_low": 50.0, "prefix_high": 61.0,
+     "failed": 1, "density": None}
+    for setting, budget, value in (("", 1.0, 0.97), ("", 0.05, 0.84), ("mean_query", 0.05, 0.81))
 ]  # fmt: skip
 PERPLEXITY = [
     {"model": "m", "text": "essays", "context": 4096, "tail": 512, "backend": "s2o", "budget": 0.1,
@@ -87,7 +104,7 @@ def write(tmp_path):
 def test_every_number_comes_from_a_file(write, tmp_path):
     code, text = write(
         quality=QUALITY, quality_layers=LAYERS, attention=ATTENTION, ruler=RULER,
-        perplexity=PERPLEXITY,
+        fidelity=FIDELITY, perplexity=PERPLEXITY,
     )  # fmt: skip
     assert code == 0
     assert "not measured" not in text.lower()
@@ -99,7 +116,19 @@ def test_every_number_comes_from_a_file(write, tmp_path):
     assert "m, 16,384 tokens. dense: 20 answers over 1 tasks, 1 refused; s2o, budget 0.1:" in text
     assert "density 0.123" in text
     assert "| 12.182 | +0.0123 | 13.464 | +0.0200 [-0.0100, +0.0500] | 4 | 0 | 0.111 |" in text
-    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 5
+    assert "far_tokens_code, m, 32,768 tokens:" in text
+    assert (
+        "|  | all far tokens | within 8,192 | within 32,768 | windows | refused | density |" in text
+    )
+    assert (
+        "| s2o, budget 0.05 | +0.042 [+0.032, +0.062] (77) | +0.012 [+0.002, +0.032] (50) "
+        "| +0.090 [+0.080, +0.110] (27) | 8 of python-3.11.7 | 0 | 0.061 |"
+    ) in text
+    assert "| dense | 0.97 [0.70, 0.95] | 55.5 [50.0, 61.0] | 32 | 1 | - |" in text
+    assert "| mean_query, s2o, budget 0.05 | 0.81 [0.70, 0.95] |" in text
+    assert "![Fidelity against speed](plots/fidelity_by_speed.png)" in text
+    assert (tmp_path / "plots" / "fidelity_by_speed.png").read_bytes().startswith(PNG)
+    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 6
     assert "| `served` | 0.0480 |" in text  # of all layers, and each of them
     assert "| layer | `served`, 5 % | `pbs`, 5 % |" in text
     assert "| 3 | 0.0300 | 0.0912 |" in text
@@ -114,7 +143,7 @@ def test_every_number_comes_from_a_file(write, tmp_path):
 def test_without_any_file_everything_is_not_measured(write, tmp_path):
     code, text = write()
     assert code == 0
-    assert text.lower().count("not measured") == 6
+    assert text.lower().count("not measured") == 8
     for command in report.COMMANDS.values():
         assert (command in text) == (command != report.COMMANDS["attention"])
     assert not list(tmp_path.glob("plots/*.png"))
@@ -168,3 +197,57 @@ def test_pictures_leave_out_what_visits_everything():
     (points,) = partial(panels).values()
     assert [point.budget for point in points] == [0.1]
     assert partial(error_by_density([quality_row("pbs", 1.0, 3e-14)])) == {}
+
+
+def mean_row(context, budget, difference, setting="", **changes):
+    bounds = (
+        {"difference_low": difference - 1, "difference_high": difference + 2} if difference else {}
+    )
+    return {
+        "model": "qwen2.5-coder-1.5b", "context": context, "task": "mean", "backend": "s2o",
+        "budget": budget, "setting": setting, "difference": difference, **bounds, **changes,
+    }  # fmt: skip
+
+
+def time_row(ranking, budget, total, **changes):
+    place = {"shape": "qwen2.5-1.5b", "context": 32768, "ranking": ranking, "budget": budget}
+    return {**place, "kv_dtype": "bf16", "total_ms": total, "fa3_paged_ms": 12.0, **changes}
+
+
+def test_fidelity_and_speed_are_joined_by_model_context_ranking_and_budget():
+    rows = [
+        mean_row(32768, 0.05, -3.0),
+        mean_row(32768, 0.05, -2.0, "mean_query"),
+        mean_row(32768, 0.05, -1.0, "lists of 2,048"),
+        mean_row(16384, 0.05, -3.0),
+        mean_row(32768, 0.05, -9.0, task="vt"),
+        mean_row(32768, 1.0, None),
+    ]
+    h100 = {"device": "H100", "rows": [
+        time_row("low_rank", 0.05, 3.0, inputs="real-heads"), time_row("low_rank", 0.05, 4.0),
+        time_row("low_rank", 0.05, 1.0, kv_dtype="fp8"), time_row("mean_query", 0.05, 6.0),
+        time_row("low_rank", 0.1, 5.0), time_row("low_rank", 0.05, None),
+    ]}  # fmt: skip
+    h200 = {"device": "H200", "rows": [time_row("low_rank", 0.05, 2.0)]}
+    panels, missing = fidelity_by_speed({"rows": rows}, [h100, h200], "low_rank")
+    assert panels == {
+        ("qwen2.5-coder-1.5b", 32768, "end"): {
+            ("low_rank", "H100"): [(0.05, 4.0, -3.0, -4.0, -1.0)],
+            ("low_rank", "H200"): [(0.05, 6.0, -3.0, -4.0, -1.0)],
+            ("mean_query", "H100"): [(0.05, 2.0, -2.0, -3.0, 0.0)],
+        }
+    }
+    assert missing == [
+        "qwen2.5-coder-1.5b, 32,768 tokens, budget 0.05, lists of 2,048",
+        "qwen2.5-coder-1.5b, 16,384 tokens, budget 0.05",
+    ]
+
+
+def test_without_a_time_fidelity_is_not_drawn_and_the_report_says_which(write, tmp_path):
+    write(ruler=RULER, attention=ATTENTION)
+    picture = tmp_path / "plots" / "fidelity_by_speed.png"
+    assert picture.exists()
+    text = write(ruler=RULER, attention=[])[1]
+    assert "Fidelity against speed: not measured, for no result files hold a difference" in text
+    assert "has no time of the same: m, 16,384 tokens, budget 0.1." in text
+    assert not picture.exists()

@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from answering import Refusal, answering
 from s2o_vllm.benchmarks.quality import client, ruler
+from s2o_vllm.benchmarks.quality.samples import Samples
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -185,6 +187,93 @@ def test_answers_to_other_prompts_are_not_mixed_in(run, tasks, capsys):
     path.write_text(path.read_text().replace("vt one0", "vt one9"))
     assert run()[0] == 2
     assert "holds answers to another prompt 0 of vt at 256" in capsys.readouterr().err
+
+
+def reseeded(tasks, seed, question="end", name="vt"):
+    """Replace a task's file by prompts of a seed."""
+    path = tasks / "256" / f"{name}.jsonl"
+    lines = [
+        {"input": f"{name} s{seed}n{i} {question}", "outputs": [f"s{seed}n{i}", question],
+         "length": 200, "seed": seed, "question": question} for i in range(2)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_prompts_of_another_seed_are_added_to_the_same_file(run, server, tasks, tmp_path, capsys):
+    for seed in (1, 2):
+        reseeded(tasks, seed)
+        assert run("--only", "vt")[0] == 0
+    rows = {(row["task"], row["budget"]): row for row in run("--only", "vt")[1]["rows"]}
+    assert len(server.asked) == 8
+    assert rows["vt", 0.1]["samples"] == rows["vt", 0.1]["paired"] == 4
+    lines = (tmp_path / "ruler_samples.jsonl").read_text().splitlines()[1:]
+    asked = [json.loads(line) for line in lines if "counters" not in line]
+    assert {(row["seed"], row["index"]) for row in asked} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    reseeded(tasks, 2)
+    path = tasks / "256" / "vt.jsonl"
+    path.write_text(path.read_text().replace("vt s2n0", "vt once more s2n0"))
+    assert run("--only", "vt")[0] == 2, "the same seed and number, another prompt"
+    assert "holds answers to another prompt 0 of vt at 256" in capsys.readouterr().err
+
+
+def test_where_the_question_stands_and_the_setting_are_told_apart(run, server, tasks, capsys):
+    reseeded(tasks, 1, "start")
+    code, result = run("--setting", "lists of 2,048")
+    assert code == 0
+    keys = [(r["task"], r["question"], r["setting"]) for r in result["rows"] if r["budget"] == 1]
+    setting = "lists of 2,048"
+    assert keys == [
+        ("qa_1", "end", setting), ("mean", "end", setting),
+        ("vt", "start", setting), ("mean", "start", setting),
+    ]  # fmt: skip
+    assert {row["density"] for row in result["rows"] if row["budget"] < 1} == {0.1}
+    table = capsys.readouterr().out
+    assert "small, 256 tokens, question before the text, lists of 2,048. dense: 2 answers" in table
+    assert "small, 256 tokens, lists of 2,048. dense: 2 answers over 1 tasks" in table
+    before = len(server.asked)
+    assert run()[0] == 0
+    assert len(server.asked) == before + 8, "another setting is asked anew"
+
+
+def test_a_setting_without_dense_answers_is_compared_with_the_empty_setting(run):
+    assert run("--budgets", "1.0")[0] == 0
+    rows = run("--budgets", "0.1", "--setting", "x")[1]["rows"]
+    own = {row["task"]: row for row in rows if row["setting"] == "x"}
+    assert {row["budget"] for row in own.values()} == {0.1}
+    assert own["vt"]["difference"] == -50
+
+
+def test_some_lengths_of_a_folder_can_be_asked(run, server, tasks, capsys):
+    other = tasks / "512" / "vt.jsonl"
+    other.parent.mkdir()
+    other.write_text((tasks / "256" / "vt.jsonl").read_text())
+    assert {row["context"] for row in run("--contexts", "512")[1]["rows"]} == {512}
+    assert len(server.asked) == 4
+    assert run("--contexts", "64")[0] == 2
+    assert "there is nothing at 64 tokens" in capsys.readouterr().err
+
+
+def test_files_from_before_question_and_setting_are_read(run, server, tmp_path):
+    assert run()[0] == 0
+    raw = tmp_path / "ruler_samples.jsonl"
+    lines = [json.loads(line) for line in raw.read_text().splitlines()]
+    for line in lines:
+        for name in ("question", "setting", "seed"):
+            line.pop(name, None)
+    raw.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before, (_, result) = len(server.asked), run()
+    assert len(server.asked) == before
+    assert {(row["question"], row["setting"]) for row in result["rows"]} == {("end", "")}
+    assert result["rows"][-1]["density"] == 0.1
+
+
+def test_the_committed_results_are_read():
+    results = Path(ruler.__file__).resolve().parents[1] / "results"
+    head = json.loads((results / "ruler_samples.jsonl").open().readline())["header"]
+    samples = Samples(results / "ruler_samples.jsonl", head, ruler.KEY, ruler.OLDER)
+    now = {(r["context"], r["task"], r["budget"]): r for r in ruler.summarise(samples)}
+    for row in json.loads((results / "ruler.json").read_text())["rows"]:
+        assert row.items() <= now[row["context"], row["task"], row["budget"]].items()
 
 
 def test_answers_of_other_code_are_not_mixed_in(run, monkeypatch, capsys):

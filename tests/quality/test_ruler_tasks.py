@@ -71,6 +71,8 @@ def test_without_a_numbered_folder_the_longest_sample_is_the_context(tmp_path):
         (json.dumps(line(metric="most")), "'metric' of task 'vt' is 'most', must be all or part"),
         (json.dumps(line(task="new")), "'metric' of task 'new' is None, must be all or part"),
         (json.dumps(line(max_new_tokens=0)), "'max_new_tokens' is 0, must be a whole number"),
+        (json.dumps(line(question="middle")), "'question' is 'middle', must be end or start"),
+        (json.dumps(line(seed="a")), "'seed' is 'a', must be a whole number"),
         (json.dumps(line(index="a")), "'index' is 'a', must be a whole number"),
         (json.dumps(line(index=0)) + "\n" + json.dumps(line(index=0)), "two samples 0 of vt at 64"),
     ],
@@ -82,6 +84,15 @@ def test_a_line_that_is_wrong_is_named(tmp_path, text, sentence):
     with pytest.raises(EvalError) as refusal:
         read_tasks(tmp_path)
     assert sentence in str(refusal.value)
+
+
+def test_one_number_may_stand_for_prompts_of_two_seeds_and_of_two_questions(tmp_path):
+    for place, fields in (("a", {"seed": 1}), ("b", {"seed": 2}), ("c", {"question": "start"})):
+        write(tmp_path / "64" / place / "vt.jsonl", line(index=0, **fields))
+    found = read_tasks(tmp_path)
+    assert [(one.seed, one.question) for one in found] == [(1, "end"), (2, "end"), (None, "start")]
+    assert len(draw(found, 1, seed=0)) == 2, "one of each question"
+    assert read_tasks(tmp_path, None, [64]) == found
 
 
 def test_a_folder_without_tasks_is_named(tmp_path):
