@@ -6,32 +6,23 @@ contiguous keys and values, FlashAttention 2 (the paper's baseline) and cuDNN. N
 unless the correctness check of the same run has passed. Beside the times stands what they are
 worth: arithmetic and bytes of the visited tokens, over what the card itself does, measured in the
 same run.
+
+Inputs are random numbers, or the heads of a real model on a real text, put together to the shape:
+then the errors of the same tensors stand beside the times.
 """
 
 import argparse
-import functools
 import itertools
+import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import attend
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
-    ELIGIBLE,
-    NUM_COUNTERS,
-    NUM_QUERIES,
-    VISITED,
-    Lists,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
-)
-from s2o_vllm.kernels.tiles import AttendTile
+from s2o_vllm.config import RANKINGS, S2OConfig
 
 from . import attention_plot
 from .dense import (
@@ -40,235 +31,21 @@ from .dense import (
     baselines,
     ceilings,
     fa3_paged,
-    in_turn,
     make_prompt,
     milliseconds,
     quantised,
-    to_fp8,
 )
+from .quality.capture import CaptureError
 from .quality.samples import EvalError
 from .quality.tables import read_result
-from .report import header, save
+from .real_heads import Errors, RealHeads, relative_mse
+from .report import RANDOM, REAL, header, inputs_of, save
+from .sparse import ELEMENT_BYTES, Sparse, Times, check, columns, mean_times, timed
 
-NEVER = 1e-30  # an early-stop threshold that no tile falls below: its cost alone
-GATE_CONTEXT = 2048
-GATE_FACTOR = 2.0  # promise 3: error at most twice that of PyTorch in the same dtype
-ELEMENT_BYTES = {"bf16": 2, "fp8": 1}  # of the cache
 FP8_CAPABILITY = (9, 0)  # from which on FlashAttention takes an fp8 cache
 FP8_DEFAULT = ((32768, 0.05), (131072, 0.05))  # contexts and budgets, unless it is asked for
-
-
-class Visits(NamedTuple):
-    """What one run of the operator visits.
-
-    Attributes:
-        density: share of the history.
-        operations: floating-point operations, see :func:`attend_operations`.
-        gathered: bytes, see :func:`attend_bytes`.
-    """
-
-    density: float
-    operations: float
-    gathered: float
-
-
-def lengths(tokens: int, segment: int) -> list[int]:
-    """Return the queries of each segment of a prompt; the last may be shorter."""
-    return [min(segment, tokens - start) for start in range(0, tokens, segment)]
-
-
-def attend_operations(shape: Shape, tokens: int, visited: float) -> float:
-    """Return the floating-point operations of the two products over what is visited.
-
-    Args:
-        shape: sizes of the operator.
-        tokens: of the prompt.
-        visited: history tokens, summed over queries and heads.
-
-    Returns:
-        4 * head_dim for each of them and, causal, for each of the segments' own.
-    """
-    own = shape.heads * sum(n * (n + 1) / 2 for n in lengths(tokens, shape.segment))
-    return 4 * shape.head_dim * (visited + own)
-
-
-def attend_bytes(
-    shape: Shape, block_m: int, tokens: int, visited: float, kv_dtype: str = "bf16"
-) -> float:
-    """Return the bytes of keys and values that the attend kernel gathers.
-
-    A tile's rows share what it loads: key and value of a token that it visits, once. What several
-    tiles visit counts for each, though the L2 cache may hold it. Queries, output, lists and the
-    estimate of the dropped mass are not counted.
-
-    Args:
-        shape: sizes of the operator.
-        block_m: rows (queries x heads of a group) that a tile has room for.
-        tokens: of the prompt, a multiple of the segment or else the last one counts as whole.
-        visited: history tokens, summed over queries and heads.
-        kv_dtype: of the cache, ``bf16`` or ``fp8``.
-    """
-    group = shape.heads // shape.kv_heads
-    queries = block_m // group
-    segment = min(shape.segment, tokens)
-    rows = segment * group / -(-segment // queries)  # of a tile in the mean: the last has fewer
-    own = sum(
-        min(start + queries, n)  # from the segment's first token to the tile's last
-        for n in lengths(tokens, shape.segment)
-        for start in range(0, n, queries)
-    )
-    token = 2 * shape.head_dim * ELEMENT_BYTES[kv_dtype]
-    return token * (visited / rows + shape.kv_heads * own)
-
-
-def against_ceilings(
-    operations: float, gathered: float, attend_ms: float, card: Mapping[str, float]
-) -> dict[str, float]:
-    """Return what operations and bytes would take at the card's ceilings, and how near the time is.
-
-    Args:
-        operations: floating-point operations.
-        gathered: bytes.
-        attend_ms: measured milliseconds.
-        card: ``matmul_tflops`` and ``copy_gb_s``, see :func:`ceilings`.
-
-    Returns:
-        ``attend_tflops``, the rate of the operations; ``attend_operations`` and ``attend_bytes``;
-        ``arithmetic_ms`` and ``bytes_ms``, the time of either alone; ``attend_of_ceiling``, the
-        larger of the two over ``attend_ms``. More than 1 is possible: what tiles share is gathered
-        from L2 faster than a copy from memory.
-    """
-    arithmetic_ms = operations / card["matmul_tflops"] / 1e9
-    bytes_ms = gathered / card["copy_gb_s"] / 1e6
-    return {
-        "attend_tflops": operations / attend_ms / 1e9,
-        "attend_operations": operations,
-        "attend_bytes": gathered,
-        "arithmetic_ms": arithmetic_ms,
-        "bytes_ms": bytes_ms,
-        "attend_of_ceiling": max(arithmetic_ms, bytes_ms) / attend_ms,
-    }
-
-
-class Sparse:
-    """The operator over a whole prompt, its two halves callable on their own."""
-
-    def __init__(self, prompt: Prompt, ranking: str, budget: float, segment: int, min_context: int):
-        tokens, heads, head_dim = prompt.query.shape
-        self.prompt = prompt
-        self.operator = SparsePrefill(
-            Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment, ranking),
-            prompt.query.dtype, prompt.query.device, scale=prompt.scale,
-        )  # fmt: skip
-        self.waves = build_work_lists(
-            [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
-            prompt.query.device, self.operator.shape.limits,
-        )  # fmt: skip
-        self.out = torch.empty_like(prompt.query)
-        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
-        self.lists: list[Lists] = []
-        self.query, self.k_scale, self.query_e4m3 = prompt.query, prompt.unit, None
-        if prompt.kv_dtype == "fp8":  # as a layer hands it on, in units of its own
-            self.query_e4m3 = to_fp8(prompt.query)
-            self.query = self.query_e4m3.to(prompt.query.dtype)
-            self.k_scale *= prompt.unit
-        self.units: dict[str, Any] = {
-            "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
-        }  # fmt: skip
-
-    def arguments(self, work: WorkList) -> tuple:
-        """Return what every launch takes first."""
-        return self.query, self.prompt.kv_cache, self.prompt.block_table, work
-
-    def tile(self, work: WorkList) -> AttendTile:
-        """Return the tile that a wave is attended to with."""
-        return self.operator.tile(work, self.query_e4m3 is not None)
-
-    def run(self) -> torch.Tensor:
-        """Rank, select and attend; return the output."""
-        for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
-        return self.out
-
-    def rank(self) -> None:
-        """Rank and select only."""
-        for work in self.waves:
-            self.operator.rank(*self.arguments(work), k_scale=self.k_scale)
-
-    def attend(self, stop_threshold: float = 0.0) -> None:
-        """Attend only, over the lists that :meth:`visits` kept and the last chunk's regions."""
-        for work, lists in zip(self.waves, self.lists, strict=True):
-            attend.attend(
-                *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
-                scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
-                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile(work),
-            )  # fmt: skip
-
-    def visits(self) -> Visits:
-        """Run once; keep the lists and return what was visited."""
-        self.counters.zero_()
-        self.lists.clear()
-        shape, gathered, before = self.operator.shape, 0.0, 0.0
-        for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
-            lists = self.operator.space.selection.lists(work)
-            self.lists.append(Lists(*(part.clone() for part in lists)))
-            visited, queries = float(self.counters[VISITED]), int(work.items[:, NUM_QUERIES].sum())
-            gathered += attend_bytes(
-                shape, self.tile(work).block_m, queries, visited - before, self.prompt.kv_dtype
-            )
-            before = visited
-        return Visits(
-            visited / float(self.counters[ELIGIBLE]),
-            attend_operations(shape, self.prompt.query.shape[0], visited),
-            gathered,
-        )
-
-
-def check(shape: tuple[int, int, int], ranking: str, kv_dtype: str) -> dict[str, float]:
-    """Compare the operator with everything listed to fp64 attention over what is in the cache.
-
-    Returns:
-        ``error`` of the operator and ``torch_error`` of bf16 PyTorch, ‖x − truth‖ / ‖truth‖. Of
-        an fp8 cache also ``quantised_error`` and ``fa3_quantised_error``, those of the operator
-        and of FlashAttention 3 against fp64 attention before anything was quantised.
-
-    Raises:
-        SystemExit: if the operator's error is more than ``GATE_FACTOR`` times PyTorch's.
-    """
-    before = make_prompt(shape, GATE_CONTEXT)
-    prompt = quantised(before) if kv_dtype == "fp8" else before
-    group = shape[0] // shape[1]
-
-    def dense(dtype: torch.dtype, of: Prompt) -> torch.Tensor:
-        query = of.query.to(dtype).transpose(0, 1)
-        key, value = (x.to(dtype).repeat_interleave(group, 1).transpose(0, 1) for x in of.cached())
-        scores = query @ key.transpose(1, 2) * prompt.scale
-        future = torch.ones(GATE_CONTEXT, GATE_CONTEXT, device="cuda").triu(1).bool()
-        return (scores.masked_fill(future, float("-inf")).softmax(-1) @ value).transpose(0, 1)
-
-    def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
-        return float((x.double() - truth).norm() / truth.norm())
-
-    truth = dense(torch.float64, prompt)
-    sparse = Sparse(
-        prompt, ranking, 1.0, RANKINGS[ranking], 0
-    )  # every list holds the whole history
-    sparse.out.fill_(float("nan"))
-    result = sparse.run()
-    error = relative(result, truth)
-    torch_error = relative(dense(torch.bfloat16, prompt), truth)
-    if not error <= GATE_FACTOR * torch_error:
-        raise SystemExit(
-            f"s2o bench attention: the operator's error {error:.2e} is more than {GATE_FACTOR} "
-            f"times PyTorch's {torch_error:.2e}: no time is reported."
-        )
-    errors = {"error": error, "torch_error": torch_error}
-    if kv_dtype == "fp8":
-        unquantised = dense(torch.float64, before)
-        errors["quantised_error"] = relative(result, unquantised)
-        errors["fa3_quantised_error"] = relative(fa3_paged(prompt)(), unquantised)
-    return errors
+REAL_REPEAT_MS = 80  # of one call on one set of real heads; there are several sets
+REAL_GATE = 1e-3  # relative MSE of two dense attentions to real heads: in bf16 some 1e-5
 
 
 def budgets_of(args: argparse.Namespace, kv_dtype: str, context: int) -> list[float]:
@@ -282,14 +59,25 @@ def budgets_of(args: argparse.Namespace, kv_dtype: str, context: int) -> list[fl
     return [budget for budget in args.budgets if (context, budget) in FP8_DEFAULT]
 
 
+def judged_from(context: int, min_context: int) -> int:
+    """Return the history from which on rows are judged: that of a server's sparse rows.
+
+    Lists of shorter ones have a few tokens, and would be the worst hundredth of rows by themselves.
+    Of short prompts the second half is judged.
+    """
+    return max(min_context, min(S2OConfig().min_context, context // 2))
+
+
 def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """Yield one row per shape, context, cache, ranking and budget; ``card``: see :func:`ceilings`.
 
-    Rows of an fp8 cache hold FlashAttention 3 over its pages; the other baselines stay bf16.
+    Inputs are random. Rows of an fp8 cache hold FlashAttention 3 over its pages; the other
+    baselines stay bf16.
     """
     for name, context in itertools.product(args.shapes, args.contexts):
         prompt = make_prompt(SHAPES[name], context)
         dense = {f"{kind}_ms": milliseconds(run) for kind, run in baselines(prompt).items()}
+        first = judged_from(context, args.min_context)
         for kv_dtype in ELEMENT_BYTES:
             budgets = budgets_of(args, kv_dtype, context)
             if not budgets:
@@ -307,29 +95,99 @@ def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dic
                     yield {
                         "shape": name,
                         "context": context,
+                        "inputs": RANDOM,
                         "kv_dtype": kv_dtype,
                         "ranking": ranking,
                         "segment": segment,
                         "budget": budget,
-                        **times(sparse, card),
+                        **columns(timed(sparse, sparse.visits(first)), card),
                         **dense,
                         "relative_mse": None,
                         **gate,
                     }
 
 
-def times(sparse: Sparse, card: Mapping[str, float]) -> dict[str, float]:
-    """Return what is measured of one setting of the operator."""
-    density, operations, gathered = sparse.visits()
-    attend_ms, stopping_ms = in_turn(sparse.attend, functools.partial(sparse.attend, NEVER))
-    return {
-        "density": density,
-        "rank_ms": milliseconds(sparse.rank),
-        "attend_ms": attend_ms,
-        **against_ceilings(operations, gathered, attend_ms, card),
-        "total_ms": milliseconds(sparse.run),
-        "early_stop_overhead": stopping_ms / attend_ms - 1,
-    }
+def measure_real(
+    args: argparse.Namespace, card: Mapping[str, float], real: RealHeads
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per shape, context, ranking and budget, over sets of real heads.
+
+    Times are means over the sets, errors are of the same tensors against paged FlashAttention 3.
+    What takes the same time whatever the numbers are is timed on the first set: the other
+    baselines, and the operator's dense mode, which must agree with FlashAttention 3.
+    """
+    for name, context in itertools.product(args.shapes, args.contexts):
+        first = judged_from(context, args.min_context)
+        gates = {ranking: check(SHAPES[name], ranking, "bf16") for ranking in args.rankings}
+        settings = list(itertools.product(args.rankings, args.budgets))
+        times: dict[tuple[str, float], list[Times]] = {setting: [] for setting in settings}
+        errors = {setting: Errors() for setting in settings}
+        dense: dict[str, float] = {}
+        paged_ms: list[float] = []
+        for own, prompt in real.sets(SHAPES[name], context):
+            runs = baselines(prompt)
+            paged = runs.pop("fa3_paged")
+            truth = paged()
+            paged_ms.append(milliseconds(paged, REAL_REPEAT_MS))
+            if not dense:
+                dense = {f"{kind}_ms": milliseconds(run) for kind, run in runs.items()}
+                for ranking in args.rankings:
+                    gates[ranking] |= check_dense(prompt, ranking, args, truth)
+            for ranking, budget in settings:
+                segment = args.segment or RANKINGS[ranking]
+                sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
+                visits = sparse.visits(first)
+                errors[ranking, budget].add(own, sparse.out, truth, first)
+                times[ranking, budget].append(timed(sparse, visits, REAL_REPEAT_MS))
+                del sparse
+            del prompt, runs, paged, truth
+            torch.cuda.empty_cache()
+        for ranking, budget in settings:
+            try:
+                judged = errors[ranking, budget].columns()
+            except ValueError as error:
+                raise SystemExit(f"s2o bench attention: {error}: no time is reported.") from None
+            yield {
+                "shape": name,
+                "context": context,
+                "inputs": REAL,
+                "model": real.model,
+                "text": real.text,
+                "sets": len(paged_ms),
+                "kv_dtype": "bf16",
+                "ranking": ranking,
+                "segment": args.segment or RANKINGS[ranking],
+                "budget": budget,
+                **columns(mean_times(times[ranking, budget]), card),
+                "fa3_paged_ms": statistics.fmean(paged_ms),
+                **dense,
+                "judged_from": first,
+                **judged,
+                **gates[ranking],
+            }
+
+
+def check_dense(
+    prompt: Prompt, ranking: str, args: argparse.Namespace, truth: torch.Tensor
+) -> dict[str, float]:
+    """Time the operator's dense mode on real heads and compare it with dense attention.
+
+    Returns:
+        ``dense_mode_ms`` and ``dense_mode_mse``.
+
+    Raises:
+        SystemExit: if the relative MSE is more than ``REAL_GATE``.
+    """
+    context = prompt.query.shape[0]
+    sparse = Sparse(prompt, ranking, 1.0, args.segment or RANKINGS[ranking], context + 1)
+    dense_ms = milliseconds(sparse.run)
+    mse = relative_mse(sparse.out, truth)
+    if not mse <= REAL_GATE:
+        raise SystemExit(
+            f"s2o bench attention: on real heads the operator's dense mode differs by {mse:.1e} "
+            f"from FlashAttention 3, more than {REAL_GATE:.0e}: no time is reported."
+        )
+    return {"dense_mode_ms": dense_ms, "dense_mode_mse": mse}
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -342,6 +200,15 @@ def summary(row: Mapping[str, Any]) -> str:
             f"; fp8 costs an error of {quantised_error:.1%} (FA3 {row['fa3_quantised_error']:.1%})"
         )
     )
+    of_real = ""
+    if inputs_of(row) == REAL:
+        dropped = row["dropped_mass"]
+        of_real = (
+            f"; real heads: relative MSE {row['relative_mse']:.4f}, worst layer "
+            f"{row['relative_mse_worst_layer']:.4f}, worst hundredth of rows from "
+            f"{row['row_error_p99']:.2f} on"
+            + ("" if dropped is None else f", dropped mass {dropped:.3f}")
+        )
     return (
         f"{row['shape']} {row['context']:>7} {row['kv_dtype']:>4} {row['ranking']:>10} "
         f"budget {row['budget']:<5} "
@@ -349,7 +216,7 @@ def summary(row: Mapping[str, Any]) -> str:
         f"({row['attend_tflops']:.0f} TFLOP/s, {row['attend_of_ceiling']:.0%} of the ceiling) "
         f"total {total:7.2f} ms; FA3 paged {row['fa3_paged_ms']:7.2f} "
         f"({row['fa3_paged_ms'] / total:.1f}x), FA2 {row['fa2_ms']:7.2f} "
-        f"({row['fa2_ms'] / total:.1f}x){of_fp8}"
+        f"({row['fa2_ms'] / total:.1f}x){of_fp8}{of_real}"
     )
 
 
@@ -379,36 +246,89 @@ def redraw(results: Path, picture: Path) -> int:
     return 0 if draw(result, picture) else 2
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="s2o bench attention", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="s2o bench attention", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["llama-3.1-8b"], metavar="NAME")
     add("--contexts", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
     add("--budgets", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2], metavar="B")
     add("--rankings", nargs="+", choices=RANKINGS, default=list(RANKINGS), metavar="R")
+    add("--inputs", nargs="+", choices=(RANDOM, REAL), metavar="KIND",
+        help=f"{RANDOM}, {REAL} (default: both with a --model, else {RANDOM})")  # fmt: skip
+    add("--model", type=Path, metavar="DIR",
+        help="Hugging Face folder of the model whose heads are real")  # fmt: skip
+    add("--text", type=Path, metavar="FILE", help="text that it reads")
     add("--kv-dtypes", nargs="+", choices=list(ELEMENT_BYTES), metavar="D",
-        help="default: bf16, and fp8 at a budget of 0.05 from 32K on")  # fmt: skip
+        help="default: bf16, and fp8 at a budget of 0.05 from 32K on (random only)")  # fmt: skip
     add("--segment", type=int, default=0, metavar="QUERIES", help="default: the ranking's own")
     add("--min-context", type=int, default=0, metavar="TOKENS")
     add("--out", type=Path, default=Path("benchmarks/results/attention.json"), metavar="FILE")
     add("--plot", type=Path, default=Path("benchmarks/plots/attention.png"), metavar="FILE")
     add("--plot-only", action="store_true", help="measure nothing: draw what --out holds")
+    return parser
+
+
+def settle_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set the inputs where none are named; exit if something to make them of is missing."""
+    if args.inputs is None:
+        args.inputs = [RANDOM] if args.model is None else [RANDOM, REAL]
+    if REAL not in args.inputs:
+        return
+    if args.model is None or args.text is None:
+        parser.error(f"--inputs {REAL} needs --model and --text")
+    if args.kv_dtypes is not None and "bf16" not in args.kv_dtypes:
+        parser.error(f"--inputs {REAL} needs a bf16 cache among --kv-dtypes")
+    if args.min_context >= min(args.contexts):
+        parser.error(f"--min-context {args.min_context} leaves nothing sparse to judge")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.plot_only:
         return redraw(args.out, args.plot)
+    settle_inputs(parser, args)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times of the interpreter say nothing")
     if "fp8" in (args.kv_dtypes or ()) and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         parser.error("an fp8 cache needs compute capability 9.0")
+    real = None
+    if REAL in args.inputs:  # first of all: what is missing is told before anything is measured
+        try:
+            real = captured(args)
+        except CaptureError as error:
+            print(f"s2o bench attention: {error}", file=sys.stderr)
+            return 2
     card = ceilings()
     head = {**header(), **card}
     print(f"{head['device']}: {head['matmul_tflops']:.0f} TFLOP/s, {head['copy_gb_s']:.0f} GB/s")
     rows = []
-    for row in measure(args, card):
+    for row in itertools.chain(
+        measure(args, card) if RANDOM in args.inputs else (),
+        () if real is None else measure_real(args, card, real),
+    ):
         rows.append(row)
         save(args.out, head, rows)
-        print(summary(row))
+        print(summary(row), flush=True)
     print(f"{args.out}: {len(rows)} rows")
     draw({**head, "rows": rows}, args.plot)
     return 0
+
+
+def captured(args: argparse.Namespace) -> RealHeads:
+    """Run the model over its text, once for all contexts, and print how long that took."""
+    since = time.perf_counter()
+    shapes = {name: SHAPES[name] for name in args.shapes}
+    real = RealHeads.read(args.model, args.text, max(args.contexts), shapes, "cuda")
+    torch.cuda.empty_cache()
+    print(
+        f"captured {len(real.layers)} layers of {real.model} on {max(args.contexts):,} tokens of "
+        f"{real.text} in {time.perf_counter() - since:.0f} s",
+        flush=True,
+    )
+    return real

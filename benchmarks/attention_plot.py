@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .quality.plots import COLOURS, MARKERS
+from .report import REAL, inputs_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,10 +39,10 @@ class Line(NamedTuple):
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
-    """Return the lines of one shape; a key that no row holds makes none.
+    """Return the lines of one shape and input; a key that no row holds makes none.
 
     Args:
-        rows: of one shape.
+        rows: of one shape and input.
     """
     fp8 = [row for row in rows if row.get("kv_dtype") == "fp8"]
     plain = [row for row in rows if row.get("kv_dtype") != "fp8"]
@@ -85,7 +86,7 @@ def _lighter(colour: str, white: float) -> tuple[float, ...]:
 
 
 def figure(result: Mapping[str, Any]) -> "Figure":
-    """Return the picture: one panel a shape, both axes logarithmic.
+    """Return the picture: one panel a shape and input, both axes logarithmic.
 
     Args:
         result: content of a result file, with one row at least.
@@ -97,12 +98,13 @@ def figure(result: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = result["rows"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    made = Figure(figsize=(5.4 * len(shapes) + 2.2, 5.4), layout="constrained")
-    axes = made.subplots(1, len(shapes), squeeze=False)[0]
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["shape"], inputs_of(row)), []).append(row)
+    made = Figure(figsize=(5.4 * len(panels) + 2.2, 5.4), layout="constrained")
+    axes = made.subplots(1, len(panels), squeeze=False)[0]
     legend: dict[str, Any] = {}
-    for axis, shape in zip(axes, shapes, strict=True):
-        own = [row for row in rows if row["shape"] == shape]
+    for axis, ((shape, inputs), own) in zip(axes, panels.items(), strict=True):
         axis.set_xscale("log")
         axis.set_yscale("log")
         for line in lines(own):
@@ -110,7 +112,8 @@ def figure(result: Mapping[str, Any]) -> "Figure":
             x, y = zip(*line.points, strict=True)
             (drawn,) = axis.plot(x, y, label=line.label, **style)
             legend.setdefault(line.label, drawn)
-        axis.set_title(shape, fontsize="medium")
+        title = f"{shape}, real heads" if inputs == REAL else shape
+        axis.set_title(title, fontsize="medium")
         axis.set_xlabel("context (tokens)")
         axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row["context"] for row in own})))
         axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -62,10 +62,22 @@ def make_prompt(shape: tuple[int, int, int], context: int) -> Prompt:
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     query = torch.randn(context, heads, head_dim, **options)
     key, value = (torch.randn(context, kv_heads, head_dim, **options) for _ in range(2))
+    return paged(query, key, value)
+
+
+def paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Prompt:
+    """Return a prompt whose keys and values also lie in shuffled pages.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        key: ``[tokens, kv_heads, head_dim]``.
+        value: as ``key``.
+    """
+    context, kv_heads, head_dim = key.shape
     blocks = -(-context // PAGE)
-    order = torch.randperm(blocks, device="cuda")
+    order = torch.randperm(blocks, device=key.device)
     # vLLM's layout on CUDA: tokens outside heads.
-    storage = torch.zeros(blocks, PAGE, kv_heads, 2 * head_dim, **options)
+    storage = key.new_zeros(blocks, PAGE, kv_heads, 2 * head_dim)
     tokens = torch.cat([key, value], -1)
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, blocks * PAGE - context))
     storage[order] = padded.unflatten(0, (blocks, PAGE))
@@ -88,18 +100,22 @@ def to_fp8(x: torch.Tensor) -> torch.Tensor:
     return (x / FP8_STEP).clamp(-limit, limit).to(torch.float8_e4m3fn)
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
+def milliseconds(run: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> float:
     """Return the median time of a call on the device, in ms; see :func:`in_turn`."""
-    return in_turn(run)[0]
+    return in_turn(run, repeat_ms=repeat_ms)[0]
 
 
-def in_turn(*runs: Callable[[], Any]) -> list[float]:
+def in_turn(*runs: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> list[float]:
     """Return the median time of each of some calls on the device, in ms.
 
     They are made in turn, so that what the card's clock does meanwhile it does to all.
 
     Replays of graphs: what the host needs to launch many small kernels is hidden behind other
     layers' work in a server, and would be counted here. The L2 cache is emptied before each.
+
+    Args:
+        *runs: the calls.
+        repeat_ms: time after which the first of them is not repeated again.
     """
     graphs = [torch.cuda.CUDAGraph() for _ in runs]
     for run, graph in zip(runs, graphs, strict=True):
@@ -110,7 +126,7 @@ def in_turn(*runs: Callable[[], Any]) -> list[float]:
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     times: list[list[float]] = []  # of all calls, once in turn
     while len(times) < REPEATS_MIN or (
-        sum(first for first, *_ in times) < REPEAT_MS and len(times) < REPEATS_MAX
+        sum(first for first, *_ in times) < repeat_ms and len(times) < REPEATS_MAX
     ):
         times.append([])
         for graph in graphs:

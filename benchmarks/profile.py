@@ -47,8 +47,9 @@ PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (  # the first that matches counts
         ("rank", r"^_(mean|score|moment|basis|project_\w+|shift|append)_kernel$"),
+        ("rank", r"^_(pool|mean_key|copy_keys|lse)_kernel$"),
         ("rank", r"^_(region|covariance|slope)_kernel$"),
-        ("select", r"^_(plan|emit)_kernel$"),
+        ("select", r"^_(plan|emit|count)_kernel$"),
         ("attend", r"^_(attend|merge)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),

@@ -5,9 +5,17 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+RANDOM, REAL = "random", "real-heads"  # inputs of attention.json
+
+
+def inputs_of(row: Mapping[str, Any]) -> str:
+    """Return what a row of attention.json was measured on; old rows do not say it."""
+    return str(row.get("inputs", RANDOM))
 
 
 def header(device: str | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .headline import (
 from .quality.report import RANKINGS, source
 from .quality.samples import EvalError, Row
 from .quality.tables import Result, number, read_result, table
+from .report import RANDOM, REAL, inputs_of
 from .serving import LLAMA_8B
 
 BEGIN, END = "<!-- s2o bench report: begin -->", "<!-- s2o bench report: end -->"
@@ -37,29 +38,60 @@ LAYERS = {"Llama-3.1-8B shape": (SHAPE, LLAMA_8B["num_hidden_layers"])}
 NEAR = 0.01  # contexts that differ by less are one: tokens of an answer need room
 
 
+TIMES = (
+    "rank, ms", "attend, ms", "total, ms", "over FA3", "over FA2", "attend over FA3",
+    "all visited, of FA3's rate", "idle early stop",
+)  # fmt: skip
+
+
+def attention_times(row: Row) -> list[str]:
+    """Return the cells of one row's times; see ``TIMES``."""
+    total = row["total_ms"]
+    return [
+        number(row["rank_ms"], 2), number(row["attend_ms"], 2),
+        number(total, 2), times(row["fa3_paged_ms"] / total),
+        times(row["fa2_ms"] / total) if row.get("fa2_ms") else "-",
+        times(row["fa3_paged_ms"] / row["attend_ms"]),
+        about(row["fa3_paged_ms"] / row["dense_mode_ms"]),
+        about(row["early_stop_overhead"]),
+    ]  # fmt: skip
+
+
 def attention_table(rows: Iterable[Row], known: Mapping[str, Mapping[tuple, float]]) -> str:
-    """Return times of one layer's attention, a table a shape."""
+    """Return times of one layer's attention to random numbers, a table a shape."""
     shapes: dict[str, list[list[str]]] = {}
     for row in rows:
-        error = known[row["ranking"]].get((row["context"], row["budget"]))
-        total = row["total_ms"]
-        shapes.setdefault(row["shape"], []).append(
-            [
-                f"{row['context']:,}, `{row['ranking']}`, {row.get('kv_dtype', 'bf16')}, "
-                f"{percent(row['budget'])}",
-                number(error, 4), number(row["rank_ms"], 2), number(row["attend_ms"], 2),
-                number(total, 2), times(row["fa3_paged_ms"] / total),
-                times(row["fa2_ms"] / total) if row.get("fa2_ms") else "-",
-                times(row["fa3_paged_ms"] / row["attend_ms"]),
-                about(row["fa3_paged_ms"] / row["dense_mode_ms"]),
-                about(row["early_stop_overhead"]),
-            ]
-        )  # fmt: skip
-    head = [
-        "tokens, ranking, cache, budget", "error", "rank, ms", "attend, ms", "total, ms",
-        "over FA3", "over FA2", "attend over FA3", "all visited, of FA3's rate", "idle early stop",
-    ]  # fmt: skip
+        error = known.get(row["ranking"], {}).get((row["context"], row["budget"]))
+        setting = (
+            f"{row['context']:,}, `{row['ranking']}`, {row.get('kv_dtype', 'bf16')}, "
+            f"{percent(row['budget'])}"
+        )
+        line = [setting, number(error, 4), *attention_times(row)]
+        shapes.setdefault(row["shape"], []).append(line)
+    head = ["tokens, ranking, cache, budget", "error", *TIMES]
     return "\n\n".join(f"{shape}:\n\n{table(head, lines)}" for shape, lines in shapes.items())
+
+
+def real_table(rows: Iterable[Row]) -> str:
+    """Return times and errors of one layer's attention to real heads, a table a shape and model."""
+    titles: dict[str, list[list[str]]] = {}
+    for row in rows:
+        title = (
+            f"{row['shape']}, real heads of {row['model']} on {row['text']}, errors of the same "
+            "tensors"
+        )
+        line = [
+            f"{row['context']:,}, `{row['ranking']}`, {percent(row['budget'])}",
+            number(row["relative_mse"], 4), number(row["relative_mse_worst_layer"], 4),
+            number(row["row_error_p99"], 3), number(row.get("dropped_mass"), 3),
+            *attention_times(row),
+        ]  # fmt: skip
+        titles.setdefault(title, []).append(line)
+    head = [
+        "tokens, ranking, budget", "error", "worst layer", "worst hundredth of rows",
+        "dropped mass", *TIMES,
+    ]  # fmt: skip
+    return "\n\n".join(f"{title}:\n\n{table(head, lines)}" for title, lines in titles.items())
 
 
 def ttft_table(rows: Sequence[Row]) -> str:
@@ -90,7 +122,9 @@ def attention_seconds(row: Row, attention: Result | None, name: str) -> float | 
         name: of the kernel's time there. Attention is quadratic: a context nearby tells it.
     """
     shape, layers = LAYERS.get(row["model"], ("", 0))
-    for one in attention["rows"] if attention else []:
+    rows = attention["rows"] if attention else []
+    # These servers' weights are random: so are their heads, if both were measured.
+    for one in sorted(rows, key=lambda one: inputs_of(one) != RANDOM):
         ratio = row["context"] / one["context"]
         if one["shape"] == shape and one["kv_dtype"] == "bf16" and abs(ratio - 1) < NEAR:
             return float(layers * one[name] * ratio**2 / 1000)
@@ -242,7 +276,9 @@ def body(name: str, results: Results) -> str:
         return ""
     if name.startswith("attention"):
         known = {ranking: errors(measured(results, spec)) for ranking, spec in RANKINGS.items()}
-        return attention_table(rows, known)
+        real = [row for row in rows if inputs_of(row) == REAL]
+        random = [row for row in rows if inputs_of(row) == RANDOM]
+        return "\n\n".join(filter(None, [real_table(real), attention_table(random, known)]))
     if name == "serve":
         return serve_table(result)
     if name.startswith("ttft"):

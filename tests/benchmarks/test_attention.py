@@ -3,16 +3,10 @@ import json
 import sys
 
 import pytest
-import torch
 
-from s2o_vllm.benchmarks import attention, attention_plot, dense
-from s2o_vllm.kernels.operator import Shape
+from s2o_vllm.benchmarks import attention, attention_plot
 
 DENSE = {"fa3_paged_ms": 9.0, "fa2_ms": 20.0}
-
-
-def shape(heads, kv_heads, head_dim, segment):
-    return Shape(heads, kv_heads, head_dim, 1024, 1024, segment)
 
 
 def row(context=8192, ranking="low_rank", budget=0.1, **more):
@@ -47,75 +41,6 @@ def test_all_is_measured_of_a_cache_that_is_asked_for():
     assert attention.budgets_of(arguments("fp8"), "bf16", 8192) == []
 
 
-def prompt(tokens=40):
-    """Of a CPU: the pages of a prompt, shuffled, as the benchmark lays them out."""
-    query, key, value = (torch.randn(tokens, n, 64).bfloat16() for n in (4, 2, 2))
-    pages = torch.nn.functional.pad(torch.cat([key, value], -1), (0, 0, 0, 0, 0, -tokens % 16))
-    order = torch.tensor([2, 0, 1])
-    storage = torch.empty(3, 16, 2, 128).bfloat16()
-    storage[order] = pages.unflatten(0, (3, 16))
-    return dense.Prompt(query, key, value, storage.transpose(1, 2), order.int()[None])
-
-
-def test_an_fp8_prompt_is_the_same_prompt_rounded():
-    before = prompt()
-    after = dense.quantised(before)
-    assert (before.kv_dtype, after.kv_dtype) == ("bf16", "fp8")
-    assert all(map(torch.equal, before.cached(), (before.key.float(), before.value.float())))
-    for one, other in zip(
-        (before.query, before.key, before.value), (after.query, *after.cached()), strict=True
-    ):
-        error = (one.float() - other.float()).norm() / one.float().norm()
-        assert 0.01 < error < 0.04, "three bits of mantissa"
-
-
-def test_an_fp8_cache_gathers_half_of_the_bytes():
-    fp8 = attention.attend_bytes(shape(4, 2, 64, 4), 5, 10, 400, "fp8")
-    assert fp8 == 32768 / 2
-
-
-def test_operations_are_those_of_the_history_and_of_the_own_tokens():
-    # Segments of 4, 4 and 2 queries see 1+2+3+4, 1+2+3+4 and 1+2 of their own tokens: 23 of each
-    # of 4 heads. 400 + 92 tokens, 2 products, 2 operations for each of 64 numbers.
-    assert attention.attend_operations(shape(4, 2, 64, 4), 10, 400) == 492 * 256 == 125952
-
-
-def test_a_tile_gathers_for_all_of_its_rows_at_once():
-    # 2 heads a group, so 5 rows hold 2 queries: 2 tiles of 4 rows a segment. 400 / 4 = 100 tokens
-    # of history. Own: tiles end at 2 and 4, 2 and 4, 2, for each of 2 KV heads: 28. Key and value
-    # of 64 numbers of 2 bytes: 256.
-    assert attention.attend_bytes(shape(4, 2, 64, 4), 5, 10, 400) == 128 * 256 == 32768
-
-
-def test_the_last_tile_of_a_segment_serves_fewer_rows():
-    # 6 heads a group, so 128 rows hold 21 queries: 64 take tiles of 21, 21, 21 and 1, which are
-    # 96 rows in the mean of 384. 960 / 96 = 10 tokens of history. Own: 21 + 42 + 63 + 64 = 190
-    # for each of 2 KV heads.
-    assert attention.attend_bytes(shape(12, 2, 128, 64), 128, 64, 960) == (10 + 380) * 512
-
-
-def test_a_prompt_shorter_than_a_segment_has_its_own_tiles():
-    # 3 queries in tiles of 2: ends 2 and 3, for 2 KV heads.
-    assert attention.attend_bytes(shape(4, 2, 64, 512), 4, 3, 0) == 10 * 256
-
-
-@pytest.mark.parametrize(
-    ("gathered", "bytes_ms", "share"),
-    [(8e9, 4, 0.8), (2e9, 1, 0.4), (12e9, 6, 1.2)],
-    ids=["bytes", "arithmetic", "L2"],
-)
-def test_the_share_of_the_ceiling_is_that_of_what_takes_longer(gathered, bytes_ms, share):
-    # 1e12 operations at 500e12 a second: 2 ms; bytes at 2000e9 a second.
-    card = {"matmul_tflops": 500.0, "copy_gb_s": 2000.0}
-    found = attention.against_ceilings(1e12, gathered, 5.0, card)
-    assert found == pytest.approx(
-        {
-            "attend_tflops": 200, "attend_operations": 1e12, "attend_bytes": gathered,
-            "arithmetic_ms": 2, "bytes_ms": bytes_ms, "attend_of_ceiling": share,
-        }
-    )  # fmt: skip
-
-
 def test_the_printed_line_tells_the_share():
     line = attention.summary(row(attend_tflops=212.3, attend_of_ceiling=0.456))
     assert "attend    2.00 (212 TFLOP/s, 46% of the ceiling) total    3.00 ms" in line
@@ -126,6 +51,22 @@ def test_the_printed_line_of_an_fp8_cache_tells_what_it_costs():
     errors = {"quantised_error": 0.0312, "fa3_quantised_error": 0.045}
     line = attention.summary(row(attend_tflops=1, attend_of_ceiling=1, kv_dtype="fp8", **errors))
     assert line.endswith("; fp8 costs an error of 3.1% (FA3 4.5%)")
+
+
+REAL = {
+    "inputs": "real-heads", "model": "m", "text": "t", "relative_mse": 0.01234,
+    "relative_mse_worst_layer": 0.05, "row_error_p99": 0.306, "dropped_mass": 0.1469,
+}  # fmt: skip
+
+
+def test_the_printed_line_of_real_heads_tells_the_errors():
+    line = attention.summary(row(attend_tflops=1, attend_of_ceiling=1, **REAL))
+    errors = "relative MSE 0.0123, worst layer 0.0500, worst hundredth of rows from 0.31 on"
+    assert line.endswith(f"; real heads: {errors}, dropped mass 0.147")
+    unknown = attention.summary(
+        row(attend_tflops=1, attend_of_ceiling=1, **REAL | {"dropped_mass": None})
+    )
+    assert unknown.endswith(f"; real heads: {errors}")
 
 
 def test_lines_of_an_old_file():
@@ -171,6 +112,21 @@ def test_the_picture_has_a_panel_a_shape_and_says_where_from():
     assert second == both
     assert {text.get_text() for text in drawn.legends[0].get_texts()} == set(first)
     assert drawn.get_suptitle() == "1x Some Card; vLLM 0.32.0; commit abc1234; 2026-01-02"
+
+
+def test_real_heads_have_a_panel_of_their_own():
+    pytest.importorskip("matplotlib")
+    rows = [row(inputs="random"), row(total_ms=4.0, fa3_paged_ms=8.0, **REAL), row(32768)]
+    drawn = attention_plot.figure(result(*rows))
+    assert [axis.get_title() for axis in drawn.axes] == [
+        "llama-3.1-8b", "llama-3.1-8b, real heads"
+    ]  # fmt: skip
+    random, real = (
+        {line.get_label(): list(line.get_ydata()) for line in axis.lines} for axis in drawn.axes
+    )
+    assert random["low_rank, budget 0.1"] == [3, 3]
+    assert real["low_rank, budget 0.1"] == [4]
+    assert real["FA3, paged (vLLM's own)"] == [8]
 
 
 def plot_only(tmp_path, content=None):

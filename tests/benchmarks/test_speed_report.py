@@ -10,6 +10,7 @@ from s2o_vllm.benchmarks.headline import headline
 from s2o_vllm.benchmarks.quality.methods import parse, settings
 from s2o_vllm.benchmarks.quality.tables import read_result
 from s2o_vllm.benchmarks.speed_report import BEGIN, END, NAMES, main, renewed, report
+from s2o_vllm.config import S2OConfig
 
 ROOT = Path(__file__).parents[2]
 HEAD = {
@@ -28,6 +29,15 @@ def attention_row(budget, total, **changes):
         "budget": budget, "rank_ms": 1.0, "attend_ms": total - 1.0, "total_ms": total,
         "fa3_paged_ms": 24.0, "fa2_ms": 48.0, "dense_mode_ms": 32.0, "early_stop_overhead": 0.0123,
     } | changes  # fmt: skip
+
+
+def real_row(budget, total, **changes):
+    real = {
+        "inputs": "real-heads", "model": "qwen", "text": "essays", "ranking": S2OConfig().ranking,
+        "relative_mse": 0.015, "relative_mse_worst_layer": 0.2, "row_error_p99": 0.345,
+        "dropped_mass": 0.147,
+    }  # fmt: skip
+    return attention_row(budget, total, **real | changes)
 
 
 def quality_row(spec, budget, error, **changes):
@@ -71,6 +81,51 @@ def test_the_headline_is_the_fastest_setting_whose_error_is_small():
     assert "`attention.json`](benchmarks/SPEED.md) at c0ffee0 |" in first
     assert "error at 5 % of 1,000 tokens | 0.0150, **6.0x** less than PBS-Attn's 0.0900" in second
     assert second.endswith("at beef000 |")
+
+
+def test_the_headline_is_of_real_heads_where_there_are_some():
+    """The served budget, whatever its error; without it the fastest of a small one."""
+    served = S2OConfig().sparsity_budget
+    random = attention_row(0.05, 1.0, inputs="random")
+    results = nothing() | {"quality": result(quality_row("served", 0.05, 0.01))}
+    rows = [
+        real_row(served, 4.0, relative_mse=0.05), real_row(0.3, 2.0),
+        real_row(0.2, 1.0, ranking="another"),
+        real_row(0.3, 3.0, context=500), real_row(0.2, 2.0, context=500),
+        real_row(0.01, 1.0, context=500, relative_mse=0.03),
+        real_row(0.01, 1.0, context=200, relative_mse=0.03),
+    ]  # fmt: skip
+    first, second = headline(results | {"attention": result(random, *rows)}).splitlines()[2:]
+    assert f"attention of 1,000 tokens, heads of qwen on essays (budget {served:g})" in first
+    assert "4.0 ms: **6.0x** faster than paged FlashAttention 3, **12.0x** than 2" in first
+    errors = "worst layer 0.2000, worst hundredth of rows 0.34, dropped mass 0.147"
+    assert f"; error of the same tensors 0.0500, {errors} |" in first
+    assert "attention of 500 tokens, heads of qwen on essays (budget 0.2)" in second
+    only = headline(results | {"attention": result(random, rows[2])})
+    assert "attention of 1,000 tokens at an error of 0.0100 (budget 0.05)" in only
+
+
+def test_real_heads_have_a_table_of_their_own():
+    rows = [attention_row(0.05, 3.0, ranking="unknown"), real_row(0.05, 4.0, ranking="probes")]
+    text = report(nothing() | {"attention": result(*rows)})
+    real, random = (text.index(f"\n\nllama-3.1-8b{more}") for more in (", real heads", ":"))
+    assert real < random
+    assert "llama-3.1-8b, real heads of qwen on essays, errors of the same tensors:" in text
+    errors = "0.0150 | 0.2000 | 0.345 | 0.147"
+    assert f"| 1,000, `probes`, 5 % | {errors} | 1.00 | 3.00 | 4.00 | 6.0x | 12.0x |" in text
+    assert "| 1,000, `unknown`, bf16, 5 % | - | 1.00 | 2.00 | 3.00 | 8.0x | 16.0x |" in text
+
+
+def test_servers_of_random_weights_are_compared_with_random_heads():
+    model = {"model": "Llama-3.1-8B shape", "context": 1000}
+    first = result(
+        model | {"backend": "stock", "budget": 1.0, "ttft_s": 10.0},
+        model | {"backend": "s2o", "budget": 0.1, "ttft_s": 5.0},
+    )
+    real, random = real_row(0.1, 3.0, fa3_paged_ms=100.0), attention_row(0.1, 3.0, fa3_paged_ms=200)
+    for rows, seconds in (((real, random), "6.400"), ((real,), "3.200")):
+        text = report(nothing() | {"ttft": first, "attention": result(*rows)})
+        assert f"| 1,000, budget 0.1 | {seconds} |" in text
 
 
 def test_served_and_accuracy_lines():
