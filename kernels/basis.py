@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .plan import ROW_STEP, WorkList
+from .tiles import image_dtype as image_dtype
 
 LOG2E = 1.4426950408889634
 WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
@@ -140,13 +141,6 @@ def fit_work(
     keys = kv_cache[..., :head_dim][blocks, head, (places % page)[:, None]].flatten(0, 1)
     fitted = fit(queries, keys, scale, rank)
     return Basis(*(part.unflatten(0, (-1, kv_heads)) for part in fitted))
-
-
-def image_dtype(device: torch.device) -> torch.dtype:
-    """Return what images are kept in: fp8 where the matrix unit takes it."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        return torch.float8_e4m3fn
-    return torch.float16
 
 
 def scored_rows(rows: torch.Tensor, group: int) -> torch.Tensor:

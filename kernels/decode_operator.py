@@ -1,4 +1,8 @@
-"""Sparse decode of a layer: slots of its requests, filled at the end of a prompt, and each step."""
+"""Sparse decode of a layer: slots of its requests, filled at the end of a prompt, and each step.
+
+A query of decode is ranked by low-rank keys, for it has no neighbours to be pooled with and reads
+little else. The basis is fitted to the last chunk of the prompt, whatever ranked its prefill.
+"""
 
 import functools
 from typing import Any
@@ -6,8 +10,8 @@ from typing import Any
 import torch
 
 from . import reference_decode
-from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept
-from .operator import SparsePrefill
+from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept, keep
+from .operator import small_work_list
 from .plan import NUM_COUNTERS, WorkList
 
 
@@ -40,6 +44,7 @@ class SparseDecode:
             from . import decode
 
             self.slots = decode.DecodeWorkspace(shape, dtype, device, scratch(shape, device))
+            self.fitting = fitting(shape, dtype, device)
             self.decode = decode.decode
         else:
             self.slots = reference_decode.DecodeSlots(shape, dtype, device)
@@ -48,7 +53,6 @@ class SparseDecode:
     def keep(
         self,
         kept: Kept,
-        prefill: SparsePrefill,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
@@ -56,22 +60,28 @@ class SparseDecode:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Keep what the end of a prompt was ranked with, after a chunk's first list.
+        """Fit a basis to the end of a prompt and keep it, low-rank keys and means in a slot.
 
         Args:
             kept: which fit of the chunk, and the request's slot.
-            prefill: what ranked it, by images of low rank.
-            query: as it was given to ``prefill``.
-            kv_cache: likewise.
-            block_table: likewise.
-            work: likewise.
-            k_scale: likewise.
+            query: ``[tokens, heads, head_dim]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+            block_table: int32 ``[rows, max_blocks]``.
+            work: a chunk's first list.
+            k_scale: what one unit of the cache's keys stands for.
         """
-        if prefill.space is not None:
-            self.slots.keep(kept, prefill.space.ranking, prefill.space.regions)
+        scale = self.scale * k_scale
+        if query.device.type != "cuda":
+            self.slots.keep(kept, query, kv_cache, block_table, work, scale)
             return
-        arguments = (query, kv_cache, block_table, work)
-        self.slots.keep(kept, *arguments, self.scale * k_scale)
+        from . import fit, low_rank, regions
+
+        ranked, means = self.fitting
+        fit.take_moments(query, kv_cache, block_table, work, ranked.fit)
+        fit.find_bases(work, ranked.fit, scale=scale)
+        low_rank.project_keys(kv_cache, block_table, work, ranked)
+        regions.average(kv_cache, block_table, work, means)
+        self.slots.keep(kept, ranked, means)
 
     def __call__(
         self,
@@ -103,6 +113,8 @@ class SparseDecode:
         row = DecodeRow(0, 0, context - 1, 0, context - 2)
         rows = DecodeTable(self.shape, 1, query.device).fill([row], 1)
         table = torch.zeros_like(block_table)
+        work = small_work_list(query.device, RECENT, dense=False)
+        self.keep(keep(work, 0), query, kv_cache, table, work)
         self(query, kv_cache, table, rows, torch.empty_like(query), counters)
 
 
@@ -112,3 +124,13 @@ def scratch(shape: DecodeShape, device: torch.device) -> Any:
     from . import decode
 
     return decode.scratch(shape, device)
+
+
+@functools.cache
+def fitting(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return scratch of a fit and the means of regions; layers of one shape share it."""
+    from . import low_rank, regions
+
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
+    ranked = low_rank.LowRankWorkspace(*sizes, 1, 1, dtype, device)
+    return ranked, regions.workspace(*sizes[1:], dtype, device)

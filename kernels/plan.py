@@ -164,15 +164,17 @@ def slope_span(history: int, region: int = REGION_TOKENS) -> int:
 
 
 class Limits(NamedTuple):
-    """How much one launch may handle, of one KV head.
+    """How much one launch may handle, of one head of lists.
 
     Attributes:
         items: segments.
         slots: places in all their lists together.
+        shared: lists that share a segment's budget.
     """
 
     items: int
     slots: int
+    shared: int = HEADS_SHARED
 
 
 @dataclass(frozen=True)
@@ -281,10 +283,10 @@ def list_places(length: int) -> int:
     return max(1, -(-length // LIST_STEP)) * LIST_STEP
 
 
-def longest_list(item: Sequence[int]) -> int:
-    """Return how long a list of an item can become: what others of its pair need not have."""
+def longest_list(item: Sequence[int], shared: int = HEADS_SHARED) -> int:
+    """Return how long a list of an item can become: what those that share with it need not have."""
     count = item[LIST_LENGTH]
-    return min(count + (HEADS_SHARED - 1) * (count // 2), item[DENSE_START])
+    return min(count + (shared - 1) * (count // 2), item[DENSE_START])
 
 
 def build_work_lists(
@@ -340,7 +342,7 @@ def chunk_lists(
     ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
     lists: list[WorkList] = []
     while ordered:
-        room = max(1, limits.slots // list_places(longest_list(ordered[0])))
+        room = max(1, limits.slots // list_places(longest_list(ordered[0], limits.shared)))
         items = ordered[: min(limits.items, room)]
         ordered = ordered[len(items) :]
         dense = [item[HISTORY] for item in items if item[DENSE_START] == 0]
@@ -356,7 +358,7 @@ def chunk_lists(
                 items=to_device(items, device),
                 groups=to_device(ranked_together(len(items)), device),
                 max_history=items[0][DENSE_START],
-                max_list=longest_list(items[0]),
+                max_list=longest_list(items[0], limits.shared),
                 max_queries=max(item[NUM_QUERIES] for item in items),
                 dense_items=len(dense),
                 max_dense=max(dense, default=0),

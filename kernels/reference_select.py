@@ -37,6 +37,7 @@ def select(
     tiers: int = TIERS,
     counted: int = COUNTED,
     chunk: int = CHUNK,
+    shared: int = HEADS_SHARED,
 ) -> Lists:
     """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
@@ -57,7 +58,7 @@ def select(
         step = -(-n // counted)
         table_row = block_table[item[ROW]]
         of_item = scores[number, :, :n].float()
-        pairs = of_item.split(HEADS_SHARED)
+        pairs = of_item.split(shared)
         lengths = torch.cat(
             [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )

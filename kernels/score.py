@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import basis
+from .packed_f16 import folded
 from .plan import CHUNK, COLUMNS, ROW_STEP, WorkList
 
 if TYPE_CHECKING:
@@ -23,29 +24,6 @@ BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group
 BLOCK_N = 128
 SHARING = 4  # neighbouring segments of one basis share a load of images: at most so many
 SCORE_REGISTERS = 96  # of a thread: five blocks share a multiprocessor
-
-
-@triton.jit
-def _halves(s):
-    """Split the columns of [N, M] into the first half and the second."""
-    s = tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2])
-    return tl.split(tl.permute(s, [0, 2, 1]))
-
-
-@triton.jit
-def _largest(a, b, c, PACKED: tl.constexpr):
-    """Return the largest of three, element by element; two to a register if PACKED."""
-    if PACKED:
-        # Which Hopper has one instruction for. Left to itself the compiler takes two.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 most;
-            max.f16x2 most, $1, $2;
-            max.f16x2 $0, most, $3;
-            }""",
-            "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return tl.maximum(tl.maximum(a, b), c)
 
 
 @triton.jit
@@ -118,24 +96,13 @@ def _extremes(best, worst, a, b, PACKED: tl.constexpr):
 @triton.jit
 def _largest_of_rows(first, second, FOLDS: tl.constexpr, PACKED: tl.constexpr):
     """Largest of each row of [N, M], M = 2^(FOLDS + 4), of two matrices: pairs."""
-    first, second = _folded(first, FOLDS, PACKED), _folded(second, FOLDS, PACKED)
+    first, second = folded(first, FOLDS, PACKED), folded(second, FOLDS, PACKED)
     if PACKED:
         # What a thread has of a row, then what four threads have: two numbers at a time.
         pairs = tl.reshape(_as_pairs(first, second, True), [first.shape[0], 4, 2])
         one, other = tl.split(pairs)
         return tl.reduce(_larger_packed(one, other), 1, _larger_packed)
     return _as_pairs(tl.max(first, 1).to(tl.float16), tl.max(second, 1).to(tl.float16))
-
-
-@triton.jit
-def _folded(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
-    """Fold the columns of [N, M] to eight by maxima."""
-    most, rest = _halves(s)
-    for _ in tl.static_range(FOLDS):
-        first, second = _halves(most)
-        third, rest = _halves(rest)
-        most = _largest(first, second, third, PACKED)
-    return _largest(most, rest, rest, PACKED)
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Select: from scores to a list of physical slots, without a sort.
 
-Two launches. One program a segment and pair of heads counts scores by bucket, of long histories
-those of every few tokens, shares the budget among its lists, and finds the score that so many
-tokens reach. One program a list then walks its scores in order of address, from the middle of the
-history on, and writes the slots of those that reach it. Importance orders the tiers, address orders
-a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
+Three launches. One program a list counts its scores by bucket, of long histories those of every few
+tokens. One program a segment and group of lists shares their budget among them, and finds the score
+that so many tokens reach. One program a list then walks its scores in order of address, from the
+middle of the history on, and writes the slots of those that reach it. Importance orders the tiers,
+address orders a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
-Half of the budget is dealt equally, half by one level of probability for both heads of a pair. A
-list ends earlier where the scores say that what it leaves out holds less softmax mass than the
+Half of the budget is dealt equally, half by one level of probability for all lists that share.
+A list ends earlier where the scores say that what it leaves out holds less softmax mass than the
 request's target error.
 """
 
@@ -74,45 +74,54 @@ def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr)
 
 
 @triton.jit
+def _count_kernel(
+    p_scores, p_items, p_bounds, p_counts, p_ranges, stride_item, stride_head, max_chunks,
+    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Count a list's scores by bucket, of long histories every few, and store their range."""
+    i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
+    if (n == 0) | (tl.load(p_items + i_item * ITEM_COLUMNS + 5) == 0):
+        return
+    i_list = i_item * tl.num_programs(0) + i_head
+    step = tl.cdiv(n, COUNTED)
+    counted = tl.cdiv(n - step // 2, step)
+    best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
+    p_scores += i_item * stride_item + i_head * stride_head + step // 2
+    counts = tl.zeros([BUCKETS], tl.int32)
+    for first in range(0, counted, CHUNK):
+        o_n = first + tl.arange(0, CHUNK)
+        s = tl.load(p_scores + o_n * step, o_n < counted, 0.0)
+        counts += tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < counted)
+    tl.store(p_counts + i_list * BUCKETS + tl.arange(0, BUCKETS), counts * step)
+    tl.store(p_ranges + 2 * i_list, best)
+    tl.store(p_ranges + 2 * i_list + 1, worst)
+
+
+@triton.jit
 def _plan_kernel(
-    p_scores, p_items, p_bounds, p_lengths, p_thresholds, target_error, heads,
-    stride_item, stride_head, max_chunks,
-    CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr,
-    SHARED: tl.constexpr, CHUNKS_PAD: tl.constexpr, MEAN_OF_MAX: tl.constexpr,
-    TIERS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    p_items, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
+    BUCKETS: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
+    MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Share the budget of a segment among the lists of SHARED heads; find what scores fill each."""
     i_item = tl.program_id(1).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
     first_head = tl.program_id(0) * SHARED
-    o_h = first_head + tl.arange(0, SHARED)
-    m_h = o_h < heads
+    o_h = first_head + tl.arange(0, SHARED_PAD)
+    m_h = (tl.arange(0, SHARED_PAD) < SHARED) & (o_h < heads)
     sharing = tl.sum(m_h.to(tl.int32))
     i_list = i_item * heads + o_h
     if count == 0:
-        tl.store(p_lengths + i_list, tl.zeros([SHARED], tl.int32), m_h)
+        tl.store(p_lengths + i_list, tl.zeros([SHARED_PAD], tl.int32), m_h)
         return
     step = tl.cdiv(n, COUNTED)
-    counted = tl.cdiv(n - step // 2, step)
     o_b = tl.arange(0, BUCKETS)
-    total = tl.zeros([SHARED, BUCKETS], tl.int32)
-    best = tl.zeros([SHARED], tl.float32)
-    worst = tl.zeros([SHARED], tl.float32)
-    p_scores += i_item * stride_item
-    for i in range(0, sharing):
-        p_head = p_bounds + 2 * (i_item * heads + first_head + i) * max_chunks
-        best_one, worst_one = _bounds_of_list(p_head, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-        p_score = p_scores + (first_head + i) * stride_head + step // 2
-        counts = tl.zeros([BUCKETS], tl.int32)
-        for first in range(0, counted, CHUNK):
-            o_n = first + tl.arange(0, CHUNK)
-            s = tl.load(p_score + o_n * step, o_n < counted, 0.0)
-            bucket = _buckets(s, best_one, worst_one, BUCKETS)
-            counts += tl.histogram(bucket, BUCKETS, mask=o_n < counted)
-        this = o_h == first_head + i
-        total = tl.where(this[:, None], counts[None, :] * step, total)
-        best, worst = tl.where(this, best_one, best), tl.where(this, worst_one, worst)
+    total = tl.load(p_counts + i_list[:, None] * BUCKETS + o_b[None, :], m_h[:, None], 0)
+    best = tl.load(p_ranges + 2 * i_list, m_h, 0.0)
+    worst = tl.load(p_ranges + 2 * i_list + 1, m_h, 0.0)
     above = tl.max(tl.where(m_h, best, float("-inf"))) + 1.0
     below = tl.min(tl.where(m_h, worst, float("inf"))) - 1.0
     width = tl.maximum(best - worst, 1e-20) / BUCKETS
@@ -304,6 +313,8 @@ class SelectWorkspace:
         sampled = -(-items // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
+        self.counts = empty(lists, BUCKETS, dtype=torch.int32)
+        self.ranges = empty(lists, 2, dtype=torch.float32)
         self.thresholds = empty(lists, TIERS, dtype=torch.float32)
 
     def lists(self, work: WorkList) -> Lists:
@@ -321,6 +332,7 @@ def select(
     tiers: int = TIERS,
     counted: int = COUNTED,
     split: bool = False,
+    shared: int = HEADS_SHARED,
 ) -> None:
     """Select the best history tokens of every list.
 
@@ -334,6 +346,7 @@ def select(
         counted: most scores of a list that are counted.
         split: let every chunk of a list have a program of its own, where lists are few; of one
             tier alone.
+        shared: neighbouring lists of a segment that share its budget.
 
     :mod:`reference_select` says exactly how many are chosen, which and in which order.
     """
@@ -343,13 +356,20 @@ def select(
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
     shape = {"CHUNK": space.chunk, "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
+    _count_kernel[(heads, work.num_items)](
+        space.scores, work.items, space.bounds, space.counts, space.ranges, *strides, space.chunks,
+        CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
+        CHUNKS_PAD=triton.next_power_of_2(space.chunks), ITEM_COLUMNS=COLUMNS,
+        num_warps=8 if split else 4, enable_fp_fusion=False,
+    )  # fmt: skip
     # Fused, a threshold is rounded once and not twice: equal scores on it would be listed here and
     # not by the reference.
-    _plan_kernel[(triton.cdiv(heads, HEADS_SHARED), work.num_items)](
-        space.scores, work.items, space.bounds, lengths, space.thresholds, work.target_error,
-        heads, *strides, space.chunks, BUCKETS=BUCKETS, COUNTED=counted,
-        SHARED=HEADS_SHARED, CHUNKS_PAD=triton.next_power_of_2(space.chunks),
-        MEAN_OF_MAX=MEAN_OF_MAX, num_warps=8 if split else 4, enable_fp_fusion=False, **shape,
+    pad = triton.next_power_of_2(shared)
+    _plan_kernel[(triton.cdiv(heads, shared), work.num_items)](
+        work.items, space.counts, space.ranges, lengths, space.thresholds, work.target_error, heads,
+        BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
+        MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers, ITEM_COLUMNS=COLUMNS,
+        num_warps=min(max(4, pad), 32), enable_fp_fusion=False,  # levels of all lists in registers
     )  # fmt: skip
     programs = triton.cdiv(work.max_history, space.chunk) if split else 1
     _emit_kernel[(heads, work.num_items, programs)](

@@ -86,9 +86,30 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def image_dtype(device: torch.device) -> torch.dtype:
+    """Return what keys and queries are ranked in: fp8 where the matrix unit takes it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return torch.float8_e4m3fn
+    return torch.float16
+
+
 def fp8_products(device: torch.device) -> bool:
     """Tell whether the kernels multiply matrices of e4m3 on a device: in the interpreter no."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def known_capability(device: torch.device) -> int:
+    """Return a device's compute capability, or else the nearest older one of the tables."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [capability for capability in BY_CAPABILITY if capability <= major * 10 + minor]
+    return max(known, default=80)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have; the interpreter has no bound."""
+    if device.type != "cuda":
+        return max(SHARED_MEMORY.values())
+    return SHARED_MEMORY[known_capability(device)]
 
 
 def decode_tile(head_dim: int, device: torch.device, group: int) -> AttendTile:
@@ -126,9 +147,7 @@ def attend_tile(
         raise ValueError(f"head_dim is {head_dim}, must be one of {HEAD_DIMS}")
     if device.type != "cuda":
         return AttendTile(16, 16, 4, 1)
-    major, minor = torch.cuda.get_device_capability(device)
-    known = [capability for capability in BY_CAPABILITY if capability <= major * 10 + minor]
-    capability = max(known, default=80)
+    capability = known_capability(device)
     if e4m3 and head_dim in E4M3.get(capability, {}):
         return E4M3[capability][head_dim]
     wide = WIDE.get(capability, {}).get(head_dim)

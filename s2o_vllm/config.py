@@ -15,9 +15,9 @@ ENV_PREFIX = "S2O_"
 REQUEST_PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
 
-# What ranks the history, and how many queries share a list by default: the paper's mean query
-# in its segments of 512, or every query against a low-rank image of the keys.
-RANKINGS = {"low_rank": 64, "mean_query": 512}
+# What ranks the history, and how many queries share a list by default: means of neighbouring
+# queries, a list for each head; single queries against low-rank keys; the paper's mean query.
+RANKINGS = {"probes": 256, "low_rank": 64, "mean_query": 512}
 
 
 class Spending(NamedTuple):
@@ -82,7 +82,7 @@ class S2OConfig:
             ask for any.
         dense_layers: numbers of the layers that stay dense; negative ones count from the last.
         decode_budget: largest share of its history that a query of decode may visit; 1.0 leaves
-            decode to stock vLLM. Needs the low-rank ranking, whose images it goes on with.
+            decode to stock vLLM.
         decode_min_context: decode with less history than this many tokens stays dense.
         decode_requests: how many requests decode sparsely at a time; each takes memory.
 
@@ -94,7 +94,7 @@ class S2OConfig:
     target_error: float = 0.0
     stop_threshold: float = 0.0
     min_context: int = 8192
-    ranking: str = "low_rank"
+    ranking: str = "probes"
     segment_size: int = 0
     permute_queries: bool = False
     max_request_budget: float = 1.0
@@ -128,9 +128,6 @@ class S2OConfig:
             raise _refusal("dense_layers", layers, "a list of layer numbers, such as 0,1,-1")
         object.__setattr__(self, "dense_layers", tuple(layers))  # JSON gives a list
         check_budget("decode_budget", self.decode_budget)
-        if self.decodes and self.ranking != "low_rank":
-            allowed = f"1 with ranking {self.ranking}, which leaves nothing to rank decode by"
-            raise _refusal("decode_budget", self.decode_budget, allowed)
         value = self.decode_min_context
         if not _whole(value) or value < 0:
             raise _refusal("decode_min_context", value, "a whole number of tokens, 0 or more")
@@ -189,7 +186,7 @@ HELP = {
     "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
     "last (write --s2o-dense-layers=-1,0 where the first is negative). Default: none.",
     "decode_budget": "Largest share of its history that a query of decode may visit (0 < B <= 1; 1 "
-    "leaves decode to stock vLLM; low_rank only). Default: 1.",
+    "leaves decode to stock vLLM). Default: 1.",
     "decode_min_context": "Decode with less history than this many tokens stays dense. "
     "Default: 32768.",
     "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "

@@ -161,7 +161,7 @@ class SparseImpl:
             self._s2o_operator(query, cache, table, work, *result, **units, query_e4m3=quantised)
             if number in plan.kept:
                 self._s2o_decode.keep(
-                    plan.kept[number], self._s2o_operator, query, cache, table, work,
+                    plan.kept[number], query, cache, table, work,
                     k_scale=units.get("k_scale", 1.0),
                 )  # fmt: skip
         if plan.decode is not None:

@@ -269,7 +269,7 @@ def test_the_operator_keeps_and_decodes(device, fp8):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
         prefill(*arguments, torch.empty_like(query), counters, **units)
-        operator.keep(keep(work, number), prefill, *arguments, **units)
+        operator.keep(keep(work, number), *arguments, **units)
         rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):

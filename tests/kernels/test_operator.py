@@ -17,7 +17,7 @@ from s2o_vllm.kernels.operator import RANKINGS, WORKSPACE_BYTES, Shape, SparsePr
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED, build_work_lists
 
 
-def operator_for(batch, ranking="low_rank", **options):
+def operator_for(batch, ranking="probes", **options):
     heads, head_dim = batch.query.shape[1:]
     shape = Shape(heads, batch.kv_cache.shape[1], head_dim, 4096, 512, SEGMENT, ranking)
     scale = batch.softmax_scale
@@ -115,7 +115,7 @@ def test_refuses_an_unknown_head_dim(device):
 
 
 def test_refuses_an_unknown_ranking(device):
-    with pytest.raises(ValueError, match="ranking is 'best', must be one of low_rank, mean_query"):
+    with pytest.raises(ValueError, match="ranking is 'best', must be one of probes, low_rank"):
         operator_for(make_batch(device), ranking="best")
 
 
@@ -129,15 +129,14 @@ def test_warm_up_touches_nothing(device, fp8):
 
 
 def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():
-    items, slots = Shape(32, 8, 128, 131072, 8192, 64).limits
-    assert (items, slots) == (128, 32 * 131072)
+    assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").limits == (128, 32 * 131072, 2)
+    assert Shape(32, 8, 128, 131072, 8192, 256).limits == (32, 8 * 131072, 4)
     assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.items == 16
     assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.items == 2
 
 
 def test_scratch_is_bounded():
-    shape = Shape(32, 32, 128, 1_000_000, 8192, 64)
-    items, slots = shape.limits
+    items, slots, _ = Shape(32, 32, 128, 1_000_000, 8192, 64).limits
     assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES
 
 

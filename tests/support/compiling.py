@@ -24,6 +24,8 @@ DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+HEADS, KV_HEADS, MAX_HISTORY = 32, 8, 131_072
+PLACES = 16 * MAX_HISTORY
 # Of a launch, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
@@ -147,19 +149,32 @@ def unfenced(ptx: str) -> bool:
 
 
 def compile_attend(
-    tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
+    tile,
+    capability: int,
+    head_dim: int,
+    stop_threshold: float | None,
+    kv_dtype: torch.dtype,
+    summaries: bool = False,
 ) -> Compiled:
-    """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
+    """Compile the attend kernel with a tile of the table; no threshold: for dense segments.
+
+    Lists are those of query heads, or with ``summaries`` of KV heads, with region means.
+    """
     from s2o_vllm.kernels import attend, plan, regions, select
 
+    lists = KV_HEADS if summaries else HEADS
     dense = stop_threshold is None
-    q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
-    lists = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, "meta").lists(work)
+    q, kv, table, work = launch_arguments(
+        head_dim, kv_dtype, min_context=2**20 if dense else 4096, lists=lists
+    )
+    space = select.SelectWorkspace(work.num_items, lists, MAX_HISTORY, PLACES, "meta")
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
-    means = regions.workspace(8, head_dim, 131072, q.dtype, "meta")
+    means = None
+    if summaries:
+        means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
-            q, kv, table, work, lists, means, q, counters, scale=0.1,
+            q, kv, table, work, space.lists(work), means, q, counters, scale=0.1,
             stop_threshold=stop_threshold or 0.0,
             tile=tile, query_e4m3=q.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None,
         )  # fmt: skip
@@ -167,35 +182,67 @@ def compile_attend(
 
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
-    """Compile every kernel of ranking and selection."""
+    """Compile every kernel of the rankings by KV head, and of selection from their scores."""
     from s2o_vllm.kernels import low_rank, rank, regions, select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    ranking = rank.RankWorkspace(work.num_items, 32, head_dim, 131072, q.dtype, meta)
-    dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
-    sizes = (32, 8, head_dim, 131072, work.num_items, 512)
-    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, dtype)
-    selection = select.SelectWorkspace(work.num_items, 8, 131072, 16 * 131072, meta)
+    ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
+    sizes = (HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
+    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
+    selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
         select.select(table, work, 16, selection)
-        means = regions.workspace(8, head_dim, 131072, q.dtype, meta)
+        means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
         regions.average(kv, table, work, means)
     return compiled
 
 
-def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
+def compile_probes(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
+    """Compile every kernel of the ranking by probes, and of selection from its scores."""
+    from s2o_vllm.kernels import plan, probes, select, tiles
+
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype, segment=256, lists=HEADS)
+    meta, kind = torch.device("meta"), ranked_in(capability)
+    tile = probes.score_tile(
+        triton.next_power_of_2(head_dim) * kind.itemsize, tiles.SHARED_MEMORY[capability]
+    )
+    ranking = probes.ProbeWorkspace(
+        HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 256, meta, kind, tile=tile
+    )
+    selection = select.SelectWorkspace(work.num_items, HEADS, MAX_HISTORY, PLACES, meta)
+    results = (selection.scores, selection.bounds)
+    with compiling_for(capability) as compiled:
+        probes.probe_scores(q, kv, table, work, *results, ranking, scale=0.1)
+        if head_dim == 128:  # the selection knows no head_dim
+            for shared in (HEADS // KV_HEADS, 8):  # a group that counts whole, and Qwen2.5's of 7
+                select.select(table, work, 16, selection, plan.TIERS_UNORDERED, shared=shared)
+    return [replace(one, name=f"{one.name} probes {head_dim}") for one in compiled]
+
+
+def ranked_in(capability: int) -> torch.dtype:
+    """What keys are ranked in; see :func:`tiles.image_dtype`."""
+    return torch.float8_e4m3fn if capability >= 89 else torch.float16
+
+
+def launch_arguments(
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    min_context: int = 4096,
+    segment: int = 512,
+    lists: int = KV_HEADS,
+):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    limits = plan.Limits(16, 16 * 131072)
-    (work,) = plan.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
-    q = torch.empty(8192, 32, head_dim, dtype=torch.bfloat16, device="meta")
-    kv = torch.empty(10_000, 8, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
+    limits = plan.Limits(8192 // segment, PLACES, HEADS // KV_HEADS if lists == HEADS else 2)
+    (work,) = plan.build_work_lists(rows, segment, min_context, torch.device("cpu"), limits)
+    q = torch.empty(8192, HEADS, head_dim, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(10_000, KV_HEADS, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
 
 
@@ -227,12 +274,11 @@ def variants_beyond_warm_up(
     The steps are odd in every way that a step can be: chunks that start anywhere, of one query
     or of many, in any row of a block table whose width nothing divides.
     """
+    from s2o_vllm.config import RANKINGS
     from s2o_vllm.kernels import decode, decode_operator, decode_plan, operator, plan, tiles
 
     meta = torch.device("meta")
-    shape = operator.Shape(
-        32, 8, 128, 131_040, 8192, {"low_rank": 64, "mean_query": 512}[ranking], ranking
-    )
+    shape = operator.Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
     operation = operator.SparsePrefill(
         shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
     )
@@ -248,13 +294,12 @@ def variants_beyond_warm_up(
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
     quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
     operation.fp8_products = quantised is not None
-    decoding = None
-    if ranking == "low_rank":
-        sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
-        decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-        scratch = decode.scratch(sizes, meta)
-        decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
-        decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
+    sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
+    decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
+    scratch = decode.scratch(sizes, meta)
+    decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
+    decoding.fitting = decode_operator.fitting(sizes, torch.bfloat16, meta)
+    decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)

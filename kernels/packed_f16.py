@@ -1,0 +1,48 @@
+"""Arithmetic on fp16 numbers, two to a register, that the compiler does not find by itself."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def halves(s):
+    """Split the columns of [N, M] into the first half and the second."""
+    s = tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2])
+    return tl.split(tl.permute(s, [0, 2, 1]))
+
+
+@triton.jit
+def largest(a, b, c, PACKED: tl.constexpr):
+    """Return the largest of three, element by element; two to a register if PACKED."""
+    if PACKED:
+        # Which Hopper has one instruction for. Left to itself the compiler takes two.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 most;
+            max.f16x2 most, $1, $2;
+            max.f16x2 $0, most, $3;
+            }""",
+            "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
+def add(a, b, PACKED: tl.constexpr):
+    """Return a + b in fp16; two to a register if PACKED."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "add.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return a + b
+
+
+@triton.jit
+def folded(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
+    """Fold the columns of [N, M], M = 2^(FOLDS + 4), to eight by maxima: j, j + 8, j + 16, …."""
+    most, rest = halves(s)
+    for _ in tl.static_range(FOLDS):
+        first, second = halves(most)
+        third, rest = halves(rest)
+        most = largest(first, second, third, PACKED)
+    return largest(most, rest, rest, PACKED)

@@ -1,0 +1,452 @@
+"""Rank by probes: one list for each query head of a segment (ours).
+
+A *probe* is the mean of ``POOL`` neighbouring queries of one head. A token's score in a list is the
+largest log2-probability that any probe of the segment gives it:
+
+    score[token] = max over probes p of  q_p . k_token * scale * log2(e) - lse_p
+
+``lse_p`` is the log-sum-exp over the probe's own causal tokens and an evenly spaced sample of the
+history. The paper ranks by one mean query of a longer segment. Products are of e4m3 numbers where
+the matrix unit takes them: keys are copied once a chunk, less their mean, which no score sees.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import COLUMNS as ITEM_COLUMNS
+from .layout import DENSE_START, HISTORY, NUM_QUERIES, QUERY_START
+from .packed_f16 import add, folded
+from .plan import CHUNK, WorkList
+from .tiles import image_dtype, input_precision, shared_memory
+from .tuning import (
+    LEAST_SCORE,
+    LSE_SAMPLES,
+    LSE_STEP,
+    MEAN_SAMPLES,
+    MEAN_SPAN,
+    POOL,
+    UNIT,
+)
+
+LOG2E = 1.4426950408889634
+LSE_ROWS = 128  # probes of a program of the log-sum-exp, at least those of one head
+COPY_SPAN = 512  # keys that a program copies
+SCORE_ITEMS = 8  # segments, at most: what is left of a block of scores after folding
+SCORE_WARPS = 8
+
+
+class ScoreTile(NamedTuple):
+    """One step of the score kernel.
+
+    Attributes:
+        columns: probes of several segments that share each load of keys.
+        block: keys.
+        stages: loads of keys that are on their way, less one.
+    """
+
+    columns: int
+    block: int
+    stages: int
+
+
+# By bytes of a key (of head_dim padded, in e4m3 or fp16), at most, and shared memory of a block, at
+# least; the first that fits. Probes take columns * bytes, keys (stages - 1) * block * bytes, on
+# Hopper a stage more. `tests/kernels/test_compile.py` compiles all. Only the first one is tuned.
+SCORE_TILES = (
+    (128, 0, ScoreTile(256, 128, 3)),
+    (256, 166_912, ScoreTile(256, 128, 3)),
+    (256, 0, ScoreTile(256, 64, 2)),
+    (512, 166_912, ScoreTile(128, 64, 3)),
+    (512, 0, ScoreTile(128, 32, 2)),
+)
+
+
+def score_tile(key_bytes: int, shared: int) -> ScoreTile:
+    """Return the tile for keys of so many bytes on a device of so much shared memory a block."""
+    return next(tile for most, least, tile in SCORE_TILES if key_bytes <= most and shared >= least)
+
+
+@triton.jit
+def _pool_kernel(
+    p_q, p_items, p_probes, unit, stride_q_token, stride_q_head,
+    D: tl.constexpr, D_PAD: tl.constexpr, PROBES: tl.constexpr, POOL: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """probe[p] = unit * mean of queries p * POOL .. p * POOL + POOL - 1 of one segment and head.
+
+    A segment with fewer queries repeats its last probe, which no maximum sees.
+    """
+    i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    count = tl.load(p_item + NUM_QUERIES)
+    p_q += tl.load(p_item + QUERY_START).to(tl.int64) * stride_q_token + i_head * stride_q_head
+    o_p, o_d = tl.arange(0, PROBES), tl.arange(0, D_PAD)
+    first = tl.minimum(o_p, (count - 1) // POOL) * POOL
+    total = tl.zeros([PROBES, D_PAD], tl.float32)
+    for i in tl.static_range(POOL):
+        o_q = first + i
+        m_q = (o_q < count)[:, None] & (o_d < D)[None, :]
+        q = tl.load(p_q + o_q[:, None] * stride_q_token + o_d[None, :], m_q, 0.0)
+        total += q.to(tl.float32)
+    mean = total * (unit / tl.minimum(count - first, POOL).to(tl.float32))[:, None]
+    mean = tl.minimum(tl.maximum(mean, -LIMIT), LIMIT)
+    o_probe = (i_item * tl.num_programs(0) + i_head) * PROBES + o_p
+    p_probes += o_probe[:, None] * D_PAD + o_d[None, :]
+    tl.store(p_probes, mean.to(p_probes.dtype.element_ty))
+
+
+@triton.jit
+def _load_keys(
+    p_k, p_table, position, m_n, o_d, stride_block, stride_token, PAGE: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Keys of tokens of one head from the paged cache, zero outside."""
+    page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
+    o_k = page * stride_block + (position % PAGE) * stride_token
+    m_k = m_n[:, None] & (o_d < D)[None, :]
+    return tl.load(p_k + o_k[:, None] + o_d[None, :], m_k, 0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["row", "seen"])
+def _mean_key_kernel(
+    p_kv, p_table, p_mean, row, seen, stride_block, stride_head, stride_token, stride_table,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, SAMPLES: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Mean of SAMPLES evenly spaced keys among the first SPAN, the same for all chunks."""
+    i_head = tl.program_id(0).to(tl.int64)
+    o_n, o_d = tl.arange(0, SAMPLES), tl.arange(0, D_PAD)
+    step = tl.maximum(tl.minimum(seen, SPAN) // SAMPLES, 1)
+    position = o_n * step
+    k = _load_keys(
+        p_kv + i_head * stride_head, p_table + row.to(tl.int64) * stride_table, position,
+        position < seen, o_d, stride_block, stride_token, PAGE, D,
+    )  # fmt: skip
+    count = tl.minimum(tl.cdiv(seen, step), SAMPLES).to(tl.float32)
+    tl.store(p_mean + i_head * D_PAD + o_d, tl.sum(k, 0) / count)
+
+
+@triton.jit(do_not_specialize=["row", "seen"])
+def _copy_keys_kernel(
+    p_kv, p_table, p_mean, p_keys, row, seen,
+    stride_block, stride_head, stride_token, stride_table, stride_keys_head,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """keys[head, token] = k - mean key, from the pages of one request, in order."""
+    i_head = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, D_PAD)
+    mean = tl.load(p_mean + i_head * D_PAD + o_d)
+    p_kv += i_head * stride_head
+    p_table += row.to(tl.int64) * stride_table
+    p_keys += i_head * stride_keys_head
+    first = tl.program_id(0) * SPAN
+    for start in range(first, tl.minimum(first + SPAN, seen), BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        m_n = position < seen
+        k = _load_keys(p_kv, p_table, position, m_n, o_d, stride_block, stride_token, PAGE, D)
+        k = tl.minimum(tl.maximum(k - mean[None, :], -LIMIT), LIMIT)
+        p_key = p_keys + position.to(tl.int64)[:, None] * D_PAD + o_d[None, :]
+        tl.store(p_key, k.to(p_keys.dtype.element_ty), m_n[:, None])
+
+
+@triton.jit
+def _add_exponentials(s, m, mass):
+    """Fold scores [M, N], base 2, -inf where nothing is seen, into a running log-sum-exp."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    mass = mass * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+    return m_new, mass
+
+
+@triton.jit
+def _lse_kernel(
+    p_probes, p_keys, p_items, p_lse, stride_keys_head,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, POOL: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """lse[p] = log2( sum over own tokens of 2^s + n / samples * sum over samples of 2^s ).
+
+    Own tokens are those of the dense pass up to the probe's last query. HEADS heads of a group at a
+    time. One stage: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    """
+    i_kv_head, i_item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p_item = p_items + i_item * ITEM_COLUMNS
+    count = tl.load(p_item + NUM_QUERIES)
+    n = tl.load(p_item + DENSE_START)
+    if n == 0:
+        return
+    between = tl.load(p_item + HISTORY) - n
+    heads = tl.num_programs(1) * GROUP
+    o_row, o_d = tl.arange(0, HEADS * PROBES), tl.arange(0, D_PAD)
+    head = tl.program_id(0) * HEADS + o_row // PROBES
+    m_row = head < GROUP
+    i_head = i_kv_head * GROUP + tl.minimum(head, GROUP - 1)
+    o_probe = (i_item * heads + i_head) * PROBES + o_row % PROBES
+    q = tl.load(p_probes + o_probe[:, None] * D_PAD + o_d[None, :])
+    first = tl.minimum(o_row % PROBES, (count - 1) // POOL) * POOL
+    sees = between + tl.minimum(first + POOL, count)
+    p_keys += i_kv_head.to(tl.int64) * stride_keys_head
+    p_own = p_keys + n.to(tl.int64) * D_PAD
+    m = tl.full([HEADS * PROBES], float("-inf"), tl.float32)
+    mass = tl.zeros([HEADS * PROBES], tl.float32)
+    end = between + count
+    for start in tl.range(0, end, BLOCK_N, num_stages=1):
+        o_n = start + tl.arange(0, BLOCK_N)
+        own = tl.minimum(o_n, end - 1)
+        k = tl.load(p_own + own[:, None] * D_PAD + o_d[None, :])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (1.0 / UNIT)
+        s = tl.where(o_n[None, :] < sees[:, None], s, float("-inf"))
+        m, mass = _add_exponentials(s, m, mass)
+    own_lse = m + tl.log2(mass)
+    m = tl.full([HEADS * PROBES], float("-inf"), tl.float32)
+    mass = tl.zeros([HEADS * PROBES], tl.float32)
+    step = tl.maximum(SAMPLE_STEP, tl.cdiv(n, SAMPLES))
+    samples = tl.maximum((n - step // 2 + step - 1) // step, 1)
+    for start in tl.range(0, samples, BLOCK_N, num_stages=1):
+        o_n = start + tl.arange(0, BLOCK_N)
+        position = tl.minimum(o_n * step + step // 2, n - 1)
+        k = tl.load(p_keys + position.to(tl.int64)[:, None] * D_PAD + o_d[None, :])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (1.0 / UNIT)
+        s = tl.where((o_n < samples)[None, :], s, float("-inf"))
+        m, mass = _add_exponentials(s, m, mass)
+    past_lse = m + tl.log2(mass * (n.to(tl.float32) / samples.to(tl.float32)))
+    above = tl.maximum(own_lse, past_lse)
+    lse = above + tl.log2(tl.exp2(own_lse - above) + tl.exp2(past_lse - above))
+    tl.store(p_lse + o_probe, lse, m_row)
+
+
+@triton.jit
+def _load_probes(
+    p_probes, p_lse, first_column, first_item, last_item, heads, i_head, o_d,
+    ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS probes [D_PAD, COLUMNS] of ITEMS segments, segment by segment, and their -lse."""
+    column = first_column + tl.arange(0, COLUMNS)
+    item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
+    o_probe = (item * heads + i_head) * PROBES + column // ITEMS
+    q = tl.trans(tl.load(p_probes + o_probe[:, None] * D_PAD + o_d[None, :]))
+    shift = tl.load(p_lse + o_probe) * -UNIT
+    return q, tl.maximum(shift, -60000.0).to(tl.float16)[None, :]
+
+
+@triton.jit(do_not_specialize=["items"])
+def _score_kernel(
+    p_probes, p_lse, p_keys, p_items, p_scores, p_bounds,
+    stride_keys_head, stride_scores_item, stride_scores_head, max_chunks, items,
+    GROUP: tl.constexpr, ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr,
+    TILES: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLDS: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, LEAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """score[item, head, token] = max over probes of (probe . key - lse), and bounds of a chunk.
+
+    Keys are rows, so that a maximum stays inside a thread. Columns go segment by segment: folded to
+    eight they are the segments themselves. ITEMS neighbours share each load of keys.
+    """
+    # Heads of a group run side by side: they read the same keys.
+    i_chunk, i_head = tl.program_id(0) // GROUP, tl.program_id(0) % GROUP
+    i_kv_head = tl.program_id(1)
+    i_head += i_kv_head * GROUP
+    heads = tl.num_programs(1) * GROUP
+    first_item = tl.program_id(2) * ITEMS
+    last_item = tl.minimum(first_item + ITEMS, items) - 1
+    start = i_chunk * CHUNK
+    # Items are sorted by history: the first one sees the most.
+    longest = tl.load(p_items + first_item * ITEM_COLUMNS + DENSE_START)
+    if start >= longest:
+        return
+    o_d, o_n, o_i = tl.arange(0, D_PAD), tl.arange(0, BLOCK_N), tl.arange(0, ITEMS)
+    item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
+    n = tl.load(p_items + item * ITEM_COLUMNS + DENSE_START)
+    q_0, shift_0 = _load_probes(
+        p_probes, p_lse, 0, first_item, last_item, heads, i_head, o_d,
+        ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
+    )  # fmt: skip
+    q_1, shift_1 = q_0, shift_0
+    if TILES > 1:
+        q_1, shift_1 = _load_probes(
+            p_probes, p_lse, COLUMNS, first_item, last_item, heads, i_head, o_d,
+            ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
+        )  # fmt: skip
+    p_keys += i_kv_head.to(tl.int64) * stride_keys_head
+    p_scores += i_head * stride_scores_head + item * stride_scores_item
+    best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
+    worst = tl.full([BLOCK_N, ITEMS], float("inf"), tl.float16)
+    for first in tl.range(start, tl.minimum(start + CHUNK, longest), BLOCK_N, num_stages=STAGES):
+        token = first + o_n
+        k = tl.load(p_keys + token.to(tl.int64)[:, None] * D_PAD + o_d[None, :])
+        s = add(tl.dot(k, q_0, out_dtype=tl.float16), shift_0, PACKED)
+        most = folded(s, FOLDS, PACKED)
+        if TILES > 1:
+            s = add(tl.dot(k, q_1, out_dtype=tl.float16), shift_1, PACKED)
+            most = tl.maximum(most, folded(s, FOLDS, PACKED))
+        if ITEMS < 8:
+            most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
+        score = tl.maximum(most.to(tl.float32) * (1.0 / UNIT), LEAST).to(tl.float16)
+        m_score = token[:, None] < n[None, :]
+        tl.store(p_scores[None, :] + token[:, None], score, m_score)
+        best = tl.maximum(best, tl.where(m_score, score, float("-inf")))
+        worst = tl.minimum(worst, tl.where(m_score, score, float("inf")))
+    p_bounds += 2 * ((item * heads + i_head) * max_chunks + i_chunk)
+    m_item = (first_item + o_i < items) & (start < n)
+    tl.store(p_bounds, tl.max(best, 0).to(tl.float32), m_item)
+    tl.store(p_bounds + 1, tl.min(worst, 0).to(tl.float32), m_item)
+
+
+class ProbeShape(NamedTuple):
+    """How a segment's probes fill the columns of a block of scores.
+
+    Attributes:
+        probes: of a segment, padded to a power of two, 16 at least.
+        items: segments that share each load of keys.
+        columns: probes of one product.
+        tiles: products of a block of keys.
+    """
+
+    probes: int
+    items: int
+    columns: int
+    tiles: int
+
+
+def probe_shape(segment: int, most: int) -> ProbeShape:
+    """Return the shape for segments of so many queries and ``most`` columns.
+
+    Raises:
+        ValueError: for more than ``most * POOL`` queries.
+    """
+    probes = max(16, triton.next_power_of_2(-(-segment // POOL)))
+    if probes > most:
+        raise ValueError(f"segment is {segment}, must be at most {most * POOL}")
+    items = min(SCORE_ITEMS, most // probes)
+    columns = min(128, probes * items)
+    return ProbeShape(probes, items, columns, probes * items // columns)
+
+
+class ProbeWorkspace:
+    """Scratch of :func:`probe_scores`.
+
+    Attributes:
+        tile: of the score kernel, for the device.
+        shape: how probes fill it.
+        keys: ``[kv_heads, >= max_history, head_dim padded]``, copies less their mean.
+        mean: float32 ``[kv_heads, head_dim padded]``, the mean key.
+        probes: ``[items, heads, probes, head_dim padded]``, in ``UNIT``.
+        lse: float32 ``[items, heads, probes]``, base 2.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_history: int,
+        items: int,
+        segment: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        chunk: int = CHUNK,
+        tile: ScoreTile | None = None,
+    ):
+        kind = dtype or image_dtype(device)
+        pad = triton.next_power_of_2(head_dim)
+        self.tile = tile or score_tile(pad * kind.itemsize, shared_memory(device))
+        self.shape = probe_shape(segment, self.tile.columns)
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        # Blocks of keys are read whole, up to one beyond the last chunk's queries.
+        room = -(-max_history // chunk) * chunk
+        self.keys = empty(kv_heads, room, pad, dtype=kind)
+        self.mean = empty(kv_heads, pad)
+        self.probes = empty(items, heads, self.shape.probes, pad, dtype=kind)
+        self.lse = empty(items, heads, self.shape.probes)
+
+
+def copy_keys(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, space: ProbeWorkspace
+) -> None:
+    """Copy the keys that a work list's chunk sees, less their mean."""
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+    seen = work.max_fit_tokens
+    strides = (*kv_cache.stride()[:3], block_table.stride(0))
+    shape = {"D": head_dim, "D_PAD": space.keys.shape[2], "PAGE": page}
+    _mean_key_kernel[(kv_heads,)](
+        kv_cache, block_table, space.mean, work.row, seen, *strides,
+        SAMPLES=MEAN_SAMPLES, SPAN=MEAN_SPAN, num_warps=8, **shape,
+    )  # fmt: skip
+    _copy_keys_kernel[(-(-seen // COPY_SPAN), kv_heads)](
+        kv_cache, block_table, space.mean, space.keys, work.row, seen, *strides,
+        space.keys.stride(0), BLOCK=64, SPAN=COPY_SPAN, LIMIT=limit_of(space.keys.dtype), **shape,
+    )  # fmt: skip
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """Return the largest number of a dtype: what is beyond saturates."""
+    return float(torch.finfo(dtype).max)
+
+
+def probe_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    scores: torch.Tensor,
+    bounds: torch.Tensor,
+    space: ProbeWorkspace,
+    *,
+    scale: float,
+    chunk: int = CHUNK,
+) -> None:
+    """Score every item's history, one score per query head and token.
+
+    The first list of a chunk copies keys for the other ones: they must follow in order.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, ``query``'s dtype or fp8.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: segments of one request.
+        scores: float16 ``[items, heads, max_history]``; written up to each item's
+            ``dense_start``: log2-probabilities, ``LEAST_SCORE`` at least.
+        bounds: float32 ``[items * heads, chunks, 2]``: best and worst score of each chunk.
+        space: scratch.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        chunk: history tokens of a program.
+    """
+    if work.max_fit_tokens == 0:
+        return
+    if work.first_of_chunk:
+        copy_keys(kv_cache, block_table, work, space)
+    if work.max_history == 0:
+        return
+    heads, kv_heads, head_dim = query.shape[1], kv_cache.shape[1], query.shape[2]
+    group, (probes, items, columns, tiles) = heads // kv_heads, space.shape
+    pad, kind = space.keys.shape[2], space.keys.dtype
+    _pool_kernel[(heads, work.num_items)](
+        query, work.items, space.probes, scale * LOG2E * UNIT, query.stride(0), query.stride(1),
+        D=head_dim, D_PAD=pad, PROBES=probes, POOL=POOL, LIMIT=limit_of(kind),
+    )  # fmt: skip
+    together = min(triton.next_power_of_2(group), max(1, LSE_ROWS // probes))
+    _lse_kernel[(-(-group // together), kv_heads, work.num_items)](
+        space.probes, space.keys, work.items, space.lse, space.keys.stride(0),
+        GROUP=group, HEADS=together, PROBES=probes, POOL=POOL, D_PAD=pad, BLOCK_N=64,
+        SAMPLES=LSE_SAMPLES, SAMPLE_STEP=LSE_STEP, UNIT=UNIT, PRECISION=input_precision(kind),
+        num_warps=4,
+    )  # fmt: skip
+    chunks = -(-work.max_history // chunk)
+    _score_kernel[(chunks * group, kv_heads, -(-work.num_items // items))](
+        space.probes, space.lse, space.keys, work.items, scores, bounds,
+        space.keys.stride(0), scores.stride(0), scores.stride(1), bounds.shape[1], work.num_items,
+        GROUP=group, ITEMS=items, PROBES=probes, COLUMNS=columns, TILES=tiles, D_PAD=pad,
+        CHUNK=chunk, BLOCK_N=min(space.tile.block, chunk), FOLDS=columns.bit_length() - 5,
+        PACKED=scores.device.type != "cpu", UNIT=UNIT, LEAST=LEAST_SCORE, STAGES=space.tile.stages,
+        num_warps=SCORE_WARPS,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""What the kernels of :mod:`probes` compute, in plain PyTorch."""
+
+import math
+
+import torch
+
+from .plan import DENSE_START, HISTORY, NUM_QUERIES, QUERY_START, WorkList
+from .reference import LOG2E, load_tokens
+from .reference_select import physical_slots
+from .tiles import image_dtype
+from .tuning import LEAST_SCORE, LSE_SAMPLES, LSE_STEP, MEAN_SAMPLES, MEAN_SPAN, POOL, UNIT
+
+
+def probes_of(queries: torch.Tensor) -> torch.Tensor:
+    """Return the means of every ``POOL`` neighbours ``[n, heads, head_dim]``, in float32."""
+    return torch.stack([part.float().mean(0) for part in queries.split(POOL)])
+
+
+def mean_key(keys: torch.Tensor) -> torch.Tensor:
+    """Return the mean of some of a request's first keys, ``[kv_heads, head_dim]``."""
+    step = max(min(keys.shape[1], MEAN_SPAN) // MEAN_SAMPLES, 1)
+    return keys[:, ::step][:, :MEAN_SAMPLES].mean(1)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``x`` as ``dtype`` holds it, saturated, in float32."""
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).float()
+
+
+def probe_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Score a segment's history by its probes; see :func:`probes.probe_scores`.
+
+    Returns:
+        float16 ``[items, heads, max_history]``, -inf behind an item's history.
+    """
+    heads, kv_heads = query.shape[1], kv_cache.shape[1]
+    page, head_dim = kv_cache.shape[2], query.shape[2]
+    device, dtype = query.device, image_dtype(query.device)
+    scores = query.new_full(
+        (work.num_items, heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    if work.max_history == 0:
+        return scores.half()
+    positions = torch.arange(work.max_fit_tokens, device=device)
+    slots = physical_slots(positions, block_table[work.row], page)
+    keys, _ = load_tokens(kv_cache, slots, head_dim)
+    keys = rounded(keys - mean_key(keys)[:, None], dtype)
+    keys = keys.repeat_interleave(heads // kv_heads, 0)  # [heads, tokens, head_dim]
+    for number, item in enumerate(work.items.tolist()):
+        n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
+        if n == 0:
+            continue
+        probes = probes_of(query[start : start + count]) * (scale * LOG2E * UNIT)
+        probes = rounded(probes, dtype).transpose(0, 1)
+        end = item[HISTORY] + count
+        logits = probes @ keys[:, :end].mT / UNIT  # [heads, probes, tokens]
+        last = torch.arange(1, probes.shape[1] + 1, device=device).mul(POOL).clamp(max=count)
+        own = torch.arange(n, end, device=device)
+        hidden = own >= item[HISTORY] + last[:, None]
+        step = max(LSE_STEP, -(-n // LSE_SAMPLES))
+        sample = torch.arange(step // 2, n, step, device=device)
+        sample = sample if len(sample) else torch.tensor([n - 1], device=device)
+        past = logits[..., sample] * math.log(2) + math.log(n / len(sample))
+        beside = logits[..., n:].masked_fill(hidden, float("-inf")) * math.log(2)
+        lse = torch.cat([past, beside], -1).logsumexp(-1, keepdim=True) * LOG2E
+        scores[number, :, :n] = (logits[..., :n] - lse).amax(1).clamp(min=LEAST_SCORE)
+    return scores.half()

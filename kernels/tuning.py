@@ -1,0 +1,10 @@
+"""Constants that were measured: meaning, unit, and where the log tells of them."""
+
+# Probes (`benchmarks/quality/LOG.md`, "Lists of one head").
+POOL = 8  # queries of a probe
+UNIT = 8.0  # of a stored product: one in base 2 is so many; keeps small queries out of subnormals
+LEAST_SCORE = -48.0  # log2; no list cares for less, and buckets of scores stay narrow
+LSE_SAMPLES = 2048  # history tokens of a log-sum-exp, at most, and no nearer than LSE_STEP
+LSE_STEP = 8
+MEAN_SAMPLES = 128  # tokens of the mean key, among the first MEAN_SPAN
+MEAN_SPAN = 8192
