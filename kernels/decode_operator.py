@@ -39,6 +39,7 @@ class SparseDecode:
     ):
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.slots: Any  # a decode.DecodeWorkspace on a CUDA device
+        self.fitting: Any = None  # scratch of a fit, on a CUDA device
         self.decode: Any
         if device.type == "cuda":
             from . import decode
@@ -71,7 +72,7 @@ class SparseDecode:
             k_scale: what one unit of the cache's keys stands for.
         """
         scale = self.scale * k_scale
-        if query.device.type != "cuda":
+        if self.fitting is None:
             self.slots.keep(kept, query, kv_cache, block_table, work, scale)
             return
         from . import fit, low_rank, regions

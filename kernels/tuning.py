@@ -2,9 +2,14 @@
 
 # Probes (`benchmarks/quality/LOG.md`, "Lists of one head").
 POOL = 8  # queries of a probe
+POOL_STEPS = 3  # of the power iteration that finds the direction queries are sorted along
 UNIT = 8.0  # of a stored product: one in base 2 is so many; keeps small queries out of subnormals
-LEAST_SCORE = -48.0  # log2; no list cares for less, and buckets of scores stay narrow
-LSE_SAMPLES = 2048  # history tokens of a log-sum-exp, at most, and no nearer than LSE_STEP
-LSE_STEP = 8
+HEADROOM = 8.0  # log2 that summed probabilities are lifted by: fp16 holds 2^-24 to 2^16
+LEAST_SCORE = -32.0  # log2; no list cares for less, and buckets of scores stay narrow
+# A log-sum-exp counts the first and the last tokens of a history one by one (what attention sinks
+# and neighbours hold no sample tells), and some evenly spaced ones for all between.
+LSE_FIRST = 64
+LSE_LAST = 256
+LSE_SAMPLES = 512
 MEAN_SAMPLES = 128  # tokens of the mean key, among the first MEAN_SPAN
 MEAN_SPAN = 8192

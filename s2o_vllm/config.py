@@ -18,6 +18,7 @@ OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may 
 # What ranks the history, and how many queries share a list by default: means of neighbouring
 # queries, a list for each head; single queries against low-rank keys; the paper's mean query.
 RANKINGS = {"probes": 256, "low_rank": 64, "mean_query": 512}
+PROBES_SEGMENT = 512  # queries of a segment that are sorted, at most
 
 
 class Spending(NamedTuple):
@@ -71,7 +72,7 @@ class S2OConfig:
         sparsity_budget: largest share of its history that a prefill query may visit, averaged
             over a layer's heads; 1.0 is stock attention.
         target_error: share of softmax mass that a list may leave out: it ends there, or where the
-            budget does; 0 is off. Needs the low-rank ranking, whose scores are probabilities.
+            budget does; 0 is off. Not with ``mean_query``, whose scores are no probabilities.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
         ranking: how the history is ranked, one of ``RANKINGS``.
@@ -173,13 +174,15 @@ HELP = {
     "sparsity_budget": "Largest share of its history that a prefill query may visit "
     "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
     "target_error": "Share of softmax mass that a list may leave out: it ends where its scores say "
-    "so, at the latest where the budget does (low_rank only). 0 switches it off. Default: 0.",
+    "so, at the latest where the budget does (not with mean_query). 0 switches it off. Default: 0.",
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "ranking": "How the history is ranked: low_rank (every query against a low-rank image of the "
-    "keys) or mean_query (the paper's). Default: low_rank.",
-    "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
+    "ranking": "How the history is ranked: probes (means of neighbouring queries, for every query "
+    "head), low_rank (single queries against low-rank keys, for every KV head) or mean_query (the "
+    "paper's). Default: probes.",
+    "segment_size": "Queries that are ranked together. Default: 256 (low_rank: 64, mean_query: "
+    "512).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
     "to 1); 0 forbids requests to ask for any. Default: 1.",
@@ -306,6 +309,9 @@ def resolve(
     settings |= from_mapping({} if additional is None else additional)
     settings |= {key: value for key, value in flags.items() if value is not None}
     result = S2OConfig(**settings)
+    if result.ranking == "probes" and result.segment > PROBES_SEGMENT:
+        allowed = f"at most {PROBES_SEGMENT} with ranking probes"
+        raise _refusal("segment_size", result.segment_size, allowed)
     if 0 < result.max_request_budget < result.sparsity_budget:
         allowed = f"0 or at least sparsity_budget, which is {result.sparsity_budget}"
         raise _refusal("max_request_budget", result.max_request_budget, allowed)

@@ -15,6 +15,7 @@ from conformance import (
     check_nearly_full,
     maker,
 )
+from s2o_vllm.config import RANKINGS
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,18 @@ def test_sparse_decode(backend, shape, dtype):
     check_decode(backend(dtype=dtype, decode_budget=0.5, **shape), full=False)
 
 
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_sparse_decode_whatever_ranked_the_prompt(backend, ranking):
+    options = DECODE | {"ranking": ranking, "segment_size": 0}
+    check_decode(backend(decode_budget=0.9999, **options), full=True)
+    check_decode(backend(decode_budget=0.5, **options), full=False)
+
+
 @FP8_CARD
-def test_sparse_decode_over_an_fp8_cache(backend):
-    check_decode(backend(dtype=torch.bfloat16, fp8=True, decode_budget=0.9999, **DECODE), full=True)
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_sparse_decode_over_an_fp8_cache(backend, ranking):
+    options = {"dtype": torch.bfloat16, "fp8": True, "ranking": ranking} | DECODE
+    check_decode(backend(decode_budget=0.9999, **options), full=True)
 
 
 @FP8_CARD
@@ -84,27 +94,45 @@ def test_an_fp8_cache_of_every_layout(backend, page, head_major):
 
 
 @FP8_CARD
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 def test_a_ranked_fp8_cache(backend, ranking):
     """Not the end of a prompt: FlashAttention 3 rounds probabilities to fp8, tile by tile."""
     check_nearly_full(backend(fp8=True, ranking=ranking), BATCHES["mixed"])
     check_alone(backend(fp8=True, ranking=ranking, sparsity_budget=0.1), BATCHES["mixed"])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["one chunk", "mixed", "drafts"])
 def test_a_budget_just_under_one(backend, batch, ranking):
     check_nearly_full(backend(ranking=ranking), BATCHES[batch])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["chunks", "mixed", "decode last"])
 def test_a_row_does_not_depend_on_its_neighbours(backend, batch, ranking):
     check_alone(backend(ranking=ranking, sparsity_budget=0.1), BATCHES[batch])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["one chunk", "mixed", "decode last"])
 def test_the_end_of_a_prompt_is_stock(backend, batch, ranking):
     stock = backend(stock_only=True)
     check_end_of_prompt(backend(ranking=ranking, sparsity_budget=0.1), stock, BATCHES[batch])
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_segments_of_the_size_that_suits_the_ranking(backend, ranking):
+    """As a server has them, not as short as in the other tests."""
+    options = {"ranking": ranking, "segment_size": 0}
+    check_nearly_full(backend(**options), BATCHES["mixed"])
+    ranked = backend(**options, sparsity_budget=0.1)
+    check_alone(ranked, BATCHES["mixed"])
+    check_end_of_prompt(ranked, backend(stock_only=True), BATCHES["mixed"])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (28, 4), (16, 1)])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_probes_of_every_head_split_and_head_dim(backend, heads, kv_heads, head_dim):
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check_nearly_full(backend(ranking="probes", **shape), BATCHES["mixed"])
+    check_alone(backend(ranking="probes", sparsity_budget=0.1, **shape), BATCHES["mixed"])

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
+from s2o_vllm.config import RANKINGS as SEGMENTS
 from s2o_vllm.kernels import (
     attend,
     low_rank,
+    probes,
     rank,
     reference,
+    reference_probes,
     reference_regions,
     reference_select,
     select,
@@ -20,6 +23,7 @@ from s2o_vllm.kernels.plan import (
     LIST_LENGTH,
     NUM_COUNTERS,
     ROW,
+    build_work_lists,
     list_places,
 )
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
@@ -46,14 +50,19 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     )  # fmt: skip
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
-    for work, lists in full_lists(batch):
-        own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
-        attend.attend(
-            batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
-            scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
-        )  # fmt: skip
     truth = dense_attention(batch)
-    assert relative_error(out, truth) <= 2 * relative_error(dense_attention(batch, dtype), truth)
+    same_dtype = relative_error(dense_attention(batch, dtype), truth)
+    for by_head in (False, True):
+        out.fill_(float("nan"))
+        for work, lists in full_lists(batch, by_head=by_head):
+            own = None
+            if not by_head:
+                own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
+            attend.attend(
+                batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
+                scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
+            )  # fmt: skip
+        assert relative_error(out, truth) <= 2 * same_dtype
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -64,47 +73,57 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     A mean query's attention to random keys is so flat that one step of fp16 holds a tenth of a
     list: keys that are larger tell more tokens apart.
     """
-    spread = {"mean_query": 4.0, "low_rank": 1.0}[ranking]
+    spread = {"mean_query": 4.0, "low_rank": 1.0, "probes": 2.0}[ranking]
     batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, spread=spread, fp8=fp8)
-    heads, head_dim = batch.query.shape[1:]
-    for work in batch.work(segment=64):
+    (heads, head_dim), device = batch.query.shape[1:], batch.query.device
+    segment = 256 if ranking == "probes" else 64
+    lists_of, shared = (heads, 4) if ranking == "probes" else (8, HEADS_SHARED)
+    for work in batch.work(segment=segment, shared=shared):
         if work.max_list == 0:
             continue
         places = work.num_items * list_places(work.max_list)
-        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, "cuda")
+        selection = select.SelectWorkspace(
+            work.num_items, lists_of, work.max_history, places, device
+        )
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
             space = rank.RankWorkspace(
-                work.num_items, heads, head_dim, work.max_history, batch.query.dtype, "cuda"
+                work.num_items, heads, head_dim, work.max_history, batch.query.dtype, device
             )
             rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
+        elif ranking == "probes":
+            space = probes.ProbeWorkspace(
+                heads, 8, head_dim, work.max_fit_tokens, work.num_items, segment, device
+            )
+            probes.probe_scores(*arguments, *results, space, scale=batch.scale)
+            wanted = reference_probes.probe_scores(*arguments, scale=batch.scale)
         else:
-            device = batch.query.device
             space = low_rank.LowRankWorkspace(
-                heads, 8, head_dim, work.max_fit_tokens, work.num_items, 64, batch.query.dtype,
-                device,
+                heads, 8, head_dim, work.max_fit_tokens, work.num_items, segment,
+                batch.query.dtype, device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
-        select.select(batch.block_table, work, batch.kv_cache.shape[2], selection)
-        lists = reference_select.select(wanted, batch.block_table, work, batch.kv_cache.shape[2])
+        page = batch.kv_cache.shape[2]
+        select.select(batch.block_table, work, page, selection, shared=shared)
+        lists = reference_select.select(wanted, batch.block_table, work, page, shared=shared)
         own = selection.lists(work)
         for number, item in enumerate(work.items.tolist()):
-            assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
-            # Of a budget that a pair shares rounding moves a bucket from one list to the other.
-            pairs, likewise = (
-                of.lengths[number].unflatten(0, (-1, HEADS_SHARED)).sum(1) for of in (own, lists)
+            assert own.lengths[number].sum() <= lists_of * item[LIST_LENGTH]
+            # Of a budget that lists share rounding moves a bucket from one to another.
+            together, likewise = (
+                of.lengths[number].unflatten(0, (-1, shared)).sum(1) for of in (own, lists)
             )
             few = 0.1 * likewise + 2
-            assert ((pairs - likewise).abs() <= few).all(), "rounding moves few tokens"
+            assert ((together - likewise).abs() <= few).all(), "rounding moves few tokens"
             table_row = batch.block_table[item[ROW]]
             for head, count in enumerate(own.lengths[number].tolist()):
                 got = set(own.slots[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
                 best = wanted[number, head, : item[DENSE_START]].topk(count).indices
-                slots = reference_select.physical_slots(best, table_row, batch.kv_cache.shape[2])
+                slots = reference_select.physical_slots(best, table_row, page)
                 common = len(got & set(slots.tolist()))
                 assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
 
@@ -117,14 +136,12 @@ def test_operator_runs_at_a_servers_sizes(ranking, fp8):
         torch.device("cuda"), chunks=((32768, 8192),), heads=32, kv_heads=8, head_dim=128,
         head_major=False, budget=0.05, fp8=fp8,
     )  # fmt: skip
-    shape = Shape(32, 8, 128, 131072, 8192, 64, ranking)
+    shape = Shape(32, 8, 128, 131072, 8192, SEGMENTS[ranking], ranking)
     scale, scales = batch.softmax_scale, {"k_scale": batch.k_scale, "v_scale": batch.v_scale}
     operator = SparsePrefill(shape, batch.query.dtype, batch.query.device, scale=scale)
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
-    from s2o_vllm.kernels.plan import build_work_lists
-
-    for work in build_work_lists(batch.rows, 64, 0, batch.query.device, shape.limits):
+    for work in build_work_lists(batch.rows, shape.segment, 0, batch.query.device, shape.limits):
         operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters, **scales)
     assert torch.isfinite(out).all()
     assert counters[0] <= 0.05 * counters[1]

@@ -19,6 +19,7 @@ from cases import (
 from s2o_vllm.kernels import (
     basis,
     decode,
+    decode_operator,
     reference,
     reference_decode,
     reference_regions,
@@ -33,8 +34,6 @@ from s2o_vllm.kernels.decode_plan import (
     decode_item,
     keep,
 )
-from s2o_vllm.kernels.low_rank import LowRankWorkspace, low_rank_scores
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     ELIGIBLE,
@@ -128,17 +127,14 @@ def by_references(batch, space, one, query, work):
 
 
 def by_kernels(batch, space, one, query, work):
-    """Fill a slot as a server does."""
-    (heads, head_dim), kv_heads = query.shape[1:], batch.kv_cache.shape[1]
-    device, dtype = query.device, query.dtype
-    averaged = regions.workspace(kv_heads, head_dim, LONGEST, dtype, device, REGION)
-    ranked = LowRankWorkspace(heads, kv_heads, head_dim, LONGEST, 8, 32, dtype, device)
-    scores = torch.empty(8, kv_heads, LONGEST, dtype=torch.half, device=device)
-    bounds = torch.empty(8 * kv_heads, 1, 2, device=device)
-    arguments = (query, batch.kv_cache, batch.block_table, work)
-    low_rank_scores(*arguments, scores, bounds, ranked, scale=batch.scale)
-    regions.average(*arguments[1:], averaged)
-    space.keep(one, ranked, averaged)
+    """Fill a slot as a server does on a card."""
+    shape, device, dtype = shape_of(batch), query.device, query.dtype
+    operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
+    ranked, _ = decode_operator.fitting(shape, dtype, device)
+    sizes = (shape.kv_heads, shape.head_dim, LONGEST)
+    averaged = regions.workspace(*sizes, dtype, device, REGION)
+    operator.slots, operator.fitting = space, (ranked, averaged)
+    operator.keep(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
 
 
 def listed(batch, rows, budget=0.25, items=None):
@@ -257,10 +253,9 @@ def test_finds_the_token_that_the_query_wants(device):
 @pytest.mark.parametrize("fp8", CACHES)
 def test_the_operator_keeps_and_decodes(device, fp8):
     batch = make(device, fp8=fp8)
-    heads, head_dim = batch.query.shape[1:]
-    options = {"dtype": batch.query.dtype, "device": device, "scale": batch.softmax_scale}
-    prefill = SparsePrefill(Shape(heads, 2, head_dim, LONGEST, 64, 32), **options)
-    operator = SparseDecode(shape_of(batch, 1.0), **options)
+    operator = SparseDecode(
+        shape_of(batch, 1.0), batch.query.dtype, device, scale=batch.softmax_scale
+    )
     operator.warm_up(batch.query, batch.kv_cache, batch.block_table)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
     units = {"k_scale": batch.k_scale}
@@ -268,7 +263,6 @@ def test_the_operator_keeps_and_decodes(device, fp8):
     for number, context in enumerate(CONTEXTS):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
-        prefill(*arguments, torch.empty_like(query), counters, **units)
         operator.keep(keep(work, number), *arguments, **units)
         rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
     assert [row.covered for row in rows] == list(PROMPTS)

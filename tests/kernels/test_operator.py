@@ -36,11 +36,43 @@ def run(batch, works, **options):
     return out, counters
 
 
+def works_of(batch, operator):
+    """As a server makes them: within the operator's limits."""
+    shape = operator.shape
+    return build_work_lists(batch.rows, shape.segment, 0, batch.query.device, shape.limits)
+
+
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_density_is_at_most_the_budget(device, ranking):
-    batch = make_batch(device, budget=0.25)
-    _, counters = run(batch, batch.work(), ranking=ranking)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (7, 1), (3, 3)])
+def test_density_is_at_most_the_budget(device, ranking, heads, kv_heads):
+    batch = make_batch(device, budget=0.25, heads=heads, kv_heads=kv_heads)
+    works = works_of(batch, operator_for(batch, ranking))
+    _, counters = run(batch, works, ranking=ranking)
     assert 0.2 < counters[VISITED] / counters[ELIGIBLE] <= 0.25
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("fp8", CACHES)
+def test_a_budget_of_nearly_everything_is_nearly_dense_attention(device, ranking, fp8):
+    """Heads of a group that share a budget cannot have more than the history."""
+    batch = make_batch(device, heads=6, budget=0.999, fp8=fp8)
+    works = works_of(batch, operator_for(batch, ranking))
+    out, _ = run(batch, works, ranking=ranking)
+    assert relative_error(out, dense_attention(batch)) < 0.2
+
+
+def test_heads_of_a_group_have_lists_of_their_own(device):
+    """A needle that one head alone wants does not cost the others a token."""
+    batch = make_batch(device, chunks=((600, 32),), budget=0.02, spread=0.0)
+    needles = torch.nn.functional.normalize(torch.randn(4, 64), dim=1).to(batch.query) * 40
+    page = batch.kv_cache.shape[2]
+    for head, needle in enumerate(needles):
+        position = 100 + 130 * head
+        block = int(batch.block_table[0, position // page])
+        batch.kv_cache[block, head // 2, position % page, :64] = needle
+    batch.query += needles
+    out, _ = run(batch, batch.work())
+    assert relative_error(out, dense_attention(batch)) < max(1e-3, TOLERANCE)
 
 
 @pytest.mark.parametrize("fp8", CACHES)
@@ -91,10 +123,11 @@ def test_finds_the_token_that_every_query_wants(device, ranking):
     assert relative_error(out, dense_attention(batch)) < max(1e-3, TOLERANCE)
 
 
-def test_query_permutation_keeps_the_result(device):
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_query_permutation_keeps_the_result(device, ranking):
     batch = make_batch(device)
-    plain, _ = run(batch, batch.work())
-    permuted, _ = run(batch, batch.work(), permute_queries=True)
+    plain, _ = run(batch, batch.work(), ranking=ranking)
+    permuted, _ = run(batch, batch.work(), ranking=ranking, permute_queries=True)
     assert relative_error(permuted, plain) < TOLERANCE
 
 
@@ -115,15 +148,18 @@ def test_refuses_an_unknown_head_dim(device):
 
 
 def test_refuses_an_unknown_ranking(device):
-    with pytest.raises(ValueError, match="ranking is 'best', must be one of probes, low_rank"):
+    with pytest.raises(
+        ValueError, match="ranking is 'best', must be one of probes, low_rank, mean"
+    ):
         operator_for(make_batch(device), ranking="best")
 
 
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("fp8", CACHES)
-def test_warm_up_touches_nothing(device, fp8):
+def test_warm_up_touches_nothing(device, ranking, fp8):
     batch = make_batch(device, fp8=fp8)
     before = [x.clone() for x in (batch.query, batch.kv_cache, batch.block_table)]
-    operator_for(batch).warm_up(batch.query, batch.kv_cache, batch.block_table)
+    operator_for(batch, ranking).warm_up(batch.query, batch.kv_cache, batch.block_table)
     after = (batch.query, batch.kv_cache, batch.block_table)
     assert all(torch.equal(x.float(), y.float()) for x, y in zip(before, after, strict=True))
 
@@ -131,21 +167,24 @@ def test_warm_up_touches_nothing(device, fp8):
 def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():
     assert Shape(32, 8, 128, 131072, 8192, 64, "low_rank").limits == (128, 32 * 131072, 2)
     assert Shape(32, 8, 128, 131072, 8192, 256).limits == (32, 8 * 131072, 4)
+    assert Shape(28, 4, 128, 131072, 8192, 256).limits == (32, 8 * 131072, 7)
+    assert Shape(4, 4, 128, 131072, 8192, 256).limits == (32, 8 * 131072, 1)
     assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.items == 16
     assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.items == 2
 
 
 def test_scratch_is_bounded():
-    items, slots, _ = Shape(32, 32, 128, 1_000_000, 8192, 64).limits
-    assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES
+    for ranking in RANKINGS:
+        items, slots, _ = Shape(32, 32, 128, 1_000_000, 8192, 64, ranking).limits
+        assert (2 * items * 1_000_000 + 4 * slots) * 32 <= WORKSPACE_BYTES
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has one stream")
 def test_a_second_stream_changes_nothing(device):
     """Chunks and layers follow one another without a pause, as in a server."""
     batch = make_batch(device, chunks=((3000, 512), (700, 300)))
-    operator, results = operator_for(batch), []
-    works = build_work_lists(batch.rows, SEGMENT, 0, device, operator.shape.limits)
+    operator, results = operator_for(batch, "low_rank"), []  # which alone has one
+    works = works_of(batch, operator)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
     for beside in [IN_TURN] + 20 * [operator.space.beside]:
         operator.space = operator.space._replace(beside=beside)

@@ -81,6 +81,27 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
     assert [one.num_items for one in alone] == [1] * 10, "an item that is too long goes alone"
 
 
+@pytest.mark.parametrize(("shared", "longest"), [(1, 20), (2, 30), (3, 40), (4, 50)])
+def test_a_list_may_take_half_of_what_those_have_that_share_with_it(shared, longest):
+    rows = [PrefillRow(0, 0, 32, 200, 0.1)]
+    (one,) = build_work_lists(rows, 256, 0, CPU, MANY._replace(shared=shared))
+    assert one.max_list == plan.longest_list(one.items[0].tolist(), shared) == longest
+    rows = [PrefillRow(0, 0, 32, 200, 0.9)]
+    (one,) = build_work_lists(rows, 256, 0, CPU, MANY._replace(shared=shared))
+    assert one.max_list == (180 if shared == 1 else 200), "no list is longer than the history"
+
+
+def test_lists_that_share_with_more_take_more_room():
+    rows = [PrefillRow(0, 0, 10 * 32, 64, 0.1)]
+    slots = 4 * plan.list_places(plan.longest_list((0,) * 4 + (352, 35), 1))
+    counts = [
+        [one.num_items for one in build_work_lists(rows, 32, 0, CPU, Limits(100, slots, shared))]
+        for shared in (1, 4)
+    ]
+    assert sum(counts[0]) == sum(counts[1]) == 10
+    assert counts[0][0] == 4 > counts[1][0]
+
+
 def test_what_a_list_tells_of_its_items():
     rows = [PrefillRow(0, 0, 2176, 1984, 0.5)]
     (one,) = build_work_lists(rows, 32, 2016, CPU, MANY)

@@ -9,15 +9,19 @@ from s2o_vllm.kernels.plan import (
     COUNTED,
     DENSE_START,
     ESTIMATE_EVERY,
+    HEADS_SHARED,
     LIST_LENGTH,
     MEAN_OF_MAX,
     TIERS,
     TIERS_UNORDERED,
     list_places,
+    longest_list,
 )
 
 
-def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED):
+def select_with_kernel(
+    batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED, shared=HEADS_SHARED
+):
     space = select.SelectWorkspace(
         work.num_items,
         scores.shape[1],
@@ -30,7 +34,9 @@ def select_with_kernel(batch, work, scores, chunk=64, tiers=TIERS, counted=COUNT
     set_bounds(space, work, scores)
     for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
-    select.select(batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted)
+    select.select(
+        batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted, shared=shared
+    )
     return space.lists(work)
 
 
@@ -86,6 +92,46 @@ def assert_same_lists(work, got, wanted):
                 other = wanted.samples[number // ESTIMATE_EVERY, head]
                 assert one[:samples].tolist() == other[:samples].tolist()
                 assert (one[samples:] == -7).all(), "wrote beyond the samples"
+
+
+@pytest.mark.parametrize("shared", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["normal", "equal"])
+@pytest.mark.parametrize(("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)])
+def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tiers, counted):
+    """Five lists by threes or fours: the last share among fewer."""
+    batch = make_batch(device, budget=0.3, chunks=((224, 20), (0, 10)), heads=5, kv_heads=5)
+    for work in batch.work(shared=shared):
+        scores = random_scores(work, 5, device, kind).float()
+        scores += torch.tensor([0.0, 2, 1, 5, 0], device=device)[:, None]
+        got = select_with_kernel(
+            batch, work, scores.half(), tiers=tiers, counted=counted, shared=shared
+        )
+        wanted = reference_select.select(
+            scores.half(), batch.block_table, work, 16, tiers, counted, chunk=64, shared=shared
+        )
+        assert_same_lists(work, got, wanted)
+        for lengths, item in zip(got.lengths.split(1), work.items.tolist(), strict=True):
+            assert int(lengths.max()) <= longest_list(item, shared) <= work.max_list
+            for group in lengths[0].split(shared):
+                assert int(group.sum()) <= len(group) * item[LIST_LENGTH]
+
+
+@pytest.mark.parametrize("shared", [3, 4])
+def test_one_likely_list_may_take_what_all_that_share_can_spare(device, shared):
+    batch = make_batch(device, budget=0.1, chunks=((704, 32),), heads=2 * shared)
+    (work,) = batch.work(shared=shared)
+    count = int(work.items[0, LIST_LENGTH])
+    scores = torch.randn(1, 2 * shared, 704, device=device)
+    scores[0, 1] += 20
+    lists = select_with_kernel(batch, work, scores.half(), 256, TIERS_UNORDERED, shared=shared)
+    lengths = lists.lengths[0].tolist()
+    most = shared * count - (shared - 1) * ((count + 1) // 2)
+    assert 0.95 * most <= lengths[1] <= most == work.max_list
+    assert all(length <= (count + 1) // 2 for length in (lengths[0], *lengths[2:shared]))
+    assert 0.95 * shared * count <= sum(lengths[:shared]) <= shared * count
+    others = lengths[shared:]
+    assert 0.95 * shared * count <= sum(others) <= shared * count, "another group has its own"
+    assert max(others) < 1.5 * count
 
 
 @pytest.mark.parametrize("target", [0.5, 0.02, 1e-6])

@@ -305,15 +305,13 @@ def variants_beyond_warm_up(
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
         operation.warm_up(query, kv, table, quantised)
-        if decoding is not None:
-            decoding.warm_up(query, kv, table)
+        decoding.warm_up(query, kv, table)
         known = set(launches)
-        if decoding is not None:
-            rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
-                    decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
-            for some in (rows, rows[:1], rows[1:]):
-                steps = decode_plan.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
-                decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
+        rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
+                decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
+        for some in (rows, rows[:1], rows[1:]):
+            steps = decode_plan.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
+            decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
         for row in (
             plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
             plan.PrefillRow(3, 7, 8185, 100_001, 0.1),
@@ -326,6 +324,9 @@ def variants_beyond_warm_up(
                     query, kv, table, work, query, counters,
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
                 )  # fmt: skip
+                if work.first_of_chunk and work.max_fit_tokens:
+                    end = decode_plan.keep(work, 3)
+                    decoding.keep(end, query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
 
@@ -361,18 +362,24 @@ def main() -> None:
         return
     capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     compiled = compile_ranking(capability, 128, kv_dtype)
-    # What fits elsewhere is asked of the largest alone.
+    table = tiles.BY_CAPABILITY[capability]
+    # What fits elsewhere is asked of the largest alone, or of the usual one, too.
     for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:
         compiled += compile_decode(capability, head_dim, kv_dtype)
-    table = tiles.BY_CAPABILITY[capability]
+    some = tiles.HEAD_DIMS if capability == 90 else (128, max(tiles.HEAD_DIMS))
+    for head_dim in some:
+        compiled += compile_probes(capability, head_dim, kv_dtype)
     if kv_dtype == torch.float8_e4m3fn:  # then a layer's queries come in e4m3, too
         launched = [*(table | tiles.E4M3.get(capability, {})).items()]
     else:
         launched = [*table.items(), *tiles.WIDE.get(capability, {}).items()]
     for head_dim, tile in launched:
-        for stop_threshold in (0.0, 0.001, None):
-            one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
-            compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
+        variants = [(stop_threshold, False) for stop_threshold in (0.0, 0.001, None)]
+        variants += [(0.001, True)] if head_dim in some else []
+        for stop_threshold, summaries in variants:
+            one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype, summaries)
+            name = f"{one.name} {tile} {stop_threshold}{' summaries' * summaries}"
+            compiled.append(replace(one, name=name))
     mma = ("wgmma", "tcgen05", "mma.sync")
     print(
         json.dumps(

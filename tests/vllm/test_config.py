@@ -31,8 +31,8 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("min_context", 1.5, "whole number"),
         ("segment_size", 8, "16 to 4096"),
         ("segment_size", 5000, "16 to 4096"),
-        ("ranking", "best", "one of low_rank, mean_query"),
-        ("ranking", 3, "one of low_rank, mean_query"),
+        ("ranking", "best", "one of probes, low_rank, mean_query"),
+        ("ranking", 3, "one of probes, low_rank, mean_query"),
         ("permute_queries", "yes", "true or false"),
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),
@@ -52,11 +52,10 @@ def test_other_settings_are_refused_by_name(key, value, allowed):
         S2OConfig(**{key: value})
 
 
-def test_decode_goes_on_with_the_low_rank_ranking_alone():
-    with pytest.raises(ConfigError, match=r"decode_budget is 0\.1, must be 1 with ranking mean_q"):
-        S2OConfig(ranking="mean_query", decode_budget=0.1)
-    assert not S2OConfig(ranking="mean_query").decodes
-    assert S2OConfig(decode_budget=0.1).decodes
+@pytest.mark.parametrize("ranking", config.RANKINGS)
+def test_decode_is_sparse_whatever_ranks_the_prompt(ranking):
+    assert not S2OConfig(ranking=ranking).decodes
+    assert S2OConfig(ranking=ranking, decode_budget=0.1).decodes
 
 
 def test_settings_cannot_be_changed():
@@ -102,6 +101,8 @@ def test_each_ranking_has_its_segment_size_and_a_kernel():
     from s2o_vllm.kernels import operator
 
     assert tuple(config.RANKINGS) == operator.RANKINGS
+    assert S2OConfig().ranking == "probes"
+    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [256, 64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512
     assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 
@@ -163,6 +164,8 @@ def test_malformed_target_error_is_refused(value):
 def test_a_target_error_needs_scores_that_are_probabilities():
     with pytest.raises(ConfigError, match=r"target_error is 0.1, must be 0 with ranking mean_que"):
         S2OConfig(target_error=0.1, ranking="mean_query")
+    for ranking in ("probes", "low_rank"):
+        assert S2OConfig(target_error=0.1, ranking=ranking).target_error == 0.1
     server = S2OConfig(ranking="mean_query")
     assert config.request_settings({"s2o_target_error": 0}, server) == {"target_error": 0.0}
     with pytest.raises(ConfigError, match=r"s2o_target_error is 0.1, must be 0 with ranking"):
@@ -197,6 +200,18 @@ def test_a_cap_below_the_servers_own_budget_is_refused():
 
 def test_every_setting_has_a_help_text():
     assert list(config.HELP) == list(config.FIELDS)
+    assert all(name in config.HELP["ranking"] for name in config.RANKINGS)
+    assert f"Default: {S2OConfig().ranking}." in config.HELP["ranking"]
+    assert f"Default: {S2OConfig().segment} " in config.HELP["segment_size"]
+
+
+def test_a_segment_that_no_block_of_probes_holds_is_refused():
+    refusal = r"segment_size is 4096, must be at most 2048 with ranking probes"
+    with pytest.raises(ConfigError, match=refusal):
+        resolve({"segment_size": 4096}, None, {})
+    for size, ranking in ((2048, "probes"), (4096, "low_rank"), (4096, "mean_query")):
+        environment = {"S2O_SEGMENT_SIZE": str(size), "S2O_RANKING": ranking}
+        assert resolve({}, None, environment).segment == size
 
 
 def test_unknown_request_setting_is_refused():

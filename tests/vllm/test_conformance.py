@@ -16,6 +16,7 @@ from conformance import (
     check_nearly_full,
     maker,
 )
+from s2o_vllm.config import RANKINGS
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
@@ -50,7 +51,7 @@ def test_an_fp8_cache(backend, batch, dtype):
 
 
 @FP8_CPU
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 def test_a_ranked_fp8_cache(backend, ranking):
     options, batch = {"fp8": True, "ranking": ranking}, BATCHES["mixed"]
     check_nearly_full(backend(**options), batch)
@@ -69,9 +70,18 @@ def test_sparse_decode(backend, shape, dtype):
     check_decode(backend(dtype=dtype, decode_budget=0.5, **shape), full=False)
 
 
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_sparse_decode_whatever_ranked_the_prompt(backend, ranking):
+    options = DECODE | {"ranking": ranking, "segment_size": 0}
+    check_decode(backend(decode_budget=0.9999, **options), full=True)
+    check_decode(backend(decode_budget=0.5, **options), full=False)
+
+
 @FP8_CPU
-def test_sparse_decode_over_an_fp8_cache(backend):
-    check_decode(backend(fp8=True, decode_budget=0.9999, **DECODE), full=True)
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_sparse_decode_over_an_fp8_cache(backend, ranking):
+    options = DECODE | {"ranking": ranking}
+    check_decode(backend(fp8=True, decode_budget=0.9999, **options), full=True)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
@@ -87,20 +97,30 @@ def test_every_head_dim(backend, head_dim):
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["chunks"])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["one chunk", "mixed", "drafts"])
 def test_a_budget_just_under_one(backend, batch, ranking):
     check_nearly_full(backend(ranking=ranking), BATCHES[batch])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["chunks", "mixed", "decode last"])
 def test_a_row_does_not_depend_on_its_neighbours(backend, batch, ranking):
     check_alone(backend(ranking=ranking, sparsity_budget=0.1), BATCHES[batch])
 
 
-@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("batch", ["one chunk", "mixed", "decode last"])
 def test_the_end_of_a_prompt_is_stock(backend, batch, ranking):
     stock = backend(stock_only=True)
     check_end_of_prompt(backend(ranking=ranking, sparsity_budget=0.1), stock, BATCHES[batch])
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_segments_of_the_size_that_suits_the_ranking(backend, ranking):
+    """As a server has them, not as short as in the other tests."""
+    options = {"ranking": ranking, "segment_size": 0}
+    check_nearly_full(backend(**options), BATCHES["mixed"])
+    ranked = backend(**options, sparsity_budget=0.1)
+    check_alone(ranked, BATCHES["mixed"])
+    check_end_of_prompt(ranked, backend(stock_only=True), BATCHES["mixed"])

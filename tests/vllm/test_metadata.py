@@ -190,7 +190,7 @@ def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monke
     counters = metrics.WorkerCounters()
     monkeypatch.setattr(metrics, "worker", counters)
     builder = group(0, 2)
-    assert builder.s2o_limits == (5, 999)
+    assert builder.s2o_limits == Limits(5, 999)
     assert builder.build(0, common_metadata([130], [1130], [True])).s2o is not None
     assert counters.totals()["s2o:dense_rows", "dense_layer"] == 1
     assert counters.totals()["s2o:sparse_requests", ""] == 1
