@@ -38,30 +38,6 @@ def add(a, b, PACKED: tl.constexpr):
 
 
 @triton.jit
-def exp2_of_sum(a, factor, b, PACKED: tl.constexpr):
-    """Return 2^(a * factor + b) in fp16; two to a register if PACKED."""
-    if PACKED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sum;
-            fma.rn.f16x2 sum, $1, $2, $3;
-            ex2.approx.f16x2 $0, sum;
-            }""",
-            "=r,r,r,r", [a, factor, b], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return tl.exp2((a * factor + b).to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def summed(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
-    """Fold the columns of [N, M], M = 2^(FOLDS + 3), to eight by sums: j, j + 8, j + 16, …."""
-    for _ in tl.static_range(FOLDS):
-        first, second = halves(s)
-        s = add(first, second, PACKED)
-    return s
-
-
-@triton.jit
 def folded(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
     """Fold the columns of [N, M], M = 2^(FOLDS + 4), to eight by maxima: j, j + 8, j + 16, …."""
     most, rest = halves(s)

@@ -20,6 +20,7 @@ GROUP_ITEMS = 16  # segments of one request that are ranked together and share e
 CHUNK = 4096  # history tokens that the ranking and the selection handle at a time
 BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
 COUNTED = 16384  # scores of a list that are counted, evenly spaced: all of them up to here
+UNEVEN = 32  # a list aims at one of so many tokens less: what a bucket's linear count may miss
 TIERS = 4  # the first 1/8, 1/4, 1/2 of a list, the rest; each is a pass over the scores
 TIERS_UNORDERED = 1  # what is visited whole needs no order
 STOP_STEP_TOKENS = 2048  # a test ends a pipelined loop: one every 1,024 costs twice as much

@@ -1,19 +1,16 @@
 """Rank by probes: one list for each query head of a segment (ours).
 
-A segment's queries of one head are sorted along their principal component and cut into pools of
-``POOL``: S2O sorts queries by a guide vector so that like ones share a tile, here like ones share a
-*probe*, their mean. A token's score in a list is the log2 of the mean softmax probability that the
-probes give it,
+A *probe* is the mean of ``POOL`` neighbouring queries of one head. A token's score in a list is the
+largest log2-probability that any probe of the segment gives it:
 
-    score[token] = log2 mean over probes p of 2^( q_p . k_token * scale * log2(e) - lse_p )
+    score[token] = max over probes p of  q_p . k_token * scale * log2(e) - lse_p
 
-and stands for what all queries of the segment give it together. ``lse_p`` is the log-sum-exp over
-the probe's own causal tokens, the first and the last tokens of the history and a sample of those
-between. Products are of e4m3 numbers where the matrix unit takes them: keys are copied once a
-chunk, less their mean, which no probability sees.
+``lse_p`` is the log-sum-exp over the probe's own causal tokens, the first and the last tokens of
+the history and a sample of those between. The paper ranks by one mean query of a longer segment.
+Products are of e4m3 numbers where the matrix unit takes them: keys are copied once a chunk, less
+their mean, which no score sees.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,11 +19,11 @@ import triton.language as tl
 
 from .layout import COLUMNS as ITEM_COLUMNS
 from .layout import DENSE_START, HISTORY, NUM_QUERIES, QUERY_START
-from .packed_f16 import add, exp2_of_sum, summed
+from .packed_f16 import add, folded
 from .plan import CHUNK, WorkList
+from .strata import stratum_offset
 from .tiles import image_dtype, input_precision, shared_memory
 from .tuning import (
-    HEADROOM,
     LEAST_SCORE,
     LSE_FIRST,
     LSE_LAST,
@@ -34,14 +31,12 @@ from .tuning import (
     MEAN_SAMPLES,
     MEAN_SPAN,
     POOL,
-    POOL_STEPS,
     UNIT,
 )
 
 LOG2E = 1.4426950408889634
 LSE_ROWS = 128  # probes of a program of the log-sum-exp, at least those of one head
 COPY_SPAN = 512  # keys that a program copies
-MOST_PROBES = 64  # of a segment: its queries are compared with one another to be sorted
 SCORE_ITEMS = 8  # segments, at most: what is left of a block of scores after folding
 SCORE_WARPS = 8
 
@@ -78,54 +73,30 @@ def score_tile(key_bytes: int, shared: int) -> ScoreTile:
 
 
 @triton.jit
-def _principal_projection(x, STEPS: tl.constexpr):
-    """Project centred rows [N, D] onto their first principal component, by power iteration."""
-    size = tl.sum(x * x, 1)
-    w = tl.sum(tl.where((size == tl.max(size))[:, None], x, 0.0), 0)
-    for _ in tl.static_range(STEPS):
-        w = tl.sum(x * tl.sum(x * w[None, :], 1)[:, None], 0)
-        w *= 1.0 / tl.sqrt(tl.maximum(tl.sum(w * w), 1e-30))
-    return tl.sum(x * w[None, :], 1)
-
-
-@triton.jit
 def _pool_kernel(
-    p_q, p_items, p_probes, p_sees, p_weight, unit, stride_q_token, stride_q_head,
+    p_q, p_items, p_probes, unit, stride_q_token, stride_q_head,
     D: tl.constexpr, D_PAD: tl.constexpr, PROBES: tl.constexpr, POOL: tl.constexpr,
-    STEPS: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """probe[p] = unit * mean of the queries of ranks p * POOL .. p * POOL + POOL - 1.
+    """probe[p] = unit * mean of queries p * POOL .. p * POOL + POOL - 1 of one segment and head.
 
-    Ranks are those of the projection onto the principal component. ``sees`` is how many of the
-    segment's tokens the probe sees, by its queries' mean place; ``weight`` the log2 of its share of
-    the queries times PROBES, -inf for what has none.
+    A segment with fewer queries repeats its last probe, which no maximum sees.
     """
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
     count = tl.load(p_item + NUM_QUERIES)
     p_q += tl.load(p_item + QUERY_START).to(tl.int64) * stride_q_token + i_head * stride_q_head
-    o_p, o_d, o_q = tl.arange(0, PROBES), tl.arange(0, D_PAD), tl.arange(0, PROBES * POOL)
-    m_q = o_q < count
-    q = tl.load(
-        p_q + o_q[:, None] * stride_q_token + o_d[None, :], m_q[:, None] & (o_d < D)[None, :], 0.0
-    )
-    x = q.to(tl.float32)
-    x = tl.where(m_q[:, None], x - (tl.sum(x, 0) / count)[None, :], 0.0)
-    y = tl.where(m_q, _principal_projection(x, STEPS), float("inf"))
-    before = (y[None, :] < y[:, None]) | (
-        (y[None, :] == y[:, None]) & (o_q[None, :] < o_q[:, None])
-    )
-    rank = tl.sum(before.to(tl.int32), 1)
-    member = ((rank // POOL)[None, :] == o_p[:, None]) & m_q[None, :]
-    size = tl.sum(member.to(tl.int32), 1)
-    total = tl.dot(member.to(q.dtype), q, input_precision=PRECISION)
-    mean = total * (unit / tl.maximum(size, 1).to(tl.float32))[:, None]
+    o_p, o_d = tl.arange(0, PROBES), tl.arange(0, D_PAD)
+    first = tl.minimum(o_p, (count - 1) // POOL) * POOL
+    total = tl.zeros([PROBES, D_PAD], tl.float32)
+    for i in tl.static_range(POOL):
+        o_q = first + i
+        m_q = (o_q < count)[:, None] & (o_d < D)[None, :]
+        q = tl.load(p_q + o_q[:, None] * stride_q_token + o_d[None, :], m_q, 0.0)
+        total += q.to(tl.float32)
+    mean = total * (unit / tl.minimum(count - first, POOL).to(tl.float32))[:, None]
     mean = tl.minimum(tl.maximum(mean, -LIMIT), LIMIT)
     o_probe = (i_item * tl.num_programs(0) + i_head) * PROBES + o_p
-    sees = tl.sum(tl.where(member, o_q[None, :], 0), 1) // tl.maximum(size, 1) + 1
-    tl.store(p_sees + o_probe, sees)
-    share = size.to(tl.float32) * (PROBES / count)
-    tl.store(p_weight + o_probe, tl.where(size > 0, tl.log2(share), float("-inf")))
     p_probes += o_probe[:, None] * D_PAD + o_d[None, :]
     tl.store(p_probes, mean.to(p_probes.dtype.element_ty))
 
@@ -207,16 +178,16 @@ def _add_tokens(
 
 @triton.jit
 def _lse_kernel(
-    p_probes, p_keys, p_items, p_sees, p_weight, p_shift, stride_keys_head,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SAMPLES: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    p_probes, p_keys, p_items, p_lse, stride_keys_head,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, POOL: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    SAMPLES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """shift[p] = weight[p] - log2( exact sum of 2^s + middle / samples * sampled sum of 2^s ).
+    """lse[p] = log2( exact sum of 2^s + middle / samples * sampled sum of 2^s ).
 
     Exact are the first FIRST and the last LAST tokens of the history and the own tokens, those of
-    the dense pass up to the probe's place. HEADS heads of a group at a time. One stage: Triton 3.6
-    sets no fence between asynchronous copies and wgmma.
+    the dense pass up to the probe's last query. HEADS heads of a group at a time. One stage: Triton
+    3.6 sets no fence between asynchronous copies and wgmma.
     """
     i_kv_head, i_item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
@@ -224,14 +195,16 @@ def _lse_kernel(
     if n == 0:
         return
     history = tl.load(p_item + HISTORY)
-    end = history + tl.load(p_item + NUM_QUERIES)
+    count = tl.load(p_item + NUM_QUERIES)
+    end = history + count
     heads = tl.num_programs(1) * GROUP
     o_row, o_d, o_n = tl.arange(0, HEADS * PROBES), tl.arange(0, D_PAD), tl.arange(0, BLOCK_N)
     head = tl.program_id(0) * HEADS + o_row // PROBES
     i_head = i_kv_head * GROUP + tl.minimum(head, GROUP - 1)
     o_probe = (i_item * heads + i_head) * PROBES + o_row % PROBES
     q = tl.load(p_probes + o_probe[:, None] * D_PAD + o_d[None, :])
-    sees = history + tl.load(p_sees + o_probe)
+    pool = tl.minimum(o_row % PROBES, (count - 1) // POOL)
+    sees = history + tl.minimum((pool + 1) * POOL, count)
     p_keys += i_kv_head.to(tl.int64) * stride_keys_head
     m = tl.full([HEADS * PROBES], float("-inf"), tl.float32)
     mass = tl.zeros([HEADS * PROBES], tl.float32)
@@ -249,45 +222,46 @@ def _lse_kernel(
     m = tl.full([HEADS * PROBES], float("-inf"), tl.float32)
     mass = tl.zeros([HEADS * PROBES], tl.float32)
     step = tl.maximum(tl.cdiv(last - first, SAMPLES), 1)
-    samples = (last - first - step // 2 + step - 1) // step
+    samples = (last - first) // step
     for start in tl.range(0, samples, BLOCK_N, num_stages=1):
-        position = tl.minimum(first + (start + o_n) * step + step // 2, n - 1)
+        number = start + o_n
+        position = tl.minimum(first + number * step + stratum_offset(number, step), n - 1)
         m_n = (start + o_n < samples)[None, :]
         m, mass = _add_tokens(q, p_keys, position, m_n, m, mass, o_d, D_PAD, UNIT, PRECISION)
     middle = (last - first).to(tl.float32) / tl.maximum(samples, 1).to(tl.float32)
     sampled = tl.where(mass > 0, m + tl.log2(mass * middle), float("-inf"))
     above = tl.maximum(exact, sampled)
     lse = above + tl.log2(tl.exp2(exact - above) + tl.exp2(sampled - above))
-    tl.store(p_shift + o_probe, tl.load(p_weight + o_probe) - lse, head < GROUP)
+    tl.store(p_lse + o_probe, lse, head < GROUP)
 
 
 @triton.jit
 def _load_probes(
-    p_probes, p_shift, first_column, first_item, last_item, heads, i_head, o_d,
+    p_probes, p_lse, first_column, first_item, last_item, heads, i_head, o_d,
     ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
-    HEADROOM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS probes [D_PAD, COLUMNS] of ITEMS segments, segment by segment, and their shifts."""
+    """COLUMNS probes [D_PAD, COLUMNS] of ITEMS segments, segment by segment, and their -lse."""
     column = first_column + tl.arange(0, COLUMNS)
     item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
     o_probe = (item * heads + i_head) * PROBES + column // ITEMS
     q = tl.trans(tl.load(p_probes + o_probe[:, None] * D_PAD + o_d[None, :]))
-    shift = tl.load(p_shift + o_probe) + HEADROOM
+    shift = tl.load(p_lse + o_probe) * -UNIT
     return q, tl.maximum(shift, -60000.0).to(tl.float16)[None, :]
 
 
 @triton.jit(do_not_specialize=["items"])
 def _score_kernel(
-    p_probes, p_shift, p_keys, p_items, p_scores, p_bounds,
+    p_probes, p_lse, p_keys, p_items, p_scores, p_bounds,
     stride_keys_head, stride_scores_item, stride_scores_head, max_chunks, items,
     GROUP: tl.constexpr, ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr,
     TILES: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLDS: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, HEADROOM: tl.constexpr,
-    LOG2_PROBES: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
+    FOLDS: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, LEAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """score[item, head, token] = log2 mean over probes of 2^(probe . key + shift), and bounds.
+    """score[item, head, token] = max over probes of (probe . key - lse), and bounds of a chunk.
 
-    Keys are rows, so that a sum stays inside a thread. Columns go segment by segment: folded to
+    Keys are rows, so that a maximum stays inside a thread. Columns go segment by segment: folded to
     eight they are the segments themselves. ITEMS neighbours share each load of keys.
     """
     # Heads of a group run side by side: they read the same keys.
@@ -306,34 +280,30 @@ def _score_kernel(
     item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
     n = tl.load(p_items + item * ITEM_COLUMNS + DENSE_START)
     q_0, shift_0 = _load_probes(
-        p_probes, p_shift, 0, first_item, last_item, heads, i_head, o_d,
-        ITEMS, PROBES, COLUMNS, D_PAD, HEADROOM,
+        p_probes, p_lse, 0, first_item, last_item, heads, i_head, o_d,
+        ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
     )  # fmt: skip
     q_1, shift_1 = q_0, shift_0
     if TILES > 1:
         q_1, shift_1 = _load_probes(
-            p_probes, p_shift, COLUMNS, first_item, last_item, heads, i_head, o_d,
-            ITEMS, PROBES, COLUMNS, D_PAD, HEADROOM,
+            p_probes, p_lse, COLUMNS, first_item, last_item, heads, i_head, o_d,
+            ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
         )  # fmt: skip
     p_keys += i_kv_head.to(tl.int64) * stride_keys_head
     p_scores += i_head * stride_scores_head + item * stride_scores_item
-    unit = tl.full([1, 1], 1.0 / UNIT, tl.float16)
-    MEAN: tl.constexpr = HEADROOM + LOG2_PROBES
     best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
     worst = tl.full([BLOCK_N, ITEMS], float("inf"), tl.float16)
     for first in tl.range(start, tl.minimum(start + CHUNK, longest), BLOCK_N, num_stages=STAGES):
         token = first + o_n
         k = tl.load(p_keys + token.to(tl.int64)[:, None] * D_PAD + o_d[None, :])
-        s = exp2_of_sum(tl.dot(k, q_0, out_dtype=tl.float16), unit, shift_0, PACKED)
-        total = summed(s, FOLDS, PACKED)
+        s = add(tl.dot(k, q_0, out_dtype=tl.float16), shift_0, PACKED)
+        most = folded(s, FOLDS, PACKED)
         if TILES > 1:
-            s = exp2_of_sum(tl.dot(k, q_1, out_dtype=tl.float16), unit, shift_1, PACKED)
-            total = add(total, summed(s, FOLDS, PACKED), PACKED)
+            s = add(tl.dot(k, q_1, out_dtype=tl.float16), shift_1, PACKED)
+            most = tl.maximum(most, folded(s, FOLDS, PACKED))
         if ITEMS < 8:
-            total = tl.sum(tl.reshape(total, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
-        # Zero is -inf, and what fp16 does not hold is 2^16.
-        score = tl.log2(tl.minimum(total.to(tl.float32), 65536.0)) - MEAN
-        score = tl.maximum(score, LEAST).to(tl.float16)
+            most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
+        score = tl.maximum(most.to(tl.float32) * (1.0 / UNIT), LEAST).to(tl.float16)
         m_score = token[:, None] < n[None, :]
         tl.store(p_scores[None, :] + token[:, None], score, m_score)
         best = tl.maximum(best, tl.where(m_score, score, float("-inf")))
@@ -364,11 +334,11 @@ def probe_shape(segment: int, most: int) -> ProbeShape:
     """Return the shape for segments of so many queries and ``most`` columns.
 
     Raises:
-        ValueError: for more than ``MOST_PROBES * POOL`` queries.
+        ValueError: for more than ``most * POOL`` queries.
     """
     probes = max(16, triton.next_power_of_2(-(-segment // POOL)))
-    if probes > MOST_PROBES:
-        raise ValueError(f"segment is {segment}, must be at most {MOST_PROBES * POOL}")
+    if probes > most:
+        raise ValueError(f"segment is {segment}, must be at most {most * POOL}")
     items = min(SCORE_ITEMS, most // probes)
     columns = min(128, probes * items)
     return ProbeShape(probes, items, columns, probes * items // columns)
@@ -383,9 +353,7 @@ class ProbeWorkspace:
         keys: ``[kv_heads, >= max_history, head_dim padded]``, copies less their mean.
         mean: float32 ``[kv_heads, head_dim padded]``, the mean key.
         probes: ``[items, heads, probes, head_dim padded]``, in ``UNIT``.
-        sees: int32 ``[items, heads, probes]``, own tokens that a probe sees.
-        weight: float32 ``[items, heads, probes]``, log2 of its share of queries, times probes.
-        shift: float32 ``[items, heads, probes]``, ``weight`` less the log-sum-exp, base 2.
+        lse: float32 ``[items, heads, probes]``, base 2.
     """
 
     def __init__(
@@ -414,9 +382,7 @@ class ProbeWorkspace:
         self.keys = empty(kv_heads, room, pad, dtype=kind)
         self.mean = empty(kv_heads, pad)
         self.probes = empty(items, heads, self.shape.probes, pad, dtype=kind)
-        self.sees = empty(items, heads, self.shape.probes, dtype=torch.int32)
-        self.weight = empty(items, heads, self.shape.probes)
-        self.shift = empty(items, heads, self.shape.probes)
+        self.lse = empty(items, heads, self.shape.probes)
 
 
 def copy_keys(
@@ -480,25 +446,22 @@ def probe_scores(
     group, (probes, items, columns, tiles) = heads // kv_heads, space.shape
     pad, kind = space.keys.shape[2], space.keys.dtype
     _pool_kernel[(heads, work.num_items)](
-        query, work.items, space.probes, space.sees, space.weight, scale * LOG2E * UNIT,
-        query.stride(0), query.stride(1), D=head_dim, D_PAD=pad, PROBES=probes, POOL=POOL,
-        STEPS=POOL_STEPS, LIMIT=limit_of(kind), PRECISION=input_precision(query.dtype),
-        num_warps=8 if probes * POOL * pad <= 2**15 else 16,
+        query, work.items, space.probes, scale * LOG2E * UNIT, query.stride(0), query.stride(1),
+        D=head_dim, D_PAD=pad, PROBES=probes, POOL=POOL, LIMIT=limit_of(kind),
     )  # fmt: skip
     together = min(triton.next_power_of_2(group), max(1, LSE_ROWS // probes))
     _lse_kernel[(-(-group // together), kv_heads, work.num_items)](
-        space.probes, space.keys, work.items, space.sees, space.weight, space.shift,
-        space.keys.stride(0), GROUP=group, HEADS=together, PROBES=probes, D_PAD=pad, BLOCK_N=64,
+        space.probes, space.keys, work.items, space.lse, space.keys.stride(0),
+        GROUP=group, HEADS=together, PROBES=probes, POOL=POOL, D_PAD=pad, BLOCK_N=64,
         FIRST=LSE_FIRST, LAST=LSE_LAST, SAMPLES=LSE_SAMPLES, UNIT=UNIT,
         PRECISION=input_precision(kind), num_warps=4,
     )  # fmt: skip
     chunks = -(-work.max_history // chunk)
     _score_kernel[(chunks * group, kv_heads, -(-work.num_items // items))](
-        space.probes, space.shift, space.keys, work.items, scores, bounds,
+        space.probes, space.lse, space.keys, work.items, scores, bounds,
         space.keys.stride(0), scores.stride(0), scores.stride(1), bounds.shape[1], work.num_items,
         GROUP=group, ITEMS=items, PROBES=probes, COLUMNS=columns, TILES=tiles, D_PAD=pad,
-        CHUNK=chunk, BLOCK_N=min(space.tile.block, chunk), FOLDS=columns.bit_length() - 4,
-        PACKED=scores.device.type != "cpu", UNIT=UNIT, HEADROOM=HEADROOM,
-        LOG2_PROBES=math.log2(probes), LEAST=LEAST_SCORE, STAGES=space.tile.stages,
+        CHUNK=chunk, BLOCK_N=min(space.tile.block, chunk), FOLDS=columns.bit_length() - 5,
+        PACKED=scores.device.type != "cpu", UNIT=UNIT, LEAST=LEAST_SCORE, STAGES=space.tile.stages,
         num_warps=SCORE_WARPS,
     )  # fmt: skip

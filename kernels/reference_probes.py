@@ -1,12 +1,13 @@
 """What the kernels of :mod:`probes` compute, in plain PyTorch."""
 
-from typing import NamedTuple
+import math
 
 import torch
 
 from .plan import DENSE_START, HISTORY, NUM_QUERIES, QUERY_START, WorkList
 from .reference import LOG2E, load_tokens
 from .reference_select import physical_slots
+from .sampling import stratified
 from .tiles import image_dtype
 from .tuning import (
     LEAST_SCORE,
@@ -16,49 +17,13 @@ from .tuning import (
     MEAN_SAMPLES,
     MEAN_SPAN,
     POOL,
-    POOL_STEPS,
     UNIT,
 )
 
 
-class Probes(NamedTuple):
-    """Probes of a segment.
-
-    Attributes:
-        means: float32 ``[heads, probes, head_dim]``.
-        sees: int64 ``[heads, probes]``, own tokens of the segment that each sees.
-        share: float32 ``[heads, probes]``, of the segment's queries.
-    """
-
-    means: torch.Tensor
-    sees: torch.Tensor
-    share: torch.Tensor
-
-
-def principal_projection(x: torch.Tensor) -> torch.Tensor:
-    """Project centred rows ``[heads, n, head_dim]`` onto their first principal component."""
-    longest = x.square().sum(-1).argmax(1)
-    w = x[torch.arange(len(x), device=x.device), longest]
-    for _ in range(POOL_STEPS):
-        w = torch.einsum("hnd,hn->hd", x, torch.einsum("hnd,hd->hn", x, w))
-        w = w / w.norm(dim=1, keepdim=True).clamp(min=1e-15)
-    return torch.einsum("hnd,hd->hn", x, w)
-
-
-def probes_of(queries: torch.Tensor) -> Probes:
-    """Pool queries ``[n, heads, head_dim]`` that are alike: those of neighbouring ranks."""
-    x = queries.float().transpose(0, 1)
-    ranks = principal_projection(x - x.mean(1, keepdim=True)).argsort(dim=1, stable=True)
-    pools = ranks.split(POOL, 1)  # of query numbers
-
-    def mean(pool: torch.Tensor) -> torch.Tensor:
-        return x.gather(1, pool[..., None].expand(-1, -1, x.shape[2])).mean(1)
-
-    return Probes(
-        torch.stack([mean(pool) for pool in pools], 1),
-        torch.stack([pool.sum(1) // pool.shape[1] + 1 for pool in pools], 1),
-        torch.tensor([pool.shape[1] / x.shape[1] for pool in pools]).to(x).expand(len(x), -1),
-    )
+def probes_of(queries: torch.Tensor) -> torch.Tensor:
+    """Return the means of every ``POOL`` neighbours ``[n, heads, head_dim]``, in float32."""
+    return torch.stack([part.float().mean(0) for part in queries.split(POOL)])
 
 
 def mean_key(keys: torch.Tensor) -> torch.Tensor:
@@ -78,7 +43,7 @@ def log_sum_exp(logits: torch.Tensor, sees: torch.Tensor, history: int, n: int) 
 
     Args:
         logits: ``[heads, probes, tokens]``, base 2, of all tokens up to the segment's last.
-        sees: ``[heads, probes]``, see :class:`Probes`.
+        sees: ``[probes]``, own tokens of the segment that each sees.
         history: tokens before the segment.
         n: tokens before the dense pass.
 
@@ -88,49 +53,14 @@ def log_sum_exp(logits: torch.Tensor, sees: torch.Tensor, history: int, n: int) 
     first = min(n, LSE_FIRST)
     last = max(first, n - LSE_LAST)
     token = torch.arange(last, logits.shape[-1], device=logits.device)
-    hidden = token >= history + sees[..., None]
-    step = max(1, -(-(last - first) // LSE_SAMPLES))
-    sampled = torch.arange(first + step // 2, last, step, device=logits.device)
-    weight = torch.tensor((last - first) / max(len(sampled), 1)).log2()
+    sampled = first + stratified(last - first, max(1, -(-(last - first) // LSE_SAMPLES)))
+    weight = math.log2((last - first) / max(len(sampled), 1)) if len(sampled) else 0.0
     parts = [
         logits[..., :first],
-        logits[..., last:].masked_fill(hidden, float("-inf")),
-        logits[..., sampled] + weight.to(logits),
+        logits[..., last:].masked_fill(token >= history + sees[:, None], float("-inf")),
+        logits[..., sampled.to(logits.device)] + weight,
     ]
     return (torch.cat(parts, -1) / LOG2E).logsumexp(-1, keepdim=True) * LOG2E
-
-
-def list_scores(
-    probes: Probes, keys: torch.Tensor, item: list[int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Score an item's history.
-
-    Args:
-        probes: of the segment; means are in ``UNIT``, scaled, base 2.
-        keys: of all tokens that the item sees, less their mean, ``[heads, tokens, head_dim]``.
-        item: of a work list.
-        dtype: that products are of.
-
-    Returns:
-        float32 ``[heads, history]``, log2 of the mean probability.
-    """
-    n, history = item[DENSE_START], item[HISTORY]
-    end = history + item[NUM_QUERIES]
-    logits = rounded(probes.means, dtype) @ rounded(keys[:, :end], dtype).mT / UNIT
-    logits = logits - log_sum_exp(logits, probes.sees, history, n)
-    mean = (logits[..., :n].exp2() * probes.share[..., None]).sum(1)
-    return mean.log2().clamp(min=LEAST_SCORE)
-
-
-def centred_keys(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, heads: int
-) -> torch.Tensor:
-    """Return the keys that a work list sees, less their mean: ``[heads, tokens, head_dim]``."""
-    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
-    positions = torch.arange(work.max_fit_tokens, device=kv_cache.device)
-    slots = physical_slots(positions, block_table[work.row], page)
-    keys, _ = load_tokens(kv_cache, slots, head_dim)
-    return (keys - mean_key(keys)[:, None]).repeat_interleave(heads // kv_heads, 0)
 
 
 def probe_scores(
@@ -146,18 +76,28 @@ def probe_scores(
     Returns:
         float16 ``[items, heads, max_history]``, -inf behind an item's history.
     """
-    heads, dtype = query.shape[1], image_dtype(query.device)
+    heads, kv_heads = query.shape[1], kv_cache.shape[1]
+    page, head_dim = kv_cache.shape[2], query.shape[2]
+    device, dtype = query.device, image_dtype(query.device)
     scores = query.new_full(
         (work.num_items, heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     if work.max_history == 0:
         return scores.half()
-    keys = centred_keys(kv_cache, block_table, work, heads)
+    positions = torch.arange(work.max_fit_tokens, device=device)
+    slots = physical_slots(positions, block_table[work.row], page)
+    keys, _ = load_tokens(kv_cache, slots, head_dim)
+    keys = rounded(keys - mean_key(keys)[:, None], dtype)
+    keys = keys.repeat_interleave(heads // kv_heads, 0)  # [heads, tokens, head_dim]
     for number, item in enumerate(work.items.tolist()):
-        n, start = item[DENSE_START], item[QUERY_START]
+        n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
         if n == 0:
             continue
-        probes = probes_of(query[start : start + item[NUM_QUERIES]])
-        probes = probes._replace(means=probes.means * (scale * LOG2E * UNIT))
-        scores[number, :, :n] = list_scores(probes, keys, item, dtype)
+        probes = probes_of(query[start : start + count]) * (scale * LOG2E * UNIT)
+        probes = rounded(probes, dtype).transpose(0, 1)
+        end = item[HISTORY] + count
+        logits = probes @ keys[:, :end].mT / UNIT  # [heads, probes, tokens]
+        sees = torch.arange(1, probes.shape[1] + 1, device=device).mul(POOL).clamp(max=count)
+        lse = log_sum_exp(logits, sees, item[HISTORY], n)
+        scores[number, :, :n] = (logits[..., :n] - lse).amax(1).clamp(min=LEAST_SCORE)
     return scores.half()

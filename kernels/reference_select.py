@@ -19,9 +19,11 @@ from .plan import (
     NOT_LISTED,
     ROW,
     TIERS,
+    UNEVEN,
     Lists,
     WorkList,
 )
+from .sampling import stratified
 
 
 def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
@@ -76,9 +78,9 @@ def select(
 
 
 def sample_positions(history: int, device: torch.device) -> torch.Tensor:
-    """Return the positions, evenly spaced, of which the dropped mass is estimated."""
+    """Return the positions, one a stratum, of which the dropped mass is estimated."""
     step = max(-(-history // ESTIMATE_TOKENS), ESTIMATE_STEP)
-    return torch.arange(step // 2, history, step, device=device)
+    return stratified(history, step, step - ESTIMATE_STEP + 1).to(device)
 
 
 def list_lengths(
@@ -102,7 +104,7 @@ def list_lengths(
     heads, n = scores.shape
     best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
-    bucket = bucket_of(scores, best, worst)[:, step // 2 :: step]
+    bucket = bucket_of(scores, best, worst)[:, stratified(n, step).to(scores.device)]
     totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
     totals.scatter_add_(1, bucket, torch.full_like(bucket, step))
     edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
@@ -137,18 +139,21 @@ def select_positions(
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
     they are taken to be spread evenly, which gives the score that so many reach. The order is by
-    tier (about the first ``length / 2^i`` tokens), and by address inside a tier, from the middle of
-    the history (in whole chunks) on: what is more than ``length`` is cut off the end, and neither
-    the first tokens of a history nor the last may be lost.
+    tier (about the first ``length / 2^i`` tokens), and by address inside a tier, the last two
+    chunks first: what is more than ``length`` is cut off the end, and neither the first tokens of a
+    history, which are attention sinks, nor the last may be lost.
 
-    Where only one of ``step`` tokens is counted, some root of the length less is aimed at.
+    Where only one of ``step`` tokens is counted, some root of the length less is aimed at, and in
+    any case a 32nd less: scores inside a bucket are not spread evenly.
     """
     scores = scores.float()
     best, worst = scores.max(), scores.min()
     bucket = bucket_of(scores, best, worst)
-    total = torch.bincount(bucket[step // 2 :: step], minlength=BUCKETS) * step
+    counted = stratified(len(scores), step).to(scores.device)
+    total = torch.bincount(bucket[counted], minlength=BUCKETS) * step
     cumulative = total.cumsum(0)
-    goal = max(length - int(math.sqrt(length * (step - 1))), 1)
+    uneven = length // UNEVEN if length < len(scores) else 0
+    goal = max(length - int(math.sqrt(length * (step - 1))) - uneven, 1)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(bucket)
     for number in range(tiers):
@@ -157,8 +162,8 @@ def select_positions(
             at = int((cumulative < wanted).sum())
             share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
             tier += scores < best - (at + share) * width
-    middle = len(scores) // chunk // 2 * chunk
-    order = (torch.argsort(tier.roll(-middle), stable=True) + middle) % len(scores)
+    start = max(-(-len(scores) // chunk) - 2, 0) * chunk
+    order = (torch.argsort(tier.roll(-start), stable=True) + start) % len(scores)
     return order[: min(length, int((tier < tiers).sum()))]
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .strata import stratum_offset
 from .visit import as_numbers, load_rows, scores, slot_offset, soft_cap
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -110,14 +111,14 @@ def dropped_mass(
     ``mass`` is that of the visited ones and the own segment, in units of exp2(``m``).
     """
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
-    samples = tl.cdiv(n - step // 2, step)
+    samples = n // step
     lost = tl.zeros_like(mass)
     for first in range(0, samples, BLOCK_N):
         number = first + o_n
         m_n = number < samples
         # A list without tokens has no places.
         skipped = m_n & ((tl.load(p_places + number, m_n, 0) >= visited) | (visited == 0))
-        position = number * step + step // 2
+        position = number * step + stratum_offset(number, step - SAMPLE_STEP + 1)
         page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
         o_k = page * stride_block + (position % PAGE) * stride_token
         k = load_rows(p_k, o_k, m_n, o_d, True, D, D_PAD)

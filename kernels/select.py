@@ -1,10 +1,10 @@
 """Select: from scores to a list of physical slots, without a sort.
 
-Three launches. One program a list counts its scores by bucket, of long histories those of every few
-tokens. One program a segment and group of lists shares their budget among them, and finds the score
-that so many tokens reach. One program a list then walks its scores in order of address, from the
-middle of the history on, and writes the slots of those that reach it. Importance orders the tiers,
-address orders a tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
+Three launches. One program a list counts its scores by bucket, of long histories those of a sample.
+One program a segment and group of lists shares their budget among them, and finds the score that so
+many tokens reach. One program a list then walks its scores in order of address, the last chunks
+first, and writes the slots of those that reach it. Importance orders the tiers, address orders a
+tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
 Half of the budget is dealt equally, half by one level of probability for all lists that share.
 A list ends earlier where the scores say that what it leaves out holds less softmax mass than the
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import plan
 from .plan import (
     BUCKETS,
     CHUNK,
@@ -31,8 +32,10 @@ from .plan import (
     WorkList,
     list_places,
 )
+from .strata import stratum_offset
 
 LEVELS = tl.constexpr(16)
+UNEVEN = tl.constexpr(plan.UNEVEN)
 RUN = 2 * ESTIMATE_STEP  # neighbouring tokens that are handled as one
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
 
@@ -86,14 +89,14 @@ def _count_kernel(
         return
     i_list = i_item * tl.num_programs(0) + i_head
     step = tl.cdiv(n, COUNTED)
-    counted = tl.cdiv(n - step // 2, step)
+    strata = n // step
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    p_scores += i_item * stride_item + i_head * stride_head + step // 2
+    p_scores += i_item * stride_item + i_head * stride_head
     counts = tl.zeros([BUCKETS], tl.int32)
-    for first in range(0, counted, CHUNK):
+    for first in range(0, strata, CHUNK):
         o_n = first + tl.arange(0, CHUNK)
-        s = tl.load(p_scores + o_n * step, o_n < counted, 0.0)
-        counts += tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < counted)
+        s = tl.load(p_scores + o_n * step + stratum_offset(o_n, step), o_n < strata, 0.0)
+        counts += tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < strata)
     tl.store(p_counts + i_list * BUCKETS + tl.arange(0, BUCKETS), counts * step)
     tl.store(p_ranges + 2 * i_list, best)
     tl.store(p_ranges + 2 * i_list + 1, worst)
@@ -160,9 +163,10 @@ def _plan_kernel(
         lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
-    # Counts of a sample are unsure by some root of themselves: so much less is aimed at, for a
-    # list that is longer than planned is cut off at its end.
+    # Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
+    # spread evenly: so much less is aimed at, for a list that is longer than planned is cut off.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
+    unsure += tl.where(lengths < n, lengths // UNEVEN, 0)
     goal = tl.maximum(lengths - unsure, 1)
     for t in tl.static_range(TIERS):
         part = tl.maximum(goal >> (TIERS - 1 - t), 1)
@@ -216,15 +220,16 @@ def _emit_kernel(
     p_table += row * stride_table
     p_samples += (i_item // EVERY * tl.num_programs(0) + i_head) * SAMPLES
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
+    room = step - SAMPLE_STEP + 1
     o_run = tl.arange(0, CHUNK // RUN) * RUN
     o_in = tl.arange(0, RUN // 2)
     chunks = tl.cdiv(n, CHUNK)
     share = tl.cdiv(chunks, tl.num_programs(2))
     begin = tl.minimum(tl.program_id(2) * share, chunks)
     end = tl.minimum(begin + share, chunks)
-    # From the middle on: what a list has too much is cut off its end, and neither the first tokens
-    # of a history nor the last may be lost.
-    middle = n // CHUNK // 2
+    # The last two chunks first: what a list has too much is cut off its end, and neither the first
+    # tokens of a history, which are attention sinks, nor the last may be lost.
+    origin = tl.maximum(chunks - 2, 0)
     before = 0
     below = float("inf")
     for t in tl.static_range(TIERS):
@@ -233,17 +238,17 @@ def _emit_kernel(
             # What other programs list before this one's share is counted, so that none waits.
             o_n = tl.arange(0, CHUNK)
             others = tl.zeros([CHUNK], tl.int32)
-            for i in range(middle, middle + begin):
+            for i in range(origin, origin + begin):
                 start = tl.where(i < chunks, i, i - chunks) * CHUNK
                 s = tl.load(p_scores + start + o_n).to(tl.float32)
                 others += ((s >= least) & (start + o_n < n)).to(tl.int32)
             before = tl.sum(others)
         # Rows of scores hold whole chunks: loads without a mask are wide. The next chunk is on its
         # way while one is listed.
-        first = tl.where(middle + begin < chunks, middle + begin, middle + begin - chunks) * CHUNK
+        first = tl.where(origin + begin < chunks, origin + begin, origin + begin - chunks) * CHUNK
         p_run = p_scores + (first + o_run)[:, None] + o_in[None, :]
         low, high = tl.load(p_run), tl.load(p_run + RUN // 2)
-        for i in range(middle + begin, middle + end):
+        for i in range(origin + begin, origin + end):
             start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
             bits = _bits(low, least, below, o_in, t > 0)
             bits |= _bits(high, least, below, o_in, t > 0) << (RUN // 2)
@@ -263,13 +268,16 @@ def _emit_kernel(
                 m_token = (lowest != 0) & (place + i_token < count)
                 tl.store(p_slots + place + i_token, slot + exponent - 127, m_token)
             if i_item % EVERY == 0:
-                # Half of a run has one of them at most.
+                # Half of a run has one of them at most: that of the stratum it begins in, or the
+                # next one's.
                 for half in tl.static_range(2):
                     begun = start + half * (RUN // 2)
-                    number = tl.maximum(begun + step - 1 - step // 2, 0) // step
-                    sample = number * step + step // 2
-                    m_sample = (sample < begun + RUN // 2) & (sample < n)
-                    bit = 1 << tl.minimum(sample - start, RUN)
+                    stratum = begun // step
+                    own = stratum * step + stratum_offset(stratum, room)
+                    number = tl.where(own >= begun, stratum, stratum + 1)
+                    sample = number * step + stratum_offset(number, room)
+                    m_sample = (sample < begun + RUN // 2) & (number < n // step)
+                    bit = 1 << tl.minimum(tl.maximum(sample - start, 0), RUN)
                     at = tl.where((bits & bit) != 0, place + _ones(bits & (bit - 1)), NOT_LISTED)
                     # What one pass says is not listed a later one may list.
                     m_sample &= (at < count) | (t == 0)

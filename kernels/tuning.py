@@ -2,12 +2,10 @@
 
 # Probes (`benchmarks/quality/LOG.md`, "Lists of one head").
 POOL = 8  # queries of a probe
-POOL_STEPS = 3  # of the power iteration that finds the direction queries are sorted along
 UNIT = 8.0  # of a stored product: one in base 2 is so many; keeps small queries out of subnormals
-HEADROOM = 8.0  # log2 that summed probabilities are lifted by: fp16 holds 2^-24 to 2^16
-LEAST_SCORE = -32.0  # log2; no list cares for less, and buckets of scores stay narrow
+LEAST_SCORE = -48.0  # log2; no list cares for less, and buckets of scores stay narrow
 # A log-sum-exp counts the first and the last tokens of a history one by one (what attention sinks
-# and neighbours hold no sample tells), and some evenly spaced ones for all between.
+# and neighbours hold no sample tells), and one of each stratum for those between.
 LSE_FIRST = 64
 LSE_LAST = 256
 LSE_SAMPLES = 512

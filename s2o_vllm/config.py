@@ -18,7 +18,7 @@ OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may 
 # What ranks the history, and how many queries share a list by default: means of neighbouring
 # queries, a list for each head; single queries against low-rank keys; the paper's mean query.
 RANKINGS = {"probes": 256, "low_rank": 64, "mean_query": 512}
-PROBES_SEGMENT = 512  # queries of a segment that are sorted, at most
+PROBES_SEGMENT = 2048  # queries whose probes fill a block of scores
 
 
 class Spending(NamedTuple):

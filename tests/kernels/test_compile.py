@@ -78,9 +78,12 @@ def test_compiles_and_fits(target):
             # Few rows, for which no unit is too small. Triton 3.9 keeps two numbers of an fp8 tile.
             assert one["spills"] <= (8 if target == (90, FP8) else 0), one
         elif "probes" in one["name"]:
-            # Of Hopper's registers there are enough. Elsewhere no loop spills, but one kernel keeps
-            # two numbers.
-            assert one["spills"] <= (0 if capability == 90 else 16), one
+            # Registers are enough up to a few numbers, but for 256 queries of 256 numbers each. The
+            # loops of Hopper's products have all of theirs, and no loop spills.
+            pooling = one["name"].startswith("_pool")
+            crowded = pooling and one["name"].endswith("256")
+            few = 0 if capability == 90 and not pooling else 16
+            assert one["spills"] <= (2048 if crowded else few), one
             assert one["loop_spills"] == 0, one
             if one["name"].startswith(("_lse", "_score")):
                 assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one

@@ -6,16 +6,14 @@ import torch
 from cases import CACHES, DTYPE, LIMITS, make_batch
 from s2o_vllm.config import PROBES_SEGMENT
 from s2o_vllm.kernels import probes, reference_probes
-from s2o_vllm.kernels.plan import DENSE_START, NUM_QUERIES, QUERY_START, build_work_lists
-from s2o_vllm.kernels.reference import LOG2E
+from s2o_vllm.kernels.plan import DENSE_START, build_work_lists
 from s2o_vllm.kernels.tiles import SHARED_MEMORY
-from s2o_vllm.kernels.tuning import LEAST_SCORE, POOL, UNIT
+from s2o_vllm.kernels.tuning import LEAST_SCORE, POOL
 
 SEGMENT = 64
 CHUNK = 128
-# Probabilities are summed in fp16; e4m3 products of the card sum in fp16, in another order.
-TOLERANCE = 0.2 if torch.cuda.is_available() else 0.05
-FAINT, FAINT_TOLERANCE = -18.0, 1.0  # below, fp16 has few bits of a probability
+# Scores are kept in fp16; e4m3 products of the card sum in fp16, in another order.
+TOLERANCE = 0.15 if torch.cuda.is_available() else 0.02
 
 
 def scored(batch, work, *, segment=SEGMENT, chunk=CHUNK):
@@ -25,7 +23,7 @@ def scored(batch, work, *, segment=SEGMENT, chunk=CHUNK):
         heads, kv_heads, head_dim, longest, work.num_items, segment, batch.query.device,
         chunk=chunk,
     )  # fmt: skip
-    for part in (space.keys, space.mean, space.probes, space.weight, space.shift):
+    for part in (space.keys, space.mean, space.probes, space.lse):
         part.copy_(torch.full_like(part, float("nan"), dtype=torch.float32))
     chunks = -(-longest // chunk)
     device = batch.query.device
@@ -38,13 +36,6 @@ def scored(batch, work, *, segment=SEGMENT, chunk=CHUNK):
         scale=batch.scale, chunk=chunk,
     )  # fmt: skip
     return scores, bounds
-
-
-def assert_close(got, wanted):
-    got, wanted = got.float(), wanted.float()
-    faint = wanted < FAINT
-    torch.testing.assert_close(got[~faint], wanted[~faint], atol=TOLERANCE, rtol=2e-3)
-    torch.testing.assert_close(got[faint], wanted[faint], atol=FAINT_TOLERANCE, rtol=0)
 
 
 def works(batch, segment=SEGMENT, min_context=0):
@@ -72,8 +63,8 @@ def test_scores_are_those_of_the_reference(device, shape, fp8):
         heads = batch.query.shape[1]
         for number, item in enumerate(work.items.tolist()):
             n = item[DENSE_START]
-            got = scores[number, :, :n].float()
-            assert_close(got, wanted[number, :, :n])
+            got, truth = scores[number, :, :n].float(), wanted[number, :, :n].float()
+            torch.testing.assert_close(got, truth, atol=TOLERANCE, rtol=2e-3)
             assert scores[number, :, n:].isnan().all()
             for first in range(0, n, CHUNK):
                 part = got[:, first : first + CHUNK]
@@ -82,7 +73,7 @@ def test_scores_are_those_of_the_reference(device, shape, fp8):
                 assert torch.equal(own[:, 1], part.amin(1))
 
 
-@pytest.mark.parametrize("segment", [16, 128, 256, 512])
+@pytest.mark.parametrize("segment", [16, 128, 256, 512, 2048])
 def test_any_segment_size(device, segment):
     """Of more than 256 queries fewer than eight segments share a load of keys."""
     batch = make_batch(device, chunks=((520, 300),), heads=2, kv_heads=1)
@@ -93,13 +84,17 @@ def test_any_segment_size(device, segment):
     )
     for number, item in enumerate(work.items.tolist()):
         n = item[DENSE_START]
-        assert_close(scores[number, :, :n], wanted[number, :, :n])
+        torch.testing.assert_close(
+            scores[number, :, :n].float(), wanted[number, :, :n].float(), atol=TOLERANCE, rtol=2e-3
+        )
 
 
 def test_refuses_a_segment_that_no_block_holds():
-    with pytest.raises(ValueError, match="segment is 513, must be at most 512"):
-        probes.probe_shape(513, 256)
-    assert probes.probe_shape(PROBES_SEGMENT, 128).items == 2, "the settings' limit"
+    with pytest.raises(ValueError, match="segment is 4096, must be at most 2048"):
+        probes.probe_shape(4096, 256)
+    with pytest.raises(ValueError, match="segment is 2048, must be at most 1024"):
+        probes.probe_shape(2048, 128)
+    assert probes.probe_shape(PROBES_SEGMENT, 256).items == 1, "the settings' limit"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,9 @@ def test_every_tile_of_the_table_gives_the_same_scores(device, monkeypatch, tile
     scores, _ = scored(batch, work)
     for number, item in enumerate(work.items.tolist()):
         n = item[DENSE_START]
-        assert_close(scores[number, :, :n], wanted[number, :, :n])
+        torch.testing.assert_close(
+            scores[number, :, :n], wanted[number, :, :n], atol=TOLERANCE, rtol=2e-3
+        )
 
 
 @pytest.mark.parametrize("key_bytes", [64, 128, 256, 512])
@@ -158,51 +155,27 @@ def test_no_score_is_below_the_least(device):
     assert float(scores[0, :, :n].min()) == LEAST_SCORE == float(bounds[0, 0, 1])
 
 
-def test_probes_are_means_of_like_queries():
-    """Two kinds of queries, alternating: no probe mixes them."""
-    kind = torch.arange(32) % 2 * 2.0 - 1
-    queries = torch.randn(32, 2, 8) * 0.1
-    queries[..., 3] += 5 * kind[:, None]
-    found = reference_probes.probes_of(queries)
-    assert found.means.shape == (2, 4, 8)
-    assert (found.means[..., 3].abs() > 4.5).all()
-    torch.testing.assert_close(found.means.mean(1), queries.mean(0))
-    assert (found.share == 0.25).all()
-
-
-def test_the_last_probe_counts_by_its_queries():
-    found = reference_probes.probes_of(torch.randn(POOL + 3, 1, 4))
-    torch.testing.assert_close(found.share, torch.tensor([[POOL, 3]]) / (POOL + 3))
-
-
-def test_pools_are_the_references(device):
-    batch = make_batch(device, chunks=((320, 64), (320, 21)))
-    for work in works(batch):
-        space = probes.ProbeWorkspace(4, 2, 64, 512, 1, SEGMENT, device, chunk=CHUNK)
-        scores = torch.empty(1, 4, 512, dtype=torch.float16, device=device)
-        bounds = torch.empty(4, 4, 2, device=device)
-        probes.probe_scores(
-            batch.query, batch.kv_cache, batch.block_table, work, scores, bounds, space,
-            scale=1 / (LOG2E * UNIT), chunk=CHUNK,
-        )  # fmt: skip
-        start, count = work.items[0, QUERY_START], int(work.items[0, NUM_QUERIES])
-        wanted = reference_probes.probes_of(batch.query[start : start + count])
-        pools = -(-count // POOL)
-        got = space.probes[0, :, :pools].float()
-        # The direction has no sign: the last pool may be the first.
-        same = (got - wanted.means).norm(dim=(1, 2)) / wanted.means.norm(dim=(1, 2)) < 0.1
-        assert same.all() or count % POOL
-        assert torch.equal(space.sees[0, :, :pools].long()[same], wanted.sees[same])
-        share = space.weight[0].exp2() / space.shape.probes
-        torch.testing.assert_close(share[:, :pools], wanted.share)
-        assert (share[:, pools:] == 0).all()
+def test_probes_are_means_of_neighbours():
+    queries = torch.randn(19, 2, 4)
+    means = reference_probes.probes_of(queries)
+    assert means.shape == (3, 2, 4)
+    torch.testing.assert_close(means[1], queries[POOL : 2 * POOL].mean(0))
+    torch.testing.assert_close(means[2], queries[2 * POOL :].mean(0))
 
 
 @pytest.mark.parametrize("n", [1, 64, 300, 700, 4000])
 def test_a_log_sum_exp_counts_first_and_last_tokens_one_by_one(n):
     logits = torch.full((1, 1, n + 8), -3.0)
     logits[..., 0], logits[..., n - 1], logits[..., n + 4] = 9.0, 8.0, 50.0
-    sees = torch.tensor([[4]])
-    got = reference_probes.log_sum_exp(logits, sees, n, n)
+    got = reference_probes.log_sum_exp(logits, torch.tensor([4]), n, n)
     exact = (logits[..., : n + 4] * math.log(2)).logsumexp(-1) / math.log(2)
     torch.testing.assert_close(got[0, 0, 0], exact[0, 0], atol=1e-3, rtol=0)
+
+
+def test_a_log_sum_exp_is_not_misled_by_a_period():
+    """Every 24th token of the middle holds all mass: a stride that divides 24 meets all or none."""
+    n = 24 * 1024
+    logits = torch.full((1, 1, n + 8), -30.0)
+    logits[..., 4:n:24] = 0.0
+    got = reference_probes.log_sum_exp(logits, torch.tensor([8]), n, n)
+    assert abs(float(got) - math.log2(1024)) < 0.5

@@ -246,14 +246,15 @@ def test_no_segment_sees_a_mean_of_later_tokens(device):
     assert torch.equal(out[:segment], first[:segment])
 
 
-def test_the_operator_attends_to_regions(device):
+@pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
+def test_the_operator_attends_to_regions(device, ranking):
     """Like values in all the history: an output without a mean would hold little of them."""
     heads, kv_heads, head_dim, queries = 4, 2, 64, 8
     batch = make_batch(device, chunks=((REGION_TOKENS, queries),), budget=0.01)
     batch.kv_cache[..., head_dim:] = 1.0
     own = batch.block_table[0, REGION_TOKENS // 16 :][:1].long()
     batch.kv_cache[own, :, :, head_dim:] = -1.0
-    shape = Shape(heads, kv_heads, head_dim, 2048, queries, 64)
+    shape = Shape(heads, kv_heads, head_dim, 2048, queries, 64, ranking)
     operator = SparsePrefill(shape, DTYPE, device, scale=batch.scale)
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)

@@ -126,7 +126,7 @@ def test_one_likely_list_may_take_what_all_that_share_can_spare(device, shared):
     lists = select_with_kernel(batch, work, scores.half(), 256, TIERS_UNORDERED, shared=shared)
     lengths = lists.lengths[0].tolist()
     most = shared * count - (shared - 1) * ((count + 1) // 2)
-    assert 0.95 * most <= lengths[1] <= most == work.max_list
+    assert 0.92 * most <= lengths[1] <= most == work.max_list
     assert all(length <= (count + 1) // 2 for length in (lengths[0], *lengths[2:shared]))
     assert 0.95 * shared * count <= sum(lengths[:shared]) <= shared * count
     others = lengths[shared:]
@@ -160,10 +160,10 @@ def test_lists_of_likelier_tokens_are_longer(device):
     one, other, most, least, alone = select_with_kernel(batch, work, scores.half()).lengths[0]
     assert count * 1.5 > one > other > count / 2
     most_of_two, least_of_two = 2 * count - (count + 1) // 2, (count + 1) // 2
-    assert 0.95 * 2 * count <= one + other <= 2 * count
-    assert 0.95 * most_of_two <= most <= most_of_two
-    assert 0.95 * least_of_two <= least <= least_of_two
-    assert 0.95 * count <= alone <= count, "an odd head keeps its budget"
+    assert 0.92 * 2 * count <= one + other <= 2 * count
+    assert 0.92 * most_of_two <= most <= most_of_two
+    assert 0.92 * least_of_two <= least <= least_of_two
+    assert 0.92 * count <= alone <= count, "an odd head keeps its budget"
 
 
 def test_equal_heads_have_equal_lists(device):
@@ -192,10 +192,41 @@ def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
     assert reference_select.list_lengths(scores, 900, 0.3).tolist() == [700, 700]
 
 
-def test_what_is_too_much_is_cut_out_of_the_middle():
-    """Of equal scores all are wanted: the list ends before the middle of the history."""
+def test_neither_the_first_nor_the_last_tokens_are_cut_off():
+    """Of equal scores all are wanted: what the list cannot hold lies before the last two chunks."""
     taken = reference_select.select_positions(torch.zeros(1000), 700, chunk=10).tolist()
-    assert sorted(taken) == [*range(200), *range(500, 1000)]
+    assert sorted(taken) == [*range(680), *range(980, 1000)]
+
+
+def test_a_sink_stays_listed_where_all_else_is_recent():
+    """Scores inside a bucket are not spread evenly: more than planned may reach a threshold."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        scores = torch.randn(16_000) - 25
+        scores[0] = -2.0
+        scores[12_000:] += 9 * torch.linspace(0, 1, 4000) ** 2
+        assert 0 in reference_select.select_positions(scores.half().float(), 400).tolist()
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 8])
+def test_lists_of_a_text_that_repeats_itself(device, step):
+    """The likely tokens come every 24 tokens, as in variable tracking: a stride of 8 misses all."""
+    batch = make_batch(device, budget=0.03, chunks=((12_000, 5),), heads=2, kv_heads=1)
+    (work,) = batch.work()
+    n = int(work.items[0, DENSE_START])
+    scores = torch.randn(1, 1, n, device=device) - 12
+    scores[..., 5::24] += 8
+    counted = -(-n // step)
+    lists = select_with_kernel(batch, work, scores.half(), CHUNK, TIERS_UNORDERED, counted=counted)
+    count = int(work.items[0, LIST_LENGTH])
+    length = int(lists.lengths[0, 0])
+    slots = lists.slots[0, 0, :length].long()
+    page = batch.kv_cache.shape[2]
+    place = torch.full((int(batch.block_table.max()) + 1,), -1, device=device)
+    place[batch.block_table[0, : n // page].long()] = torch.arange(n // page, device=device)
+    positions = place[slots // page] * page + slots % page
+    assert (positions % 24 == 5).all(), "an unlikely token is listed"
+    assert 0.7 * count <= length <= count
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])

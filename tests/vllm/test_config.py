@@ -206,10 +206,11 @@ def test_every_setting_has_a_help_text():
 
 
 def test_a_segment_that_no_block_of_probes_holds_is_refused():
-    refusal = r"segment_size is 4096, must be at most 2048 with ranking probes"
+    most = config.PROBES_SEGMENT
+    refusal = f"segment_size is {most + 1}, must be at most {most} with ranking probes"
     with pytest.raises(ConfigError, match=refusal):
-        resolve({"segment_size": 4096}, None, {})
-    for size, ranking in ((2048, "probes"), (4096, "low_rank"), (4096, "mean_query")):
+        resolve({"segment_size": most + 1}, None, {})
+    for size, ranking in ((most, "probes"), (4096, "low_rank"), (4096, "mean_query")):
         environment = {"S2O_SEGMENT_SIZE": str(size), "S2O_RANKING": ranking}
         assert resolve({}, None, environment).segment == size
 
