@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .plan import ROW_STEP, WorkList
+from .sampling import stratified
 from .tiles import image_dtype as image_dtype
 
 LOG2E = 1.4426950408889634
@@ -187,9 +188,9 @@ def query_images(
     images = _rounded(queries.float() @ basis.a, dtype)
     rank, count = images.shape[-1], history.shape[-2]
     step = max(SHIFT_STEP, -(-count // SHIFT_SAMPLES))
-    samples = max(1, (count + step // 2 - 1) // step)
-    places = torch.arange(samples, device=history.device) * step + step // 2
-    sample = history[..., places.clamp(max=count - 1), :rank]
+    samples = max(1, count // step)
+    places = stratified(max(count, step), step).clamp(max=count - 1)
+    sample = history[..., places.to(history.device), :rank]
     of_own = (images @ own[..., :rank].mT).masked_fill(~visible, float("-inf"))
     most = of_own.amax(-1, keepdim=True)
     of_rest = rough_exp2(images @ sample.mT, most).sum(-1) * ROUGH_UNIT * (count / samples)

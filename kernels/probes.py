@@ -183,8 +183,9 @@ def _lse_kernel(
     D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     SAMPLES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse[p] = log2( exact sum of 2^s + middle / samples * sampled sum of 2^s ).
+    """lse[p] = log2( exact sum of 2^s + largest sampled 2^s + weight * sum of other sampled 2^s ).
 
+    The weight is how many tokens a sampled one stands for.
     Exact are the first FIRST and the last LAST tokens of the history and the own tokens, those of
     the dense pass up to the probe's last query. HEADS heads of a group at a time. One stage: Triton
     3.6 sets no fence between asynchronous copies and wgmma.
@@ -228,8 +229,11 @@ def _lse_kernel(
         position = tl.minimum(first + number * step + stratum_offset(number, step), n - 1)
         m_n = (start + o_n < samples)[None, :]
         m, mass = _add_tokens(q, p_keys, position, m_n, m, mass, o_d, D_PAD, UNIT, PRECISION)
-    middle = (last - first).to(tl.float32) / tl.maximum(samples, 1).to(tl.float32)
-    sampled = tl.where(mass > 0, m + tl.log2(mass * middle), float("-inf"))
+    # The largest one counts once: weighed like the others, a key that a probe alone wants would
+    # hide behind its own weight.
+    weight = (last - first).to(tl.float32) / tl.maximum(samples, 1).to(tl.float32)
+    mass = 1.0 + tl.maximum(mass - 1.0, 0.0) * weight
+    sampled = tl.where(m > float("-inf"), m + tl.log2(mass), float("-inf"))
     above = tl.maximum(exact, sampled)
     lse = above + tl.log2(tl.exp2(exact - above) + tl.exp2(sampled - above))
     tl.store(p_lse + o_probe, lse, head < GROUP)

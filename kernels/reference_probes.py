@@ -54,11 +54,15 @@ def log_sum_exp(logits: torch.Tensor, sees: torch.Tensor, history: int, n: int) 
     last = max(first, n - LSE_LAST)
     token = torch.arange(last, logits.shape[-1], device=logits.device)
     sampled = first + stratified(last - first, max(1, -(-(last - first) // LSE_SAMPLES)))
-    weight = math.log2((last - first) / max(len(sampled), 1)) if len(sampled) else 0.0
+    past = logits[..., sampled.to(logits.device)]
+    if len(sampled):  # the largest one stands for itself alone
+        largest = past.argmax(-1, keepdim=True)
+        weight = torch.full_like(past, math.log2((last - first) / len(sampled)))
+        past = past + weight.scatter(-1, largest, 0.0)
     parts = [
         logits[..., :first],
         logits[..., last:].masked_fill(token >= history + sees[:, None], float("-inf")),
-        logits[..., sampled.to(logits.device)] + weight,
+        past,
     ]
     return (torch.cat(parts, -1) / LOG2E).logsumexp(-1, keepdim=True) * LOG2E
 

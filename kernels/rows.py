@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import basis
 from .plan import COLUMNS, ROW_STEP, WorkList
+from .strata import stratum_offset
 from .tiles import input_precision
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _shift_kernel(
     # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
     q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
-    samples = tl.maximum((n + step // 2 - 1) // step, 1)
+    samples = tl.maximum(n // step, 1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     p_own = p_images + n.to(tl.int64) * WIDTH
@@ -207,12 +208,13 @@ def _shift_kernel(
     zero = (ROUGH_ZERO - m) * ROUGH_SHARE
     full = samples // BLOCK_N * BLOCK_N
     for o in tl.range(0, full, BLOCK_N, num_stages=1):
-        position = (o + tl.arange(0, BLOCK_N)) * step + step // 2
+        number = o + tl.arange(0, BLOCK_N)
+        position = number * step + stratum_offset(number, step)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
         rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)
     if full < samples:
         o_n = full + tl.arange(0, BLOCK_N)
-        position = tl.minimum(o_n * step + step // 2, n - 1)
+        position = tl.minimum(o_n * step + stratum_offset(o_n, step), n - 1)
         k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
         s = _minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED)
         rest += tl.sum(tl.where((o_n < samples)[None, :], s, 0.0), 1)

@@ -25,7 +25,9 @@ from .tables import (
     table,
 )
 
-NAMES = ("quality", "quality_layers", "attention", "ruler", "fidelity", "perplexity")
+NAMES = (
+    "quality", "quality_layers", "attention", "ruler", "ruler_h200", "fidelity", "perplexity"
+)  # fmt: skip
 # What attention.json's rankings compute, as a method of quality.json.
 RANKINGS = {
     "low_rank": "served",
@@ -38,6 +40,7 @@ COMMANDS = {
     "quality_layers": "s2o eval attention --layers 0,1,2,... --out quality_layers.json",
     "attention": "s2o bench attention",
     "ruler": "s2o eval ruler --url URL --tasks DIR",
+    "ruler_h200": "s2o eval ruler --url URL --tasks DIR --out benchmarks/results/ruler_h200.json",
     "fidelity": "s2o eval fidelity --url URL --texts text=FILE",
     "perplexity": "s2o eval perplexity --url URL --text FILE",
 }
@@ -232,7 +235,7 @@ def write(
     def section(title: str, text: str, name: str, body: str) -> str:
         missing = NOT_MEASURED.format(file=f"{name}.json", command=COMMANDS[name])
         parts = [text, body, source(name, results[name])] if body else [missing]
-        return "\n\n".join([f"## {title}", *parts])
+        return "\n\n".join(filter(None, [f"## {title}", *parts]))
 
     def image(name: str, title: str) -> str:
         made = images[name]
@@ -249,6 +252,7 @@ def write(
         "Written by `s2o eval report` from the files in `benchmarks/results`; do not edit. What "
         "was tried on the way stands in `quality/LOG.md`.",
         section("RULER", RULER, "ruler", body("ruler", ruler_tables)),
+        section("RULER, on an H200", "", "ruler_h200", body("ruler_h200", ruler_tables)),
         image("speed", "Fidelity against speed"),
         *filter(None, [told]),
         section("Far context", FIDELITY, "fidelity", body("fidelity", fidelity_tables)),

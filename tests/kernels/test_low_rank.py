@@ -20,6 +20,7 @@ from s2o_vllm.kernels.plan import (
     PrefillRow,
     build_work_lists,
 )
+from s2o_vllm.kernels.sampling import stratified
 from s2o_vllm.kernels.score import score_rows
 
 SHAPES = [
@@ -121,7 +122,7 @@ def test_shifts_of_rows(ranked):
     for number, item, history, chosen in each_item(work, space, group):
         rows = space.rows[number, :, : chosen.shape[1]].float()
         images = space.images[0, ..., : basis.RANK].float()
-        places = range(basis.SHIFT_STEP // 2, history, basis.SHIFT_STEP)
+        places = stratified(history, basis.SHIFT_STEP).to(images.device)
         scores = rows[..., : basis.RANK] @ images[:, places].mT
         own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
         future = torch.arange(item[2], device=own.device) > chosen[..., None] // group

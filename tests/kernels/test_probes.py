@@ -7,8 +7,15 @@ from cases import CACHES, DTYPE, LIMITS, make_batch
 from s2o_vllm.config import PROBES_SEGMENT
 from s2o_vllm.kernels import probes, reference_probes
 from s2o_vllm.kernels.plan import DENSE_START, build_work_lists
+from s2o_vllm.kernels.sampling import stratified
 from s2o_vllm.kernels.tiles import SHARED_MEMORY
-from s2o_vllm.kernels.tuning import LEAST_SCORE, POOL
+from s2o_vllm.kernels.tuning import (
+    LEAST_SCORE,
+    LSE_FIRST,
+    LSE_LAST,
+    LSE_SAMPLES,
+    POOL,
+)
 
 SEGMENT = 64
 CHUNK = 128
@@ -179,3 +186,12 @@ def test_a_log_sum_exp_is_not_misled_by_a_period():
     logits[..., 4:n:24] = 0.0
     got = reference_probes.log_sum_exp(logits, torch.tensor([8]), n, n)
     assert abs(float(got) - math.log2(1024)) < 0.5
+
+
+def test_a_sampled_key_that_holds_all_mass_counts_once():
+    n = 20_000
+    logits = torch.full((1, 1, n + 8), -30.0)
+    middle = n - LSE_FIRST - LSE_LAST
+    logits[..., LSE_FIRST + int(stratified(middle, -(-middle // LSE_SAMPLES))[100])] = 5.0
+    got = reference_probes.log_sum_exp(logits, torch.tensor([8]), n, n)
+    assert abs(float(got) - 5.0) < 0.1

@@ -7,6 +7,7 @@ from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels import basis, low_rank, rank, reference
 from s2o_vllm.kernels.fit import FitWorkspace, find_bases, take_moments
 from s2o_vllm.kernels.plan import DENSE_START
+from s2o_vllm.kernels.sampling import stratified
 
 SHAPES = [
     # heads, kv_heads, head_dim, page, head_major
@@ -138,7 +139,7 @@ def test_histories_of_few_samples(device, context):
 
 @pytest.mark.parametrize("context", [399, 400, 401])
 def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
-    """Other keys tell the shift than every ``SHIFT_STEP``-th, and the kernel takes the same."""
+    """Other keys tell the shift than one of ``SHIFT_STEP``, and the kernel takes the same."""
     batch = make_batch(device, chunks=((context, 5),), heads=5, kv_heads=1)
     ((_, unbounded, *_),) = every_query(batch, batch.work())
     monkeypatch.setattr(basis, "SHIFT_SAMPLES", 10)
@@ -251,7 +252,7 @@ def test_large_shifts_survive_fp8():
     images = basis.key_images(keys, fitted, torch.float8_e4m3fn)
     own, visible = images[:, :1], torch.ones(500, 1, dtype=torch.bool)
     rows = basis.query_images(queries, fitted, images, own, visible, torch.float8_e4m3fn)
-    sample = images[:, basis.SHIFT_STEP // 2 :: basis.SHIFT_STEP, : basis.RANK]
+    sample = images[:, stratified(2000, basis.SHIFT_STEP), : basis.RANK]
     past, beside = (
         log2_mass(rows[..., : basis.RANK] @ k[..., : basis.RANK].mT) for k in (sample, own)
     )
@@ -299,15 +300,17 @@ def test_fitted_bases_of_degenerate_keys_are_finite(device):
 
 
 def test_a_key_that_one_query_wants_ranks_first_in_every_list():
-    """What a mean query cannot see: one of many queries matches one key."""
+    """What a mean query cannot see: one of many queries, which is always scored, matches one key."""
     torch.manual_seed(3)
     batch = make_batch(torch.device("cpu"), chunks=((512, 32),), heads=2, kv_heads=1,
                        dtype=torch.float32)  # fmt: skip
-    key, page = 345, batch.kv_cache.shape[2]
+    key, page = 346, batch.kv_cache.shape[2]
+    # One that the row shift's sample holds would count as all of its stratum.
+    assert key not in stratified(512, basis.SHIFT_STEP).tolist()
     block = int(batch.block_table[0, key // page])
     means = batch.query.mean(0).T  # the key has nothing of them
-    own = means @ torch.linalg.lstsq(means, batch.query[10, 0, :, None]).solution
-    batch.kv_cache[block, 0, key % page, :64] = 3 * (batch.query[10, 0] - own[:, 0])
+    own = means @ torch.linalg.lstsq(means, batch.query[12, 0, :, None]).solution
+    batch.kv_cache[block, 0, key % page, :64] = 3 * (batch.query[12, 0] - own[:, 0])
     (work,) = batch.work()
     wanted = reference.low_rank_scores(*arguments(batch, work), scale=batch.scale, rank=64)
     assert int(wanted[0, 0].argmax()) == key
