@@ -300,7 +300,7 @@ def test_fitted_bases_of_degenerate_keys_are_finite(device):
 
 
 def test_a_key_that_one_query_wants_ranks_first_in_every_list():
-    """What a mean query cannot see: one of many queries, which is always scored, matches one key."""
+    """What a mean query cannot see: one of many queries, always scored, matches one key."""
     torch.manual_seed(3)
     batch = make_batch(torch.device("cpu"), chunks=((512, 32),), heads=2, kv_heads=1,
                        dtype=torch.float32)  # fmt: skip
