@@ -67,6 +67,31 @@ def log_sum_exp(logits: torch.Tensor, sees: torch.Tensor, history: int, n: int) 
     return (torch.cat(parts, -1) / LOG2E).logsumexp(-1, keepdim=True) * LOG2E
 
 
+def list_scores(
+    queries: torch.Tensor, keys: torch.Tensor, n: int, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Score the first tokens of a history for the lists of a segment.
+
+    Args:
+        queries: of the segment, ``[queries, heads, head_dim]``.
+        keys: of all tokens up to the segment's last, less their mean: ``[heads, tokens,
+            head_dim]``.
+        n: tokens to score: those before the dense pass.
+        scale: softmax scale.
+        dtype: that keys and probes are rounded to.
+
+    Returns:
+        float32 ``[heads, n]``, log2-probabilities, ``LEAST_SCORE`` at least.
+    """
+    count = len(queries)
+    history = keys.shape[1] - count
+    probes = probes_of(queries) * (scale * LOG2E * UNIT)
+    logits = rounded(probes, dtype).transpose(0, 1) @ rounded(keys, dtype).mT / UNIT
+    sees = torch.arange(1, logits.shape[1] + 1, device=keys.device).mul(POOL).clamp(max=count)
+    lse = log_sum_exp(logits, sees, history, n)
+    return (logits[..., :n] - lse).amax(1).clamp(min=LEAST_SCORE)
+
+
 def probe_scores(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -91,17 +116,11 @@ def probe_scores(
     positions = torch.arange(work.max_fit_tokens, device=device)
     slots = physical_slots(positions, block_table[work.row], page)
     keys, _ = load_tokens(kv_cache, slots, head_dim)
-    keys = rounded(keys - mean_key(keys)[:, None], dtype)
-    keys = keys.repeat_interleave(heads // kv_heads, 0)  # [heads, tokens, head_dim]
+    keys = (keys - mean_key(keys)[:, None]).repeat_interleave(heads // kv_heads, 0)
     for number, item in enumerate(work.items.tolist()):
         n, start, count = item[DENSE_START], item[QUERY_START], item[NUM_QUERIES]
-        if n == 0:
-            continue
-        probes = probes_of(query[start : start + count]) * (scale * LOG2E * UNIT)
-        probes = rounded(probes, dtype).transpose(0, 1)
-        end = item[HISTORY] + count
-        logits = probes @ keys[:, :end].mT / UNIT  # [heads, probes, tokens]
-        sees = torch.arange(1, probes.shape[1] + 1, device=device).mul(POOL).clamp(max=count)
-        lse = log_sum_exp(logits, sees, item[HISTORY], n)
-        scores[number, :, :n] = (logits[..., :n] - lse).amax(1).clamp(min=LEAST_SCORE)
+        if n > 0:
+            seen = keys[:, : item[HISTORY] + count]
+            queries = query[start : start + count]
+            scores[number, :, :n] = list_scores(queries, seen, n, scale, dtype)
     return scores.half()

@@ -170,7 +170,7 @@ def run_judge(
 ) -> int:
     """Run :func:`judge_all` as a command, of what is served if not told otherwise."""
     parser = build_parser()
-    parser.set_defaults(methods=["served"], **defaults)
+    parser.set_defaults(**{"methods": ["served"]} | defaults)
     return run(name, parser.parse_args(argv), partial(judge_all, judge=judge, name=name))
 
 

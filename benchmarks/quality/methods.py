@@ -9,7 +9,7 @@ from .baselines.pbs import PBS
 from .baselines.token import S2OPaper, VecAttention
 from .baselines.xattention import XAttention
 from .ranking import LowRank, MeanQuery, Method
-from .served import Served
+from .served import Probes, Served
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Served,
+        Probes,
         S2O,
         S2OPaper,
         PBS,
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
 }
 DEFAULTS = (
     "served",
+    "probes",
     "s2o",
     "s2o_paper",
     "pbs",

@@ -252,7 +252,11 @@ def write(
         "Written by `s2o eval report` from the files in `benchmarks/results`; do not edit. What "
         "was tried on the way stands in `quality/LOG.md`.",
         section("RULER", RULER, "ruler", body("ruler", ruler_tables)),
-        section("RULER, on an H200", "", "ruler_h200", body("ruler_h200", ruler_tables)),
+        *(
+            [section("RULER, on an H200", "", "ruler_h200", body("ruler_h200", ruler_tables))]
+            if results["ruler_h200"]
+            else []
+        ),
         image("speed", "Fidelity against speed"),
         *filter(None, [told]),
         section("Far context", FIDELITY, "fidelity", body("fidelity", fidelity_tables)),

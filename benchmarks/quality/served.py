@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from s2o_vllm.kernels import basis
+from s2o_vllm.kernels import basis, reference_probes
 from s2o_vllm.kernels.plan import FIT_QUERIES
 
 from .attention import Segment
@@ -16,7 +16,7 @@ from .units import Unit
 
 @dataclass(frozen=True)
 class Served(Method):
-    """The default ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
+    """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
     One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
     queries, as in a full work list, and to the whole history. The heads of a tile share its
@@ -58,3 +58,34 @@ class Served(Method):
                 )
                 fine.append((rows @ seen[kv].T).amax(0))
         return Ranking(unit.rows(segment), torch.stack(fine))
+
+
+@dataclass(frozen=True)
+class Probes(Method):
+    """The default ranking of `s2o_vllm.kernels`: means of neighbouring queries in fp8, maximum.
+
+    Lists are equally long here; the kernels share half of a segment's budget among the heads of a
+    group.
+    """
+
+    unit: str = "256xhead"
+
+    name: ClassVar[str] = "probes"
+
+    def ranking(self, segment: Segment) -> Ranking:
+        """Score tokens; see `Method.ranking`."""
+        unit = Unit.parse(self.unit)
+        if unit.shared or unit.sorted:
+            raise ValueError("probes rank for single heads, and pool neighbours")
+        keys = torch.cat([segment.k, segment.own_k], 1).float()
+        keys = keys - reference_probes.mean_key(keys)[:, None]
+        keys = keys.repeat_interleave(segment.group, 0)
+        tiles = [
+            reference_probes.list_scores(
+                segment.q[:, start : start + unit.queries].transpose(0, 1),
+                keys[:, : segment.history + start + unit.queries],
+                segment.history, segment.scale, torch.float8_e4m3fn,
+            )
+            for start in range(0, segment.length, unit.queries)
+        ]  # fmt: skip
+        return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))

@@ -76,11 +76,35 @@ def test_the_headline_is_the_fastest_setting_whose_error_is_small():
         ),
     }  # fmt: skip
     first, second = headline(results).splitlines()[2:]
-    assert "attention of 1,000 tokens at an error of 0.0150 (budget 0.05)" in first
+    assert (
+        "attention of 1,000 tokens, ranking low_rank, at an error of 0.0150 (budget 0.05)" in first
+    )
     assert "3.0 ms: **8.0x** faster than paged FlashAttention 3, **16.0x** than 2" in first
     assert "`attention.json`](benchmarks/SPEED.md) at c0ffee0 |" in first
-    assert "error at 5 % of 1,000 tokens | 0.0150, **6.0x** less than PBS-Attn's 0.0900" in second
+    assert (
+        "error of low_rank at 5 % of 1,000 tokens | 0.0150, **6.0x** less than PBS-Attn's 0.0900"
+        in second
+    )
     assert second.endswith("at beef000 |")
+
+
+def test_a_first_token_stands_beside_the_tasks_of_its_commit_and_budget():
+    def first(backend, budget, seconds):
+        return {"context": 9, "backend": backend, "budget": budget, "ttft_s": seconds}
+
+    def mean(budget, difference):
+        ends = {"difference_low": -3.0, "difference_high": 1.0}
+        row = {"task": "mean", "context": 4096, "budget": budget, "difference": difference}
+        return row | ends | {"tasks": 4, "paired": 96}
+
+    times = result(first("stock", 1.0, 10.0), first("s2o", 0.1, 4.0), first("s2o", 0.05, 2.5))
+    tasks = result(mean(1.0, None), mean(0.05, -1.04), mean(0.3, 0.0))
+    results = nothing() | {"ttft_h200": times, "ruler_h200": tasks}
+    (only,) = headline(results).splitlines()[2:]
+    assert "first token of 9 tokens from `vllm serve`, budget 0.05; RULER at 4,096, 4 tasks" in only
+    assert "2.50 s for stock's 10.00: **4.00x**; -1.0 points from dense [-3.0, +1.0]" in only
+    results["ruler_h200"] = tasks | {"commit": "another"}
+    assert headline(results).splitlines()[2:] == [], "no speed without the tasks of its commit"
 
 
 def test_the_headline_is_of_real_heads_where_there_are_some():
@@ -102,7 +126,9 @@ def test_the_headline_is_of_real_heads_where_there_are_some():
     assert f"; error of the same tensors 0.0500, {errors} |" in first
     assert "attention of 500 tokens, heads of qwen on essays (budget 0.2)" in second
     only = headline(results | {"attention": result(random, rows[2])})
-    assert "attention of 1,000 tokens at an error of 0.0100 (budget 0.05)" in only
+    assert (
+        "attention of 1,000 tokens, ranking low_rank, at an error of 0.0100 (budget 0.05)" in only
+    )
 
 
 def test_real_heads_have_a_table_of_their_own():
