@@ -16,7 +16,7 @@ from . import basis
 from .attend import Parts, attend
 from .decode_plan import APPEND_COLUMNS, DECODE_PARTS, DecodeList, DecodeShape, Kept
 from .low_rank import LowRankWorkspace
-from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_UNORDERED, Regions
+from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_SPLIT, Regions
 from .rows import choose_rows, shift_rows
 from .score import score_rows
 from .select import SelectWorkspace, select
@@ -246,7 +246,7 @@ def decode(
         work, selection.scores, selection.bounds, space, group,
         row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk, shared=False,
     )  # fmt: skip
-    select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
+    select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.regions, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,

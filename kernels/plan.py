@@ -19,10 +19,14 @@ GROUP_ITEMS = 16  # segments of one request that are ranked together and share e
 # The selection's resolution and the early stop's distance; kernels and reference share them.
 CHUNK = 4096  # history tokens that the ranking and the selection handle at a time
 BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
-COUNTED = 16384  # scores of a list that are counted, evenly spaced: all of them up to here
-UNEVEN = 32  # a list aims at one of so many tokens less: what a bucket's linear count may miss
-TIERS = 4  # the first 1/8, 1/4, 1/2 of a list, the rest; each is a pass over the scores
-TIERS_UNORDERED = 1  # what is visited whole needs no order
+COUNTED = 16384  # scores of a list that are counted, one a stratum: all of them up to here
+UNEVEN = 32  # of a list one of so many tokens is unsure: what a bucket's linear count may miss
+# Tiers of a list, each a pass over the scores: up to 1/4, 1/2, 7/8 of it and the rest where tiles
+# may stop early, else up to 7/8 and the rest: only of its worst eighth anything is cut off. One
+# where programs share a list.
+TIERS = 4
+TIERS_UNORDERED = 2
+TIERS_SPLIT = 1
 STOP_STEP_TOKENS = 2048  # a test ends a pipelined loop: one every 1,024 costs twice as much
 
 FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections

@@ -14,7 +14,7 @@ from .decode_plan import (
     DecodeShape,
     Kept,
 )
-from .plan import DENSE_START, FIT, REGION_TOKENS, TIERS_UNORDERED, Regions, WorkList
+from .plan import DENSE_START, FIT, REGION_TOKENS, TIERS_SPLIT, Regions, WorkList
 from .reference_select import physical_slots
 
 
@@ -148,7 +148,7 @@ def decode(
             one[APPEND_COUNT],
         )  # fmt: skip
     found = scores(query, space.images, space.fit, work)
-    lists = reference_select.select(found, block_table, work, page, TIERS_UNORDERED)
+    lists = reference_select.select(found, block_table, work, page, TIERS_SPLIT)
     reference.attend(
         query, kv_cache, block_table, work, lists, space.regions, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,

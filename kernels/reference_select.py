@@ -139,12 +139,8 @@ def select_positions(
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
     they are taken to be spread evenly, which gives the score that so many reach. The order is by
-    tier (about the first ``length / 2^i`` tokens), and by address inside a tier, the last two
-    chunks first: what is more than ``length`` is cut off the end, and neither the first tokens of a
-    history, which are attention sinks, nor the last may be lost.
-
-    Where only one of ``step`` tokens is counted, some root of the length less is aimed at, and in
-    any case a 32nd less: scores inside a bucket are not spread evenly.
+    tier, see :func:`aims`, and by address inside a tier, the last two chunks first: what is more
+    than ``length`` is cut off the end.
     """
     scores = scores.float()
     best, worst = scores.max(), scores.min()
@@ -152,12 +148,9 @@ def select_positions(
     counted = stratified(len(scores), step).to(scores.device)
     total = torch.bincount(bucket[counted], minlength=BUCKETS) * step
     cumulative = total.cumsum(0)
-    uneven = length // UNEVEN if length < len(scores) else 0
-    goal = max(length - int(math.sqrt(length * (step - 1))) - uneven, 1)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(bucket)
-    for number in range(tiers):
-        wanted = max(goal >> (tiers - 1 - number), 1)
+    for wanted in aims(length, len(scores), tiers, step):
         if wanted < cumulative[-1]:
             at = int((cumulative < wanted).sum())
             share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
@@ -165,6 +158,28 @@ def select_positions(
     start = max(-(-len(scores) // chunk) - 2, 0) * chunk
     order = (torch.argsort(tier.roll(-start), stable=True) + start) % len(scores)
     return order[: min(length, int((tier < tiers).sum()))]
+
+
+def aims(length: int, history: int, tiers: int, step: int) -> list[int]:
+    """Return how many tokens each tier of a list reaches up to.
+
+    Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
+    spread evenly. The last tier aims at so much more than the list holds, and is cut off: no token
+    of another tier is lost. A single tier aims at so much less.
+
+    Args:
+        length: of the list.
+        history: tokens to choose from.
+        tiers: of the list.
+        step: of so many tokens one is counted.
+    """
+    unsure = int(math.sqrt(length * (step - 1))) + (length // UNEVEN if length < history else 0)
+    if tiers == 1:
+        wanted = [length - unsure]
+    else:
+        wanted = [length >> (tiers - 2 - tier) for tier in range(tiers - 2)]
+        wanted += [length - length // 8 - unsure, length + unsure]
+    return [max(one, 1) for one in wanted]
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:

@@ -164,13 +164,20 @@ def _plan_kernel(
     tl.store(p_lengths + i_list, lengths, m_h)
 
     # Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
-    # spread evenly: so much less is aimed at, for a list that is longer than planned is cut off.
+    # spread evenly. The last tier aims at so much more, and is cut off; a single one at less.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
     unsure += tl.where(lengths < n, lengths // UNEVEN, 0)
-    goal = tl.maximum(lengths - unsure, 1)
     for t in tl.static_range(TIERS):
-        part = tl.maximum(goal >> (TIERS - 1 - t), 1)
-        score = _threshold(cumulative, total, part, best, width, o_b, BUCKETS)
+        if TIERS == 1:
+            wanted = lengths - unsure
+        elif t == TIERS - 1:
+            wanted = lengths + unsure
+        elif t == TIERS - 2:
+            wanted = lengths - lengths // 8 - unsure
+        else:
+            wanted = lengths >> (TIERS - 2 - t)
+        wanted = tl.maximum(wanted, 1)
+        score = _threshold(cumulative, total, wanted, best, width, o_b, BUCKETS)
         tl.store(p_thresholds + i_list * TIERS + t, score, m_h)
 
 
@@ -350,7 +357,7 @@ def select(
             ``space.bounds`` their bounds.
         page: tokens per block of the cache, a multiple of ``RUN``.
         space: scratch; ``space.lists(work)`` are the lists.
-        tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use.
+        tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use, or ``TIERS_SPLIT``.
         counted: most scores of a list that are counted.
         split: let every chunk of a list have a program of its own, where lists are few; of one
             tier alone.

@@ -39,7 +39,7 @@ from s2o_vllm.kernels.plan import (
     ELIGIBLE,
     NUM_COUNTERS,
     STOPPED,
-    TIERS_UNORDERED,
+    TIERS_SPLIT,
     VISITED,
     PrefillRow,
 )
@@ -211,9 +211,7 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     work, page = rows.work, batch.kv_cache.shape[2]
     got = space.selection.lists(work)
     scores = space.selection.scores[: work.num_items, :, : work.max_history]
-    lists = reference_select.select(
-        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK
-    )
+    lists = reference_select.select(scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK)
     assert torch.equal(got.lengths, lists.lengths)
     for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
         count = int(lists.lengths[number, head])
