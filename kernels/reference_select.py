@@ -173,7 +173,8 @@ def aims(length: int, history: int, tiers: int, step: int) -> list[int]:
         tiers: of the list.
         step: of so many tokens one is counted.
     """
-    unsure = int(math.sqrt(length * (step - 1))) + (length // UNEVEN if length < history else 0)
+    unsure = int(math.sqrt(length * (step - 1))) + length // UNEVEN
+    unsure = min(unsure, history - length)  # it cannot be longer by more than it leaves out
     if tiers == 1:
         wanted = [length - unsure]
     else:

@@ -166,7 +166,8 @@ def _plan_kernel(
     # Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
     # spread evenly. The last tier aims at so much more, and is cut off; a single one at less.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
-    unsure += tl.where(lengths < n, lengths // UNEVEN, 0)
+    # It cannot be longer by more than it leaves out.
+    unsure = tl.minimum(unsure + lengths // UNEVEN, n - lengths)
     for t in tl.static_range(TIERS):
         if TIERS == 1:
             wanted = lengths - unsure

@@ -280,6 +280,11 @@ def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step,
         assert 1000 - 0.25 * unsure < sum(lengths) / 50
 
 
+def test_a_list_of_nearly_all_tokens_leaves_out_hardly_more_than_it_must():
+    for tiers in (TIERS, TIERS_UNORDERED, TIERS_SPLIT):
+        assert len(reference_select.select_positions(torch.randn(1400), 1399, tiers)) >= 1398
+
+
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_selection_keeps_the_best(tiers):
     scores = torch.randn(5000)
