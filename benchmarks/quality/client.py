@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from s2o_vllm.loadtest.report import header
 from s2o_vllm.loadtest.server import REFUSED_BUDGET, fetch, history_counters, inspect
 
 from .samples import EvalError, Row, Samples
+from .tables import Result, read_result
 
 BUDGET_KEY = "s2o_sparsity_budget"
 SETTLE = 1.5  # seconds until the server's counters have caught up with its last request
@@ -250,3 +252,34 @@ def tell_refusals(rows: Sequence[Row]) -> str | None:
         f"{len(errors)} of {len(rows)} questions were refused, {errors.count(most)} of them with: "
         f"{most}"
     )
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    evaluate: Callable[[argparse.Namespace], list[Row]],
+    show: Callable[[Result | None], str],
+) -> int:
+    """Run an evaluation's command and print its tables.
+
+    Args:
+        parser: of the command; its ``--out`` is the result file.
+        argv: arguments, those of the process by default.
+        evaluate: asks and writes the result file; returns this run's questions.
+        show: turns the result file's content into tables.
+
+    Returns:
+        0 when every question was answered, 1 when some were refused, 2 when it cannot work.
+    """
+    args = parser.parse_args(argv)
+    try:
+        asked = evaluate(args)
+    except EvalError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(show(read_result(args.out)))
+    print(f"rows: {args.out}")
+    if refusals := tell_refusals(asked):
+        print(f"{parser.prog}: {refusals}", file=sys.stderr)
+        return 1
+    return 0

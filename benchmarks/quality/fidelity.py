@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from ..report import save
 from . import agreement, client, far_tokens
 from .samples import DENSE, EvalError, Row, Samples, dense_of
-from .tables import fidelity_tables, read_result
+from .tables import fidelity_tables
 from .windows import Text, Window, ending, library_code, read_text
 
 AGREEMENT = "agreement"
@@ -274,23 +274,8 @@ def _agreement(own: Sequence[Row], dense: Sequence[Row]) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        0 when every question was answered, 1 when some were refused, 2 when it cannot work.
-    """
-    args = build_parser().parse_args(argv)
-    try:
-        asked = evaluate(args)
-    except EvalError as error:
-        print(f"s2o eval fidelity: {error}", file=sys.stderr)
-        return 2
-    print(fidelity_tables(read_result(args.out)))
-    print(f"rows: {args.out}")
-    if refusals := client.tell_refusals(asked):
-        print(f"s2o eval fidelity: {refusals}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the command; see :func:`client.run`."""
+    return client.run(build_parser(), argv, evaluate, fidelity_tables)
 
 
 if __name__ == "__main__":

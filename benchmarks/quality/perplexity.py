@@ -23,7 +23,7 @@ from ..report import save
 from . import client
 from .intervals import mean_student
 from .samples import EvalError, Row, Samples, dense_of
-from .tables import perplexity_table, read_result
+from .tables import perplexity_table
 from .windows import Window, consecutive, log_probabilities, read_text
 
 KEY = ("model", "text", "context", "tail", "window", "prompt", "backend", "setting", "budget")
@@ -189,23 +189,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        0 when every window was answered, 1 when some were refused, 2 when it cannot work.
-    """
-    args = build_parser().parse_args(argv)
-    try:
-        asked = evaluate(args)
-    except EvalError as error:
-        print(f"s2o eval perplexity: {error}", file=sys.stderr)
-        return 2
-    print(perplexity_table(read_result(args.out)))
-    print(f"rows: {args.out}")
-    if refusals := client.tell_refusals(asked):
-        print(f"s2o eval perplexity: {refusals}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the command; see :func:`client.run`."""
+    return client.run(build_parser(), argv, evaluate, perplexity_table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .intervals import Interval, mean_difference, mean_of, mean_share
 from .ruler_questions import END
 from .ruler_tasks import TASKS, Sample, draw, read_tasks, score
 from .samples import EvalError, Row, Samples, dense_of
-from .tables import read_result, ruler_tables
+from .tables import ruler_tables
 
 KEY = ("model", "context", "task", "question", "prompt", "backend", "setting", "budget")
 WHERE = ("model", "context", "question", "backend", "setting", "budget")
@@ -240,23 +240,8 @@ def _row(where: Row, task: str, density: float | None, part: Part) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        0 when every question was answered, 1 when some were refused, 2 when it cannot work.
-    """
-    args = build_parser().parse_args(argv)
-    try:
-        asked = evaluate(args)
-    except EvalError as error:
-        print(f"s2o eval ruler: {error}", file=sys.stderr)
-        return 2
-    print(ruler_tables(read_result(args.out)))
-    print(f"rows: {args.out}")
-    if refusals := client.tell_refusals(asked):
-        print(f"s2o eval ruler: {refusals}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the command; see :func:`client.run`."""
+    return client.run(build_parser(), argv, evaluate, ruler_tables)
 
 
 if __name__ == "__main__":
