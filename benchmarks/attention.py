@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     if "fp8" in (args.kv_dtypes or ()) and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         parser.error("an fp8 cache needs compute capability 9.0")
     real = None
-    if REAL in args.inputs:  # first of all: what is missing is told before anything is measured
+    if REAL in args.inputs:  # first: a missing capture is reported before any time is measured
         try:
             real = captured(args)
         except CaptureError as error:

@@ -86,15 +86,15 @@ def headline(results: Results) -> str:
         *quality_lines(results),
         *served_lines(results),
     ]
-    told = []
+    rows = []
     for what, found, name, commit in lines:
         result = results[name]
         assert result is not None
         quality = name in ("quality", "ruler", "perplexity")
         where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
         on = "" if quality else card(str(result.get("device")))
-        told.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
-    return table(["", "", "from"], told).replace("---:", "---")
+        rows.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
+    return table(["", "", "from"], rows).replace("---:", "---")
 
 
 def faithful_lines(results: Results) -> list[Line]:
@@ -110,12 +110,12 @@ def faithful_lines(results: Results) -> list[Line]:
             continue
         stock, sparse = own[1.0], own[row["budget"]]
         names = ("difference", "difference_low", "difference_high")
-        told = "{:+.1f} points from dense [{:+.1f}, {:+.1f}]".format(*(row[n] for n in names))
+        change = "{:+.1f} points from dense [{:+.1f}, {:+.1f}]".format(*(row[n] for n in names))
         lines.append(
             Line(
                 f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}; "
                 f"RULER at {row['context']:,}, {row['tasks']} tasks, {row['paired']} prompts",
-                f"{sparse:.2f} s for stock's {stock:.2f}: **{stock / sparse:.2f}x**; {told}",
+                f"{sparse:.2f} s for stock's {stock:.2f}: **{stock / sparse:.2f}x**; {change}",
                 "ttft_h200",
             )
         )
@@ -212,23 +212,23 @@ def quality_lines(results: Results) -> list[Line]:
         if row["task"] != "mean" or row.get("question", "end") != "end" or row.get("setting"):
             continue  # other questions and settings stand in QUALITY.md
         if row["difference"] is not None:
-            told = tuple(row[f"difference{end}"] for end in ("", "_low", "_high"))
+            change = tuple(row[f"difference{end}"] for end in ("", "_low", "_high"))
             lines.append(
                 Line(
                     f"RULER of low_rank, {row['context']:,} tokens, budget {row['budget']:g}, "
                     "against dense",
-                    "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*told),
+                    "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*change),
                     "ruler",
                 )
             )
     for row in rows_of(results, "perplexity"):
         if row["difference"] is not None:
-            told = (row["perplexity"], row["difference"])
+            values = (row["perplexity"], row["difference"])
             lines.append(
                 Line(
                     f"perplexity with low_rank of {row['context']:,} tokens, budget "
                     f"{row['budget']:g}",
-                    "{:.2f}, {:+.4f} nats from dense".format(*told),
+                    "{:.2f}, {:+.4f} nats from dense".format(*values),
                     "perplexity",
                 )
             )

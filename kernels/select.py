@@ -82,7 +82,7 @@ def _count_kernel(
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Count a list's scores by bucket, of long histories every few, and store their range."""
+    """Count a list's scores by bucket, one of each stratum, and store their range."""
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
     if (n == 0) | (tl.load(p_items + i_item * ITEM_COLUMNS + 5) == 0):

@@ -200,19 +200,19 @@ def speed_picture(ruler: Result | None, times: Sequence[Result], path: Path) -> 
     from .fidelity_plot import draw, fidelity_by_speed
 
     panels, missing = fidelity_by_speed(ruler, times, S2OConfig().ranking)
-    told = ""
+    note = ""
     if missing:
-        told = f"Not drawn, for attention*.json has no time of the same: {'; '.join(missing)}."
+        note = f"Not drawn, for attention*.json has no time of the same: {'; '.join(missing)}."
     if not panels:
         path.unlink(missing_ok=True)
         return (
             "not measured, for no result files hold a difference and a time at one setting.",
-            told,
+            note,
         )
     if importlib.util.find_spec("matplotlib") is None:
-        return NOT_DRAWN, told
+        return NOT_DRAWN, note
     draw(panels, path)
-    return "", told
+    return "", note
 
 
 def write(
@@ -229,7 +229,7 @@ def write(
     order, rows = chosen_rows(results["quality"])
     images = pictures(results, order, rows, plots)
     speed = plots / "fidelity_by_speed.png"
-    reason, told = speed_picture(results["ruler"], times, speed)
+    reason, note = speed_picture(results["ruler"], times, speed)
     images["speed"] = reason or speed
 
     def section(title: str, text: str, name: str, body: str) -> str:
@@ -258,7 +258,7 @@ def write(
             else []
         ),
         image("speed", "Fidelity against speed"),
-        *filter(None, [told]),
+        *filter(None, [note]),
         section("Far context", FIDELITY, "fidelity", body("fidelity", fidelity_tables)),
         section("Perplexity", PERPLEXITY, "perplexity", body("perplexity", perplexity_table)),
         section("Attention", ATTENTION, "quality", attention_tables(order, rows)),

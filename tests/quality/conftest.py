@@ -1,10 +1,19 @@
-"""Small captures that tests write by hand or at random."""
+"""Small captures that tests write by hand or at random, and a client that does not wait."""
 
 import pytest
 import torch
 
+from s2o_vllm.benchmarks.quality import client
 from s2o_vllm.benchmarks.quality.attention import Segment
 from s2o_vllm.benchmarks.quality.capture import LayerCapture
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """A client that neither waits nor tries again, at a commit that is known."""
+    monkeypatch.setattr(client, "SETTLE", 0)
+    monkeypatch.setattr(client, "RETRIES", 0)
+    monkeypatch.setenv("S2O_COMMIT", "abc")
 
 
 @pytest.fixture

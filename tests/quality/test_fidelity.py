@@ -5,9 +5,11 @@ import json
 import pytest
 
 from answering import Refusal, answering
-from s2o_vllm.benchmarks.quality import agreement, client, fidelity
+from s2o_vllm.benchmarks.quality import agreement, fidelity
 from s2o_vllm.benchmarks.quality.agreement import common, compare
 from s2o_vllm.benchmarks.quality.windows import library_code
+
+pytestmark = pytest.mark.usefixtures("settled")
 
 WORDS = ["--context", "256", "--near", "8", "--judged", "16", "--windows", "3", "--answers", "4"]
 NEEDS = (1, 20, 50, 150, 300)  # tokens of context that a word needs, by word modulo 5
@@ -29,13 +31,6 @@ def answer(body):
         lost = 0.0 if budget == 1 or needs(token) < 20 else needs(token) / 100
         told.append({str(token): {"logprob": known - lost}})
     return {"prompt_logprobs": told}
-
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    monkeypatch.setattr(client, "SETTLE", 0)
-    monkeypatch.setattr(client, "RETRIES", 0)
-    monkeypatch.setenv("S2O_COMMIT", "abc")
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ import math
 import pytest
 
 from answering import Refusal, answering
-from s2o_vllm.benchmarks.quality import client, perplexity
+from s2o_vllm.benchmarks.quality import perplexity
+
+pytestmark = pytest.mark.usefixtures("settled")
 
 LOSS = {1.0: 2.0, 0.1: 2.5}  # nats a token by budget; a quarter more in the second half
 
@@ -17,13 +19,6 @@ def log_probabilities(body):
         entry = {"logprob": -loss * (1.25 if later else 1), "rank": 3, "decoded_token": "x"}
         told.append({str(token): entry})
     return {"prompt_logprobs": told}
-
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    monkeypatch.setattr(client, "SETTLE", 0)
-    monkeypatch.setattr(client, "RETRIES", 0)
-    monkeypatch.setenv("S2O_COMMIT", "abc")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from answering import Refusal, answering
-from s2o_vllm.benchmarks.quality import client, quick
+from s2o_vllm.benchmarks.quality import quick
 
 
 def answer(body):
@@ -23,10 +23,7 @@ def answer(body):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(client, "SETTLE", 0)
-    monkeypatch.setattr(client, "RETRIES", 0)
-    monkeypatch.setenv("S2O_COMMIT", "abc")
+def server(settled):
     with answering(answer) as httpd:
         yield httpd
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from answering import Refusal, answering
-from s2o_vllm.benchmarks.quality import client, ruler
+from s2o_vllm.benchmarks.quality import ruler
 from s2o_vllm.benchmarks.quality.samples import Samples
+
+pytestmark = pytest.mark.usefixtures("settled")
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -18,13 +20,6 @@ def right_when_dense(body):
     if body["vllm_xargs"]["s2o_sparsity_budget"] < 1 and words[0] == "vt":
         return words[1]
     return "They are: " + " ".join(words[1:])
-
-
-@pytest.fixture(autouse=True)
-def one_commit(monkeypatch):
-    monkeypatch.setattr(client, "SETTLE", 0)
-    monkeypatch.setattr(client, "RETRIES", 0)
-    monkeypatch.setenv("S2O_COMMIT", "abc")
 
 
 @pytest.fixture
