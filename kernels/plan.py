@@ -89,6 +89,7 @@ class PrefillRow(NamedTuple):
         context: tokens already in the cache before this chunk.
         budget: share of the history a query may visit, 0 < budget <= 1.
         target_error: share of softmax mass that a list may leave out; 0 spends the budget.
+        min_tokens: history tokens that a query may visit however small the budget.
     """
 
     row: int
@@ -97,6 +98,7 @@ class PrefillRow(NamedTuple):
     context: int
     budget: float
     target_error: float = 0.0
+    min_tokens: int = 0
 
 
 class Lists(NamedTuple):
@@ -194,6 +196,7 @@ class WorkList:
         row: the request's row in the block table.
         target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
+        segment: queries of a whole segment.
         fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
             chunk: first query, queries, tokens that their last segment sees (its own among
             them; 0 if it ranks none).
@@ -221,6 +224,7 @@ class WorkList:
     row: int
     target_error: float
     first_of_chunk: bool
+    segment: int
     fits: torch.Tensor
     fit_span: int
     max_fit_queries: int
@@ -256,14 +260,15 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
 
     Cuts lie at multiples of ``segment`` in the *sequence*, not in the chunk, so that a
     request meets the same segments however its prompt is chunked (ours). A segment with
-    less than ``min_context`` history is attended densely: its list is empty and its dense
-    pass starts at token 0.
+    less than ``min_context`` history, or no more than ``min_tokens``, is attended
+    densely: its list is empty and its dense pass starts at token 0.
     """
     items: list[tuple[int, ...]] = []
     position, end = row.context, row.context + row.num_queries
     while position < end:
         stop = min(end, (position // segment + 1) * segment)
-        sparse = position >= max(min_context, 1)
+        count = max(int(row.budget * position), row.min_tokens)
+        sparse = position >= max(min_context, 1) and position > row.min_tokens
         items.append(
             (
                 row.row,
@@ -271,7 +276,7 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
                 stop - position,
                 position,
                 position if sparse else 0,
-                int(row.budget * position) if sparse else 0,
+                count if sparse else 0,
             )
         )
         position = stop
@@ -356,6 +361,7 @@ def chunk_lists(
                 row=row.row,
                 target_error=row.target_error,
                 first_of_chunk=not lists,
+                segment=segment,
                 fits=table,
                 fit_span=span,
                 max_fit_queries=max(queries for _, queries, _ in fits),

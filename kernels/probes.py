@@ -1,7 +1,7 @@
 """Rank by probes: one list for each query head of a segment (ours).
 
-A *probe* is the mean of ``POOL`` neighbouring queries of one head. A token's score in a list is the
-largest log2-probability that any probe of the segment gives it:
+A segment has ``PROBES`` *probes*, each the mean of a pool of neighbouring queries of one head. A
+token's score in a list is the largest log2-probability that any probe of the segment gives it:
 
     score[token] = max over probes p of  q_p . k_token * scale * log2(e) - lse_p
 
@@ -30,14 +30,16 @@ from .tuning import (
     LSE_SAMPLES,
     MEAN_SAMPLES,
     MEAN_SPAN,
-    POOL,
+    PROBES,
     UNIT,
+    pool_of,
 )
 
 LOG2E = 1.4426950408889634
-LSE_ROWS = 128  # probes of a program of the log-sum-exp, at least those of one head
+LSE_ROWS = 128  # probes of a program of the log-sum-exp
 COPY_SPAN = 512  # keys that a program copies
-SCORE_ITEMS = 8  # segments, at most: what is left of a block of scores after folding
+SCORE_ITEMS = 8  # segments of a block of scores: the columns that are left after folding
+SCORE_COLUMNS = SCORE_ITEMS * PROBES
 SCORE_WARPS = 8
 
 
@@ -45,25 +47,23 @@ class ScoreTile(NamedTuple):
     """One step of the score kernel.
 
     Attributes:
-        columns: probes of several segments that share each load of keys.
         block: keys.
         stages: loads of keys that are on their way, less one.
     """
 
-    columns: int
     block: int
     stages: int
 
 
 # By bytes of a key (of head_dim padded, in e4m3 or fp16), at most, and shared memory of a block, at
-# least; the first that fits. Probes take columns * bytes, keys (stages - 1) * block * bytes, on
-# Hopper a stage more. `tests/kernels/test_compile.py` compiles all. Only the first one is tuned.
+# least; the first that fits. Probes take SCORE_COLUMNS * bytes, keys (stages - 1) * block * bytes,
+# on Hopper a stage more. `tests/kernels/test_compile.py` compiles all. Only the first one is tuned.
 SCORE_TILES = (
-    (128, 0, ScoreTile(256, 128, 3)),
-    (256, 166_912, ScoreTile(256, 128, 3)),
-    (256, 0, ScoreTile(256, 64, 2)),
-    (512, 166_912, ScoreTile(128, 64, 3)),
-    (512, 0, ScoreTile(128, 32, 2)),
+    (128, 0, ScoreTile(128, 3)),
+    (256, 166_912, ScoreTile(128, 3)),
+    (256, 0, ScoreTile(64, 2)),
+    (512, 166_912, ScoreTile(64, 3)),
+    (512, 0, ScoreTile(32, 2)),
 )
 
 
@@ -89,7 +89,7 @@ def _pool_kernel(
     o_p, o_d = tl.arange(0, PROBES), tl.arange(0, D_PAD)
     first = tl.minimum(o_p, (count - 1) // POOL) * POOL
     total = tl.zeros([PROBES, D_PAD], tl.float32)
-    for i in tl.static_range(POOL):
+    for i in range(POOL):
         o_q = first + i
         m_q = (o_q < count)[:, None] & (o_d < D)[None, :]
         q = tl.load(p_q + o_q[:, None] * stride_q_token + o_d[None, :], m_q, 0.0)
@@ -241,12 +241,11 @@ def _lse_kernel(
 
 @triton.jit
 def _load_probes(
-    p_probes, p_lse, first_column, first_item, last_item, heads, i_head, o_d,
-    ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
-    UNIT: tl.constexpr,
+    p_probes, p_lse, first_item, last_item, heads, i_head, o_d,
+    ITEMS: tl.constexpr, PROBES: tl.constexpr, D_PAD: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS probes [D_PAD, COLUMNS] of ITEMS segments, segment by segment, and their -lse."""
-    column = first_column + tl.arange(0, COLUMNS)
+    """Probes [D_PAD, PROBES * ITEMS] of ITEMS segments, segment by segment, and their -lse."""
+    column = tl.arange(0, PROBES * ITEMS)
     item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
     o_probe = (item * heads + i_head) * PROBES + column // ITEMS
     q = tl.trans(tl.load(p_probes + o_probe[:, None] * D_PAD + o_d[None, :]))
@@ -258,10 +257,9 @@ def _load_probes(
 def _score_kernel(
     p_probes, p_lse, p_keys, p_items, p_scores, p_bounds,
     stride_keys_head, stride_scores_item, stride_scores_head, max_chunks, items,
-    GROUP: tl.constexpr, ITEMS: tl.constexpr, PROBES: tl.constexpr, COLUMNS: tl.constexpr,
-    TILES: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLDS: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, LEAST: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ITEMS: tl.constexpr, PROBES: tl.constexpr, D_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
+    UNIT: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """score[item, head, token] = max over probes of (probe . key - lse), and bounds of a chunk.
 
@@ -283,16 +281,9 @@ def _score_kernel(
     o_d, o_n, o_i = tl.arange(0, D_PAD), tl.arange(0, BLOCK_N), tl.arange(0, ITEMS)
     item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
     n = tl.load(p_items + item * ITEM_COLUMNS + DENSE_START)
-    q_0, shift_0 = _load_probes(
-        p_probes, p_lse, 0, first_item, last_item, heads, i_head, o_d,
-        ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
-    )  # fmt: skip
-    q_1, shift_1 = q_0, shift_0
-    if TILES > 1:
-        q_1, shift_1 = _load_probes(
-            p_probes, p_lse, COLUMNS, first_item, last_item, heads, i_head, o_d,
-            ITEMS, PROBES, COLUMNS, D_PAD, UNIT,
-        )  # fmt: skip
+    q, shift = _load_probes(
+        p_probes, p_lse, first_item, last_item, heads, i_head, o_d, ITEMS, PROBES, D_PAD, UNIT
+    )
     p_keys += i_kv_head.to(tl.int64) * stride_keys_head
     p_scores += i_head * stride_scores_head + item * stride_scores_item
     best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
@@ -300,13 +291,8 @@ def _score_kernel(
     for first in tl.range(start, tl.minimum(start + CHUNK, longest), BLOCK_N, num_stages=STAGES):
         token = first + o_n
         k = tl.load(p_keys + token.to(tl.int64)[:, None] * D_PAD + o_d[None, :])
-        s = add(tl.dot(k, q_0, out_dtype=tl.float16), shift_0, PACKED)
+        s = add(tl.dot(k, q, out_dtype=tl.float16), shift, PACKED)
         most = folded(s, FOLDS, PACKED)
-        if TILES > 1:
-            s = add(tl.dot(k, q_1, out_dtype=tl.float16), shift_1, PACKED)
-            most = tl.maximum(most, folded(s, FOLDS, PACKED))
-        if ITEMS < 8:
-            most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
         score = tl.maximum(most.to(tl.float32) * (1.0 / UNIT), LEAST).to(tl.float16)
         m_score = token[:, None] < n[None, :]
         tl.store(p_scores[None, :] + token[:, None], score, m_score)
@@ -318,46 +304,16 @@ def _score_kernel(
     tl.store(p_bounds + 1, tl.min(worst, 0).to(tl.float32), m_item)
 
 
-class ProbeShape(NamedTuple):
-    """How a segment's probes fill the columns of a block of scores.
-
-    Attributes:
-        probes: of a segment, padded to a power of two, 16 at least.
-        items: segments that share each load of keys.
-        columns: probes of one product.
-        tiles: products of a block of keys.
-    """
-
-    probes: int
-    items: int
-    columns: int
-    tiles: int
-
-
-def probe_shape(segment: int, most: int) -> ProbeShape:
-    """Return the shape for segments of so many queries and ``most`` columns.
-
-    Raises:
-        ValueError: for more than ``most * POOL`` queries.
-    """
-    probes = max(16, triton.next_power_of_2(-(-segment // POOL)))
-    if probes > most:
-        raise ValueError(f"segment is {segment}, must be at most {most * POOL}")
-    items = min(SCORE_ITEMS, most // probes)
-    columns = min(128, probes * items)
-    return ProbeShape(probes, items, columns, probes * items // columns)
-
-
 class ProbeWorkspace:
     """Scratch of :func:`probe_scores`.
 
     Attributes:
         tile: of the score kernel, for the device.
-        shape: how probes fill it.
+        pool: neighbouring queries of a probe.
         keys: ``[kv_heads, >= max_history, head_dim padded]``, copies less their mean.
         mean: float32 ``[kv_heads, head_dim padded]``, the mean key.
-        probes: ``[items, heads, probes, head_dim padded]``, in ``UNIT``.
-        lse: float32 ``[items, heads, probes]``, base 2.
+        probes: ``[items, heads, PROBES, head_dim padded]``, in ``UNIT``.
+        lse: float32 ``[items, heads, PROBES]``, base 2.
     """
 
     def __init__(
@@ -376,7 +332,7 @@ class ProbeWorkspace:
         kind = dtype or image_dtype(device)
         pad = triton.next_power_of_2(head_dim)
         self.tile = tile or score_tile(pad * kind.itemsize, shared_memory(device))
-        self.shape = probe_shape(segment, self.tile.columns)
+        self.pool = pool_of(segment)
 
         def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
@@ -385,8 +341,8 @@ class ProbeWorkspace:
         room = -(-max_history // chunk) * chunk
         self.keys = empty(kv_heads, room, pad, dtype=kind)
         self.mean = empty(kv_heads, pad)
-        self.probes = empty(items, heads, self.shape.probes, pad, dtype=kind)
-        self.lse = empty(items, heads, self.shape.probes)
+        self.probes = empty(items, heads, PROBES, pad, dtype=kind)
+        self.lse = empty(items, heads, PROBES)
 
 
 def copy_keys(
@@ -447,25 +403,24 @@ def probe_scores(
     if work.max_history == 0:
         return
     heads, kv_heads, head_dim = query.shape[1], kv_cache.shape[1], query.shape[2]
-    group, (probes, items, columns, tiles) = heads // kv_heads, space.shape
-    pad, kind = space.keys.shape[2], space.keys.dtype
+    group, pad, kind = heads // kv_heads, space.keys.shape[2], space.keys.dtype
     _pool_kernel[(heads, work.num_items)](
         query, work.items, space.probes, scale * LOG2E * UNIT, query.stride(0), query.stride(1),
-        D=head_dim, D_PAD=pad, PROBES=probes, POOL=POOL, LIMIT=limit_of(kind),
+        D=head_dim, D_PAD=pad, PROBES=PROBES, POOL=space.pool, LIMIT=limit_of(kind),
     )  # fmt: skip
-    together = min(triton.next_power_of_2(group), max(1, LSE_ROWS // probes))
+    together = min(triton.next_power_of_2(group), LSE_ROWS // PROBES)
     _lse_kernel[(-(-group // together), kv_heads, work.num_items)](
         space.probes, space.keys, work.items, space.lse, space.keys.stride(0),
-        GROUP=group, HEADS=together, PROBES=probes, POOL=POOL, D_PAD=pad, BLOCK_N=64,
+        GROUP=group, HEADS=together, PROBES=PROBES, POOL=space.pool, D_PAD=pad, BLOCK_N=64,
         FIRST=LSE_FIRST, LAST=LSE_LAST, SAMPLES=LSE_SAMPLES, UNIT=UNIT,
         PRECISION=input_precision(kind), num_warps=4,
     )  # fmt: skip
     chunks = -(-work.max_history // chunk)
-    _score_kernel[(chunks * group, kv_heads, -(-work.num_items // items))](
+    _score_kernel[(chunks * group, kv_heads, -(-work.num_items // SCORE_ITEMS))](
         space.probes, space.lse, space.keys, work.items, scores, bounds,
         space.keys.stride(0), scores.stride(0), scores.stride(1), bounds.shape[1], work.num_items,
-        GROUP=group, ITEMS=items, PROBES=probes, COLUMNS=columns, TILES=tiles, D_PAD=pad,
-        CHUNK=chunk, BLOCK_N=min(space.tile.block, chunk), FOLDS=columns.bit_length() - 5,
+        GROUP=group, ITEMS=SCORE_ITEMS, PROBES=PROBES, D_PAD=pad,
+        CHUNK=chunk, BLOCK_N=min(space.tile.block, chunk), FOLDS=SCORE_COLUMNS.bit_length() - 5,
         PACKED=scores.device.type != "cpu", UNIT=UNIT, LEAST=LEAST_SCORE, STAGES=space.tile.stages,
         num_warps=SCORE_WARPS,
     )  # fmt: skip

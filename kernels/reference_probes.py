@@ -16,14 +16,14 @@ from .tuning import (
     LSE_SAMPLES,
     MEAN_SAMPLES,
     MEAN_SPAN,
-    POOL,
     UNIT,
+    pool_of,
 )
 
 
-def probes_of(queries: torch.Tensor) -> torch.Tensor:
-    """Return the means of every ``POOL`` neighbours ``[n, heads, head_dim]``, in float32."""
-    return torch.stack([part.float().mean(0) for part in queries.split(POOL)])
+def probes_of(queries: torch.Tensor, pool: int) -> torch.Tensor:
+    """Return the means of every ``pool`` neighbours ``[n, heads, head_dim]``, in float32."""
+    return torch.stack([part.float().mean(0) for part in queries.split(pool)])
 
 
 def mean_key(keys: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,12 @@ def log_sum_exp(logits: torch.Tensor, sees: torch.Tensor, history: int, n: int) 
 
 
 def list_scores(
-    queries: torch.Tensor, keys: torch.Tensor, n: int, scale: float, dtype: torch.dtype
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    n: int,
+    scale: float,
+    dtype: torch.dtype,
+    pool: int,
 ) -> torch.Tensor:
     """Score the first tokens of a history for the lists of a segment.
 
@@ -79,15 +84,16 @@ def list_scores(
         n: tokens to score: those before the dense pass.
         scale: softmax scale.
         dtype: that keys and probes are rounded to.
+        pool: neighbouring queries of a probe.
 
     Returns:
         float32 ``[heads, n]``, log2-probabilities, ``LEAST_SCORE`` at least.
     """
     count = len(queries)
     history = keys.shape[1] - count
-    probes = probes_of(queries) * (scale * LOG2E * UNIT)
+    probes = probes_of(queries, pool) * (scale * LOG2E * UNIT)
     logits = rounded(probes, dtype).transpose(0, 1) @ rounded(keys, dtype).mT / UNIT
-    sees = torch.arange(1, logits.shape[1] + 1, device=keys.device).mul(POOL).clamp(max=count)
+    sees = torch.arange(1, logits.shape[1] + 1, device=keys.device).mul(pool).clamp(max=count)
     lse = log_sum_exp(logits, sees, history, n)
     return (logits[..., :n] - lse).amax(1).clamp(min=LEAST_SCORE)
 
@@ -114,6 +120,7 @@ def probe_scores(
     if work.max_history == 0:
         return scores.half()
     positions = torch.arange(work.max_fit_tokens, device=device)
+    pool = pool_of(work.segment)
     slots = physical_slots(positions, block_table[work.row], page)
     keys, _ = load_tokens(kv_cache, slots, head_dim)
     keys = (keys - mean_key(keys)[:, None]).repeat_interleave(heads // kv_heads, 0)
@@ -122,5 +129,5 @@ def probe_scores(
         if n > 0:
             seen = keys[:, : item[HISTORY] + count]
             queries = query[start : start + count]
-            scores[number, :, :n] = list_scores(queries, seen, n, scale, dtype)
+            scores[number, :, :n] = list_scores(queries, seen, n, scale, dtype, pool)
     return scores.half()

@@ -17,8 +17,7 @@ OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may 
 
 # What ranks the history, and how many queries share a list by default: means of neighbouring
 # queries, a list for each head; single queries against low-rank keys; the paper's mean query.
-RANKINGS = {"probes": 256, "low_rank": 64, "mean_query": 512}
-PROBES_SEGMENT = 2048  # queries whose probes fill a block of scores
+RANKINGS = {"probes": 512, "low_rank": 64, "mean_query": 512}
 
 
 class Spending(NamedTuple):
@@ -28,11 +27,13 @@ class Spending(NamedTuple):
         sparsity_budget: the setting, its own or the server's.
         target_error: likewise.
         prompt: tokens of its prompt, 0 if not known.
+        min_budget_tokens: the server's.
     """
 
     sparsity_budget: float
     target_error: float
     prompt: int = 0
+    min_budget_tokens: int = 0
 
 
 class Asked(NamedTuple):
@@ -73,6 +74,8 @@ class S2OConfig:
             over a layer's heads; 1.0 is stock attention.
         target_error: share of softmax mass that a list may leave out: it ends there, or where the
             budget does; 0 is off. Not with ``mean_query``, whose scores are no probabilities.
+        min_budget_tokens: history tokens that a query may visit however small the budget's share is
+            of so short a history.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
         ranking: how the history is ranked, one of ``RANKINGS``.
@@ -93,6 +96,7 @@ class S2OConfig:
 
     sparsity_budget: float = 0.1
     target_error: float = 0.0
+    min_budget_tokens: int = 0
     stop_threshold: float = 0.0
     min_context: int = 8192
     ranking: str = "probes"
@@ -110,9 +114,10 @@ class S2OConfig:
         value = self.stop_threshold
         if not _number(value) or not 0 <= value < 1:
             raise _refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
-        value = self.min_context
-        if not _whole(value) or value < 0:
-            raise _refusal("min_context", value, "a whole number of tokens, 0 or more")
+        for key in ("min_budget_tokens", "min_context"):
+            tokens = getattr(self, key)
+            if not _whole(tokens) or tokens < 0:
+                raise _refusal(key, tokens, "a whole number of tokens, 0 or more")
         value = self.segment_size
         if not _whole(value) or not (value == 0 or 16 <= value <= 4096):
             raise _refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
@@ -149,7 +154,8 @@ class S2OConfig:
     def spending(self, asked: Mapping[str, float], prompt: int = 0) -> Spending:
         """Return what a request of so many prompt tokens may spend that asks for some of it."""
         own = {"sparsity_budget": self.sparsity_budget, "target_error": self.target_error}
-        return Spending(**(own | dict(asked)), prompt=prompt)
+        least = self.min_budget_tokens
+        return Spending(**(own | dict(asked)), prompt=prompt, min_budget_tokens=least)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
@@ -175,14 +181,15 @@ HELP = {
     "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
     "target_error": "Share of softmax mass that a list may leave out: it ends where its scores say "
     "so, at the latest where the budget does (not with mean_query). 0 switches it off. Default: 0.",
+    "min_budget_tokens": "History tokens that a prefill query may visit however small the budget. "
+    "Default: 0.",
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
     "ranking": "How the history is ranked: probes (means of neighbouring queries, for every query "
     "head), low_rank (single queries against low-rank keys, for every KV head) or mean_query (the "
     "paper's). Default: probes.",
-    "segment_size": "Queries that are ranked together. Default: 256 (low_rank: 64, mean_query: "
-    "512).",
+    "segment_size": "Queries that are ranked together. Default: 512 (low_rank: 64).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
     "to 1); 0 forbids requests to ask for any. Default: 1.",
@@ -309,9 +316,6 @@ def resolve(
     settings |= from_mapping({} if additional is None else additional)
     settings |= {key: value for key, value in flags.items() if value is not None}
     result = S2OConfig(**settings)
-    if result.ranking == "probes" and result.segment > PROBES_SEGMENT:
-        allowed = f"at most {PROBES_SEGMENT} with ranking probes"
-        raise _refusal("segment_size", result.segment_size, allowed)
     if 0 < result.max_request_budget < result.sparsity_budget:
         allowed = f"0 or at least sparsity_budget, which is {result.sparsity_budget}"
         raise _refusal("max_request_budget", result.max_request_budget, allowed)

@@ -93,10 +93,10 @@ def split_rows(
             reason = "budget_is_one"
         elif end == context:
             reason = "end_of_prompt"
-        elif end <= max(min_context, 1):
+        elif end <= max(min_context, own.min_budget_tokens, 1):
             reason = "short_history"
         if reason is None:
-            what = (own.sparsity_budget, own.target_error)
+            what = (own.sparsity_budget, own.target_error, own.min_budget_tokens)
             sparse.append(PrefillRow(row, starts[row], end - context, context, *what))
             if end < total:
                 runs.append((row, row + 1, starts[row] + end - context))

@@ -7,6 +7,7 @@ import torch
 
 from s2o_vllm.kernels import basis, reference_probes
 from s2o_vllm.kernels.plan import FIT_QUERIES
+from s2o_vllm.kernels.tuning import pool_of
 
 from .attention import Segment
 from .ranking import Method
@@ -68,7 +69,7 @@ class Probes(Method):
     group.
     """
 
-    unit: str = "256xhead"
+    unit: str = "512xhead"
 
     name: ClassVar[str] = "probes"
 
@@ -85,6 +86,7 @@ class Probes(Method):
                 segment.q[:, start : start + unit.queries].transpose(0, 1),
                 keys[:, : segment.history + start + unit.queries],
                 segment.history, segment.scale, torch.float8_e4m3fn,
+                pool_of(unit.queries),
             )
             for start in range(0, segment.length, unit.queries)
         ]  # fmt: skip

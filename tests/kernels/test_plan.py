@@ -39,6 +39,13 @@ def test_list_never_exceeds_the_budget():
             assert item[plan.LIST_LENGTH] <= budget * item[plan.HISTORY]
 
 
+def test_a_short_history_gives_its_queries_the_least_tokens_all_the_same():
+    row = PrefillRow(0, 0, 256, 32, 0.25, min_tokens=48)
+    counts = {item[plan.HISTORY]: item[plan.LIST_LENGTH] for item in segments(row, 32, 0)}
+    assert counts == {32: 0, 64: 48, 96: 48, 128: 48, 160: 48, 192: 48, 224: 56, 256: 64}
+    assert segments(row, 32, 0)[0] == (0, 0, 32, 32, 0, 0), "no more than that is attended whole"
+
+
 def test_each_request_has_its_lists_longest_history_first():
     rows = [PrefillRow(4, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
     one, other = build_work_lists(rows, 32, 0, CPU, MANY)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPE, LIMITS, make_batch
-from s2o_vllm.config import PROBES_SEGMENT
 from s2o_vllm.kernels import probes, reference_probes
 from s2o_vllm.kernels.plan import DENSE_START, build_work_lists
 from s2o_vllm.kernels.sampling import stratified
@@ -14,7 +13,8 @@ from s2o_vllm.kernels.tuning import (
     LSE_FIRST,
     LSE_LAST,
     LSE_SAMPLES,
-    POOL,
+    PROBES,
+    pool_of,
 )
 
 SEGMENT = 64
@@ -80,9 +80,8 @@ def test_scores_are_those_of_the_reference(device, shape, fp8):
                 assert torch.equal(own[:, 1], part.amin(1))
 
 
-@pytest.mark.parametrize("segment", [16, 128, 256, 512, 2048])
+@pytest.mark.parametrize("segment", [16, 40, 128, 512, 2048, 4096])
 def test_any_segment_size(device, segment):
-    """Of more than 256 queries fewer than eight segments share a load of keys."""
     batch = make_batch(device, chunks=((520, 300),), heads=2, kv_heads=1)
     (work,) = works(batch, segment)
     scores, _ = scored(batch, work, segment=segment, chunk=256)
@@ -94,14 +93,6 @@ def test_any_segment_size(device, segment):
         torch.testing.assert_close(
             scores[number, :, :n].float(), wanted[number, :, :n].float(), atol=TOLERANCE, rtol=2e-3
         )
-
-
-def test_refuses_a_segment_that_no_block_holds():
-    with pytest.raises(ValueError, match="segment is 4096, must be at most 2048"):
-        probes.probe_shape(4096, 256)
-    with pytest.raises(ValueError, match="segment is 2048, must be at most 1024"):
-        probes.probe_shape(2048, 128)
-    assert probes.probe_shape(PROBES_SEGMENT, 256).items == 1, "the settings' limit"
 
 
 @pytest.mark.parametrize(
@@ -124,10 +115,11 @@ def test_every_tile_of_the_table_gives_the_same_scores(device, monkeypatch, tile
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_keys_and_probes_of_a_tile_fit(key_bytes, capability):
     """The compiler adds a few KiB, see test_compile.py."""
-    columns, block, stages = probes.score_tile(key_bytes, SHARED_MEMORY[capability])
+    block, stages = probes.score_tile(key_bytes, SHARED_MEMORY[capability])
     buffers = stages if capability in (90, 100) else stages - 1
     if key_bytes < 512 or capability < 89:  # from there on keys of head_dim 256 are in e4m3
-        assert (columns + buffers * block) * key_bytes <= SHARED_MEMORY[capability] - 10_000
+        needed = (probes.SCORE_COLUMNS + buffers * block) * key_bytes
+        assert needed <= SHARED_MEMORY[capability] - 10_000
 
 
 def test_a_large_mean_key_changes_no_score(device):
@@ -148,7 +140,7 @@ def test_a_token_that_one_pool_wants_has_the_best_score(device):
     needle = torch.nn.functional.normalize(torch.randn(64), dim=0).to(device, DTYPE)
     page = batch.kv_cache.shape[2]
     batch.kv_cache[int(batch.block_table[0, 123 // page]), :, 123 % page, :64] = needle * 40
-    batch.query[40:48] += needle * 10
+    batch.query[40:44] += needle * 10
     (work,) = works(batch)
     scores, _ = scored(batch, work)
     assert (scores[0, :, :320].argmax(1) == 123).all()
@@ -164,10 +156,15 @@ def test_no_score_is_below_the_least(device):
 
 def test_probes_are_means_of_neighbours():
     queries = torch.randn(19, 2, 4)
-    means = reference_probes.probes_of(queries)
+    means = reference_probes.probes_of(queries, 8)
     assert means.shape == (3, 2, 4)
-    torch.testing.assert_close(means[1], queries[POOL : 2 * POOL].mean(0))
-    torch.testing.assert_close(means[2], queries[2 * POOL :].mean(0))
+    torch.testing.assert_close(means[1], queries[8:16].mean(0))
+    torch.testing.assert_close(means[2], queries[16:].mean(0))
+
+
+@pytest.mark.parametrize("segment", [16, 40, 100, 512, 4096])
+def test_a_segment_has_no_more_probes_than_columns(segment):
+    assert (PROBES - 1) * (pool_of(segment) - 1) < segment <= PROBES * pool_of(segment)
 
 
 @pytest.mark.parametrize("n", [1, 64, 300, 700, 4000])

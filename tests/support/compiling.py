@@ -205,13 +205,13 @@ def compile_probes(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     """Compile every kernel of the ranking by probes, and of selection from its scores."""
     from s2o_vllm.kernels import plan, probes, select, tiles
 
-    q, kv, table, work = launch_arguments(head_dim, kv_dtype, segment=256, lists=HEADS)
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype, segment=512, lists=HEADS)
     meta, kind = torch.device("meta"), ranked_in(capability)
     tile = probes.score_tile(
         triton.next_power_of_2(head_dim) * kind.itemsize, tiles.SHARED_MEMORY[capability]
     )
     ranking = probes.ProbeWorkspace(
-        HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 256, meta, kind, tile=tile
+        HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 512, meta, kind, tile=tile
     )
     selection = select.SelectWorkspace(work.num_items, HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)

@@ -29,6 +29,8 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("stop_threshold", "no", "from 0"),
         ("min_context", -1, "0 or more"),
         ("min_context", 1.5, "whole number"),
+        ("min_budget_tokens", -1, "0 or more"),
+        ("min_budget_tokens", 0.5, "whole number"),
         ("segment_size", 8, "16 to 4096"),
         ("segment_size", 5000, "16 to 4096"),
         ("ranking", "best", "one of probes, low_rank, mean_query"),
@@ -102,7 +104,7 @@ def test_each_ranking_has_its_segment_size_and_a_kernel():
 
     assert tuple(config.RANKINGS) == operator.RANKINGS
     assert S2OConfig().ranking == "probes"
-    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [256, 64, 512]
+    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [512, 64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512
     assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 
@@ -141,10 +143,10 @@ def test_request_settings():
     assert config.request_settings({"other": "x"}) == {}
     asked = config.request_settings({"s2o_sparsity_budget": 1, "s2o_target_error": 0.02})
     assert asked == {"sparsity_budget": 1.0, "target_error": 0.02}
-    server = S2OConfig(sparsity_budget=0.3, target_error=0.1)
-    assert server.spending({}) == (0.3, 0.1, 0)
-    assert server.spending({"target_error": 0.0}) == (0.3, 0.0, 0)
-    assert server.spending(asked, 500) == (1.0, 0.02, 500)
+    server = S2OConfig(sparsity_budget=0.3, target_error=0.1, min_budget_tokens=700)
+    assert server.spending({}) == (0.3, 0.1, 0, 700)
+    assert server.spending({"target_error": 0.0}) == (0.3, 0.0, 0, 700)
+    assert server.spending(asked, 500) == (1.0, 0.02, 500, 700)
 
 
 @pytest.mark.parametrize("value", ["0.1", [0.1], 0, 2, math.nan, True, None])
@@ -203,16 +205,6 @@ def test_every_setting_has_a_help_text():
     assert all(name in config.HELP["ranking"] for name in config.RANKINGS)
     assert f"Default: {S2OConfig().ranking}." in config.HELP["ranking"]
     assert f"Default: {S2OConfig().segment} " in config.HELP["segment_size"]
-
-
-def test_a_segment_that_no_block_of_probes_holds_is_refused():
-    most = config.PROBES_SEGMENT
-    refusal = f"segment_size is {most + 1}, must be at most {most} with ranking probes"
-    with pytest.raises(ConfigError, match=refusal):
-        resolve({"segment_size": most + 1}, None, {})
-    for size, ranking in ((most, "probes"), (4096, "low_rank"), (4096, "mean_query")):
-        environment = {"S2O_SEGMENT_SIZE": str(size), "S2O_RANKING": ranking}
-        assert resolve({}, None, environment).segment == size
 
 
 def test_unknown_request_setting_is_refused():

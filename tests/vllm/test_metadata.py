@@ -43,6 +43,13 @@ def test_decode_dense_and_sparse_rows_are_told_apart():
     assert reasons == ["short_history", "budget_is_one"]
 
 
+def test_a_history_within_the_least_budget_is_dense():
+    spending = [Spending(0.1, 0.0, 0, 1000)]
+    assert split_rows([0, 64], [1000], [True], spending, 100)[2] == ["short_history"]
+    ((row,), _, reasons) = split_rows([0, 64], [1001], [True], spending, 100)
+    assert (row.min_tokens, reasons) == (1000, [])
+
+
 def test_the_end_of_a_prompt_is_dense():
     """A chunk that ends the prompt leaves its end to the parent, together with rows that follow."""
     sparse, runs, reasons = split(
