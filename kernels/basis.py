@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import ROW_STEP, WorkList
+from .plan import ROW_STEP, Span
 from .sampling import stratified
 from .tiles import image_dtype as image_dtype
 
@@ -102,46 +102,46 @@ def _moment(x: torch.Tensor) -> torch.Tensor:
     return x.mT @ x / x.shape[1]
 
 
-def samples(work: WorkList, group: int) -> tuple[int, int]:
+def samples(span: Span, group: int) -> tuple[int, int]:
     """Return how many queries (each with its group's heads) and how many keys a fit looks at."""
-    return min(work.max_fit_queries, max(1, SAMPLES // group)), min(work.max_fit_tokens, SAMPLES)
+    return min(span.queries, max(1, SAMPLES // group)), min(span.tokens, SAMPLES)
 
 
-def fit_work(
+def fit_span(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
-    work: WorkList,
+    row: int,
+    span: Span,
+    bases: int,
     scale: float,
     rank: int = RANK,
 ) -> Basis:
-    """Fit the bases of a request's chunk to evenly spaced queries and keys of what each sees.
+    """Fit bases to evenly spaced queries and keys of a request.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
-        work: a list of the chunk.
+        row: of the block table.
+        span: which queries, and the tokens that they see.
+        bases: how many: query heads, or KV heads for one that a group shares.
         scale: softmax scale, times what one unit of the cache's keys stands for.
         rank: directions.
 
     Returns:
-        A basis whose leading dimensions are ``[fits, kv_heads]``.
+        A basis whose leading dimension is ``bases``.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group = query.shape[1] // kv_heads
-    first, count, tokens = work.fits.long().unbind(1)
-    of_queries, of_keys = samples(work, group)
-    head = torch.arange(kv_heads, device=query.device)[:, None]
-    even = torch.arange(of_queries, device=query.device)
-    places = (first[:, None] + even * count[:, None] // of_queries)[:, None]
-    queries = query.unflatten(1, (kv_heads, group))[places, head].flatten(0, 1).flatten(1, 2)
-    even = torch.arange(of_keys, device=query.device)
-    places = even * tokens[:, None] // of_keys
-    blocks = block_table[work.row][places // page].long()[:, None]
-    keys = kv_cache[..., :head_dim][blocks, head, (places % page)[:, None]].flatten(0, 1)
-    fitted = fit(queries, keys, scale, rank)
-    return Basis(*(part.unflatten(0, (-1, kv_heads)) for part in fitted))
+    group = query.shape[1] // bases
+    of_queries, of_keys = samples(span, group)
+    places = span.first + torch.arange(of_queries, device=query.device) * span.queries // of_queries
+    queries = query[places].unflatten(1, (bases, group)).transpose(0, 1).flatten(1, 2)
+    places = torch.arange(of_keys, device=query.device) * span.tokens // of_keys
+    head = torch.arange(bases, device=query.device)[:, None] * kv_heads // bases
+    blocks = block_table[row][places // page].long()
+    keys = kv_cache[..., :head_dim][blocks, head, places % page]
+    return fit(queries, keys, scale, rank)
 
 
 def scored_rows(rows: torch.Tensor, group: int) -> torch.Tensor:
@@ -151,15 +151,16 @@ def scored_rows(rows: torch.Tensor, group: int) -> torch.Tensor:
     coordinates where queries have unit moments such a query is unlike the others.
 
     Args:
-        rows: images of all rows, ``[..., n, r]``, the heads of a query one after the other.
-        group: heads of a query.
+        rows: images of all rows, ``[bases, n, r]``, the heads of a query one after the other.
+        group: heads of a query that share a basis.
 
     Returns:
-        int64 ``[..., ceil(n / ROW_STEP)]``, ascending.
+        int64 ``[bases, ceil(n / ROW_STEP)]``, ascending.
     """
     size = rows.float().square().sum(-1)
     number = torch.arange(size.shape[-1], device=size.device)
-    always = (number // group + number % group) % (2 * ROW_STEP) == 0
+    phase = torch.arange(size.shape[0], device=size.device)[:, None]
+    always = (number // group + number % group + phase) % (2 * ROW_STEP) == 0
     order = size.masked_fill(always, float("inf")).argsort(dim=-1, descending=True, stable=True)
     return order[..., : -(-size.shape[-1] // ROW_STEP)].sort(-1).values
 

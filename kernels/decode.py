@@ -18,7 +18,7 @@ from .decode_plan import APPEND_COLUMNS, DECODE_PARTS, DecodeList, DecodeShape, 
 from .low_rank import LowRankWorkspace
 from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_SPLIT, Regions
 from .rows import choose_rows, shift_rows
-from .score import score_rows
+from .score import image_room, score_rows
 from .select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile, input_precision
 
@@ -26,7 +26,6 @@ APPEND_BLOCK = 16  # keys that a program projects at a time: mostly there is one
 APPEND_PROGRAMS = 8  # that share what a slot lacks: once, after a prompt, some thousand
 CHOSEN_BLOCK = 64
 SHIFT_BLOCK_N = 128
-SCORE_BLOCK_M = 32  # rows of a query: the heads of a group
 
 
 @triton.jit
@@ -131,7 +130,7 @@ class DecodeWorkspace:
     """What the requests of one layer are ranked with, a slot each, and a step's scratch.
 
     Attributes:
-        images: ``[slots, kv_heads, max_history, basis.WIDTH]``, of keys.
+        images: ``[slots, kv_heads, >= max_history, basis.WIDTH]``, of keys.
         fit: the bases that made them, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
             ``offset`` ``[slots, kv_heads, WIDTH]``.
         sizes: of the images of a query's rows.
@@ -154,7 +153,7 @@ class DecodeWorkspace:
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(slots, kv_heads, *size, dtype=dtype, device=device)
 
-        self.images = zeros(shape.max_history, width, dtype=shared.rows.dtype)
+        self.images = zeros(image_room(shape.max_history), width, dtype=shared.rows.dtype)
         self.fit = basis.Basis(
             zeros(shape.head_dim, width, dtype=dtype),
             zeros(shape.head_dim, width, dtype=dtype),
@@ -172,17 +171,17 @@ class DecodeWorkspace:
         )
 
     def keep(self, kept: Kept, ranked: LowRankWorkspace, regions: Regions) -> None:
-        """Copy a fit of a chunk, and images and means of what it sees, into a slot.
+        """Copy bases, and images and means of what their queries see, into a slot.
 
         Args:
             kept: which fit, and where it is kept.
-            ranked: what :func:`low_rank.low_rank_scores` left of the chunk.
+            ranked: what :func:`low_rank.project_keys` left of them.
             regions: what :func:`regions.average` left of it.
         """
         slot, fit, tokens, _ = kept
-        self.images[slot, :, :tokens].copy_(ranked.images[fit, :, :tokens])
+        self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
         for name in ("a", "b", "offset"):
-            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name)[fit])
+            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name))
         count = tokens // regions.tokens
         self.regions.means[slot, :, :count].copy_(regions.means[:, :count])
         self.regions.slopes[slot].copy_(regions.slopes[fit])
@@ -244,7 +243,7 @@ def decode(
     shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,
-        row_step=1, block_m=SCORE_BLOCK_M, chunk=selection.chunk, shared=False,
+        row_step=1, chunk=selection.chunk, shared=False,
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
     attend(

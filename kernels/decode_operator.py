@@ -78,9 +78,10 @@ class SparseDecode:
         from . import fit, low_rank, regions
 
         ranked, means = self.fitting
-        fit.take_moments(query, kv_cache, block_table, work, ranked.fit)
-        fit.find_bases(work, ranked.fit, scale=scale)
-        low_rank.project_keys(kv_cache, block_table, work, ranked)
+        span = work.spans[kept.fit]
+        fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
+        fit.find_bases(ranked.fit, scale=scale)
+        low_rank.project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
         regions.average(kv_cache, block_table, work, means)
         self.slots.keep(kept, ranked, means)
 

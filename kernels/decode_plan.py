@@ -110,10 +110,10 @@ def keep(work: WorkList, slot: int) -> Kept:
     """Choose the fit that a slot keeps: the last of ``KEPT_QUERIES``, else that of most queries."""
     sizes = [
         (min(queries, KEPT_QUERIES) if tokens else 0, number)
-        for number, (_, queries, tokens) in enumerate(work.host_fits)
+        for number, (_, queries, tokens) in enumerate(work.spans)
     ]
     fit = max(sizes)[1]
-    _, queries, tokens = work.host_fits[fit]
+    _, queries, tokens = work.spans[fit]
     return Kept(slot, fit, tokens, queries)
 
 

@@ -1,6 +1,6 @@
-"""Fit the bases of a chunk on the device: moments of samples, then subspace iteration.
+"""Fit bases on the device: moments of samples, then subspace iteration.
 
-:func:`basis.fit_work` is the reference. Torch needs some sixty launches for it, which take
+:func:`basis.fit_span` is the reference. Torch needs some sixty launches for it, which take
 longer on the host than the whole attention of a layer takes on the device; here there are two.
 Where the reference uses float64, this uses float32 and makes the directions orthogonal before
 their moments are taken and factored: the same basis, up to rounding. Products are of three TF32
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import basis
-from .plan import FITS, WorkList
+from .plan import Span
 from .tiles import input_precision
 
 STRIP_ENTRIES = 8192  # of a moment that a program computes: all programs run at once
@@ -30,17 +30,15 @@ def _even(number, count, samples):
 
 @triton.jit
 def _moment(
-    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples, i_fit,
+    p_q, p_kv, p_table, p_moments, p_means, row, first_query, count, samples,
     stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
-    OF_KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """STRIP columns of the keys' covariance, or of the queries' second moment."""
     i_strip, i_head = tl.program_id(0), tl.program_id(1)
-    kv_heads = tl.num_programs(1)
     p_table += row.to(tl.int64) * stride_table
-    start = tl.load(p_fits + 3 * i_fit)
-    count = tl.load(p_fits + 3 * i_fit + (2 if OF_KEYS else 1))
     o_d = tl.arange(0, D_PAD)
     o_s = i_strip * STRIP + tl.arange(0, STRIP)
     n = samples if OF_KEYS else samples * GROUP
@@ -50,7 +48,7 @@ def _moment(
     sums_s = tl.zeros([BLOCK, STRIP], tl.float32)
     first = tl.zeros([D_PAD], tl.float32)
     first_s = tl.zeros([STRIP], tl.float32)
-    p_kv += i_head.to(tl.int64) * stride_head
+    p_kv += (i_head // SHARE).to(tl.int64) * stride_head
     if OF_KEYS:
         # Keys are taken about the first one: their mean may be far larger than their spread.
         o_first = tl.load(p_table).to(tl.int64) * stride_block
@@ -66,7 +64,7 @@ def _moment(
             page = tl.load(p_table + position // PAGE, m_n, 0).to(tl.int64)
             p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
         else:
-            position = start + _even(o_n // GROUP, count, samples)
+            position = first_query + _even(o_n // GROUP, count, samples)
             o_row = position.to(tl.int64) * stride_q_token
             p_row = p_q + o_row + (i_head * GROUP + o_n % GROUP) * stride_q_head
         x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
@@ -78,36 +76,34 @@ def _moment(
             sums_s += s.to(tl.float32)
         moment = tl.dot(tl.trans(x), s, moment, input_precision=PRECISION)
     moment /= n
-    i_basis = i_fit * kv_heads + i_head
     if OF_KEYS:
         total, total_s = tl.sum(sums, 0) / n, tl.sum(sums_s, 0) / n
         moment -= total[:, None] * total_s[None, :]
-        tl.store(p_means + i_basis * D_PAD + o_s, total_s + first_s)
+        tl.store(p_means + i_head * D_PAD + o_s, total_s + first_s)
     of_keys: tl.constexpr = 1 if OF_KEYS else 0
-    o_moment = ((2 * i_basis + of_keys) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
+    o_moment = ((2 * i_head + of_keys) * D_PAD + o_d[:, None]) * D_PAD + o_s[None, :]
     tl.store(p_moments + o_moment, moment)
 
 
-@triton.jit(do_not_specialize=["row", "samples_q", "samples_k"])
+@triton.jit(do_not_specialize=["row", "first_query", "queries", "tokens", "samples_q", "samples_k"])
 def _moment_kernel(
-    p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, samples_k,
+    p_q, p_kv, p_table, p_moments, p_means, row, first_query, queries, tokens, samples_q, samples_k,
     stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """STRIP columns of either moment of a fit: one launch, for each alone waits for memory."""
-    i_fit = tl.program_id(2) // 2
-    if tl.program_id(2) % 2 == 0:
+    """STRIP columns of either moment: one launch, for each alone waits for memory."""
+    if tl.program_id(2) == 0:
         _moment(
-            p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_k, i_fit,
+            p_q, p_kv, p_table, p_moments, p_means, row, first_query, tokens, samples_k,
             stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
-            True, GROUP, D, D_PAD, PAGE, STRIP, BLOCK, PRECISION,
+            True, GROUP, SHARE, D, D_PAD, PAGE, STRIP, BLOCK, PRECISION,
         )  # fmt: skip
     else:
         _moment(
-            p_q, p_kv, p_table, p_fits, p_moments, p_means, row, samples_q, i_fit,
+            p_q, p_kv, p_table, p_moments, p_means, row, first_query, queries, samples_q,
             stride_q_token, stride_q_head, stride_block, stride_head, stride_token, stride_table,
-            False, GROUP, D, D_PAD, PAGE, STRIP, 2 * BLOCK, PRECISION,
+            False, GROUP, SHARE, D, D_PAD, PAGE, STRIP, 2 * BLOCK, PRECISION,
         )  # fmt: skip
 
 
@@ -229,13 +225,20 @@ def _basis_kernel(
 
 
 class FitWorkspace:
-    """Moments and the bases of a chunk, ``padded`` to ``basis.WIDTH``."""
+    """Moments of some queries and keys, and their bases, ``padded`` to ``basis.WIDTH``.
 
-    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    Args:
+        bases: heads, for a basis of each, or KV heads, for one that a group shares.
+        head_dim: size of a head.
+        dtype: of queries.
+        device: where it is.
+    """
+
+    def __init__(self, bases: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         pad, width = triton.next_power_of_2(head_dim), basis.WIDTH
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(FITS, kv_heads, *shape, dtype=dtype, device=device)
+            return torch.empty(bases, *shape, dtype=dtype, device=device)
 
         self.moments = empty(2, pad, pad)
         self.means = empty(pad)
@@ -252,26 +255,37 @@ def take_moments(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
-    work: WorkList,
+    row: int,
+    span: Span,
     space: FitWorkspace,
 ) -> None:
-    """Take the moments of a chunk's queries and keys into ``space``; see :func:`basis.fit_work`."""
+    """Take the moments of queries and the keys they see; see :func:`basis.fit_span`.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        row: of the block table.
+        span: which queries, and of how many tokens.
+        space: written to; it tells how many bases there are.
+    """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group, pad = query.shape[1] // kv_heads, triton.next_power_of_2(head_dim)
+    bases, pad = space.a.shape[0], triton.next_power_of_2(head_dim)
+    group = query.shape[1] // bases
     strip = min(pad, STRIP_ENTRIES // pad)
-    _moment_kernel[(pad // strip, kv_heads, 2 * work.fits.shape[0])](
-        query, kv_cache, block_table, work.fits, space.moments, space.means,
-        work.row, *basis.samples(work, group), query.stride(0), query.stride(1),
+    _moment_kernel[(pad // strip, bases, 2)](
+        query, kv_cache, block_table, space.moments, space.means,
+        row, *span, *basis.samples(span, group), query.stride(0), query.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, STRIP=strip,
+        GROUP=group, SHARE=bases // kv_heads, D=head_dim, D_PAD=pad, PAGE=page, STRIP=strip,
         BLOCK=64, PRECISION=input_precision(query.dtype), num_warps=8,
     )  # fmt: skip
 
 
-def find_bases(work: WorkList, space: FitWorkspace, *, scale: float) -> None:
-    """Find the bases that the moments in ``space`` tell of; see :func:`basis.fit_work`."""
-    _, kv_heads, head_dim, _ = space.a.shape
-    _basis_kernel[(work.fits.shape[0] * kv_heads,)](
+def find_bases(space: FitWorkspace, *, scale: float) -> None:
+    """Find the bases that the moments in ``space`` tell of; see :func:`basis.fit_span`."""
+    bases, head_dim, _ = space.a.shape
+    _basis_kernel[(bases,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
         scale * basis.LOG2E,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,

@@ -2,9 +2,10 @@
 
 A token's score in a list is the largest log-probability that any scored row of the segment gives
 it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
-query cannot see keys that single queries want; this can. Rows are queries x heads of a group. One
-in ``ROW_STEP`` is scored: half of them evenly spread, the other half those with the largest images,
-the queries that are least like others.
+query cannot see keys that single queries want; this can. Rows are queries x heads of a group, and
+each head has a basis of its own: what one head looks for lies in directions that others lack. One
+row in ``ROW_STEP`` is scored: half of them evenly spread, the other half those with the largest
+images, the queries that are least like others.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,14 @@ import triton.language as tl
 from . import basis
 from .beside import IN_TURN, Beside
 from .fit import FitWorkspace, find_bases, take_moments
-from .plan import CHUNK, FITS, ROW_STEP, WorkList
+from .plan import CHUNK, ROW_STEP, WorkList
 from .rows import choose_rows, shift_rows
-from .score import score_rows
+from .score import image_room, score_rows
 from .tiles import input_precision
 
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512
+BASES_TOGETHER = 4  # of a KV head's heads, whose columns one product has
 
 
 @triton.jit
@@ -35,35 +37,31 @@ def _load_keys(
     return tl.load(p_kv + o_k[:, None] + o_d[None, :], m_k, 0.0)
 
 
-@triton.jit(do_not_specialize=["row", "fits"])
+@triton.jit(do_not_specialize=["row", "seen"])
 def _project_keys_kernel(
-    p_kv, p_table, p_b, p_offset, p_images, p_fits, row, fits,
-    stride_block, stride_head, stride_token, stride_table, stride_images_fit, stride_images_head,
-    FITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_kv, p_table, p_b, p_offset, p_images, row, seen,
+    stride_block, stride_head, stride_token, stride_table, stride_images_head,
+    SHARE: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Images of SPAN keys of one head by all bases of a chunk: k B − offset.
+    """image[basis, key] = k B − offset, of SPAN keys of a KV head and TOGETHER of its SHARE bases.
 
-    The bases of a chunk are twice as much as BLOCK keys: they are read once for all of a span. One
-    stage: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    The bases are twice as much as BLOCK keys: they are read once for all of a span. One stage:
+    Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
     i_span, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, D_PAD)
     # One product for all: of a basis WIDTH columns.
-    o_c = tl.arange(0, FITS * WIDTH)
-    fit = tl.minimum(o_c // WIDTH, fits - 1)
-    n = tl.load(p_fits + 3 * fit + 2)
-    longest = tl.max(n)
-    if i_span * SPAN >= longest:
-        return
-    i_basis = fit * tl.num_programs(1) + i_head
+    o_c = tl.arange(0, TOGETHER * WIDTH)
+    number = tl.program_id(2) * TOGETHER + o_c // WIDTH
+    i_basis = i_head * SHARE + tl.minimum(number, SHARE - 1)
     o_b = i_basis[None, :] * (D * WIDTH) + o_d[:, None] * WIDTH + (o_c % WIDTH)[None, :]
     b = tl.load(p_b + o_b, (o_d < D)[:, None], 0.0)
     offset = tl.load(p_offset + i_basis * WIDTH + o_c % WIDTH)
-    o_image = fit.to(tl.int64) * stride_images_fit + i_head * stride_images_head + o_c % WIDTH
+    o_image = i_basis * stride_images_head + o_c % WIDTH
     p_table += row.to(tl.int64) * stride_table
-    end = tl.minimum((i_span + 1) * SPAN, longest)
+    end = tl.minimum((i_span + 1) * SPAN, seen)
     p_kv += i_head * stride_head
     o_n = i_span * SPAN + tl.arange(0, BLOCK)
     page = tl.load(p_table + o_n // PAGE, o_n < end, 0)
@@ -81,20 +79,27 @@ def _project_keys_kernel(
             image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
         tl.store(
             p_images + o_n[:, None] * WIDTH + o_image[None, :],
-            image.to(p_images.dtype.element_ty),
-            (o_n[:, None] < n[None, :]) & (o_c // WIDTH < fits)[None, :],
+            image.to(p_images.dtype.element_ty), (o_n < end)[:, None] & (number < SHARE)[None, :],
         )  # fmt: skip
         o_n += BLOCK
         k = ahead
 
 
 class LowRankWorkspace:
-    """Scratch of :func:`low_rank_scores`: bases, images of a history and of a list's rows."""
+    """Scratch of :func:`low_rank_scores`: bases, images of a history and of a list's rows.
+
+    Attributes:
+        fit: the bases.
+        images: ``[bases, >= max_history, WIDTH]``, of keys.
+        sizes: float32 ``[items, bases, rows of a segment]``, of their images.
+        chosen: int32 ``[items, bases, scored rows]``, which they are.
+        rows: ``[items, bases, scored rows, WIDTH]``, their images.
+    """
 
     def __init__(
         self,
         heads: int,
-        kv_heads: int,
+        bases: int,
         head_dim: int,
         max_history: int,
         items: int,
@@ -104,25 +109,28 @@ class LowRankWorkspace:
         image_dtype: torch.dtype | None = None,
     ):
         kind = image_dtype or basis.image_dtype(device)
-        self.fit = FitWorkspace(kv_heads, head_dim, dtype, device)
-        shape = (FITS, kv_heads, max_history, basis.WIDTH)
+        self.fit = FitWorkspace(bases, head_dim, dtype, device)
+        shape = (bases, image_room(max_history), basis.WIDTH)
         self.images = torch.empty(shape, dtype=kind, device=device)
-        rows = -(-segment * (heads // kv_heads) // ROW_STEP)
-        self.sizes = torch.empty(items, kv_heads, rows * ROW_STEP, device=device)
-        self.chosen = torch.empty(items, kv_heads, rows, dtype=torch.int32, device=device)
-        self.rows = torch.empty(items, kv_heads, rows, basis.WIDTH, dtype=kind, device=device)
+        rows = -(-segment * (heads // bases) // ROW_STEP)
+        self.sizes = torch.empty(items, bases, rows * ROW_STEP, device=device)
+        self.chosen = torch.empty(items, bases, rows, dtype=torch.int32, device=device)
+        self.rows = torch.empty(items, bases, rows, basis.WIDTH, dtype=kind, device=device)
 
 
 def project_keys(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, space: LowRankWorkspace
-) -> None:
-    """Project the keys that a work list's chunk sees by the fitted bases."""
+    kv_cache: torch.Tensor, block_table: torch.Tensor, row: int, tokens: int,
+    space: LowRankWorkspace,
+) -> None:  # fmt: skip
+    """Project the first keys of a row of the block table by the fitted bases."""
     fitted = space.fit
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
-    _project_keys_kernel[(-(-work.max_fit_tokens // KEYS_SPAN), kv_heads)](
-        kv_cache, block_table, fitted.b, fitted.offset, space.images, work.fits, work.row,
-        work.fits.shape[0], kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        block_table.stride(0), space.images.stride(0), space.images.stride(1), FITS=FITS,
+    share = space.images.shape[0] // kv_heads
+    together = min(triton.next_power_of_2(share), BASES_TOGETHER)
+    _project_keys_kernel[(-(-tokens // KEYS_SPAN), kv_heads, -(-share // together))](
+        kv_cache, block_table, fitted.b, fitted.offset, space.images, row,
+        tokens, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
+        block_table.stride(0), space.images.stride(0), SHARE=share, TOGETHER=together,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH,
         BLOCK=KEYS_BLOCK, SPAN=KEYS_SPAN, LIMIT=torch.finfo(space.images.dtype).max,
         PRECISION=input_precision(fitted.b.dtype),
@@ -165,17 +173,17 @@ def low_rank_scores(
     if work.max_fit_tokens == 0:
         return
     if work.first_of_chunk:
-        take_moments(query, kv_cache, block_table, work, space.fit)
+        take_moments(query, kv_cache, block_table, work.row, work.chunk, space.fit)
         with beside:  # of the bases, which fill a quarter of a card
             meanwhile()
-        find_bases(work, space.fit, scale=scale)
+        find_bases(space.fit, scale=scale)
         with beside:  # of the keys' images, which wait for memory
             choose_rows(query, work, space)
-        project_keys(kv_cache, block_table, work, space)
+        project_keys(kv_cache, block_table, work.row, work.max_fit_tokens, space)
         beside.join()
     if work.max_history == 0:
         return
     if not work.first_of_chunk:
         choose_rows(query, work, space)
     shift_rows(query, work, space)
-    score_rows(work, scores, bounds, space, query.shape[1] // kv_cache.shape[1], chunk=chunk)
+    score_rows(work, scores, bounds, space, query.shape[1] // space.rows.shape[1], chunk=chunk)

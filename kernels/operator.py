@@ -294,7 +294,7 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
             )
         else:
             made = low_rank.LowRankWorkspace(
-                shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, items,
+                shape.heads, shape.heads, shape.head_dim, shape.max_history, items,
                 shape.segment, dtype, device,
             )  # fmt: skip
         selection = select.SelectWorkspace(items, shape.lists, shape.max_history, places, device)

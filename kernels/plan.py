@@ -29,9 +29,9 @@ TIERS_UNORDERED = 2
 TIERS_SPLIT = 1
 STOP_STEP_TOKENS = 2048  # a test ends a pipelined loop: one every 1,024 costs twice as much
 
-FIT_QUERIES = 2048  # queries that share a basis: fewer fit better, and cost more projections
+FIT_QUERIES = 2048  # queries that share the covariances of what comes before them
 ROW_STEP = 2  # one row (query and head of a group) of so many is scored: `basis.scored_rows`
-FITS = 4  # bases that are fitted together: those of a chunk of 8,192 queries
+FITS = 4  # such runs that are ranked together: a chunk of 8,192 queries, whose bases they share
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length
 )
@@ -99,6 +99,20 @@ class PrefillRow(NamedTuple):
     budget: float
     target_error: float = 0.0
     min_tokens: int = 0
+
+
+class Span(NamedTuple):
+    """Queries that a basis is fitted to, and the tokens that the last of them sees.
+
+    Attributes:
+        first: the first one in the step's packed queries.
+        queries: how many.
+        tokens: of the sequence, from its start on.
+    """
+
+    first: int
+    queries: int
+    tokens: int
 
 
 class Lists(NamedTuple):
@@ -215,10 +229,7 @@ class WorkList:
         max_visits: most tokens of its history that any item visits, in the mean of the heads that
             share.
         max_queries: most queries of any item.
-        fit_items: segments of a whole fit.
-        first_fit_items: items of the same fit as the first one; all others' but the last one's
-            are ``fit_items``.
-        host_fits: ``fits`` on the host.
+        spans: ``fits`` on the host.
     """
 
     row: int
@@ -237,14 +248,18 @@ class WorkList:
     dense_items: int = 0
     max_dense: int = 0
     max_visits: int = 0
-    fit_items: int = 1
-    first_fit_items: int = 1
-    host_fits: tuple[tuple[int, int, int], ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def num_items(self) -> int:
         """Number of segments."""
         return self.items.shape[0]
+
+    @property
+    def chunk(self) -> Span:
+        """The chunk's queries and the tokens that they see."""
+        queries = sum(span.queries for span in self.spans)
+        return Span(self.spans[0].first, queries, self.max_fit_tokens)
 
     @property
     def whole_chunk(self) -> int:
@@ -345,7 +360,7 @@ def chunk_lists(
     """Make the lists of a chunk from the items of each of its fits."""
     span = fit_span(segment)
     fits = [
-        (part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
+        Span(part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
     ]
     table = to_device(fits, device)
@@ -374,9 +389,7 @@ def chunk_lists(
                 dense_items=len(dense),
                 max_dense=max(dense, default=0),
                 max_visits=max(visits(item) for item in items),
-                fit_items=span // segment,
-                first_fit_items=sum(item[FIT] == items[0][FIT] for item in items),
-                host_fits=tuple(fits),
+                spans=tuple(fits),
             )
         )
     return lists

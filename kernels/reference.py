@@ -96,7 +96,7 @@ def low_rank_scores(
 ) -> torch.Tensor:
     """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`.
 
-    ``chosen`` int ``[items, kv_heads, rows]`` names the rows to score, where those of
+    ``chosen`` int ``[items, heads, rows]`` names the rows to score, where those of
     :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
@@ -105,27 +105,24 @@ def low_rank_scores(
     )
     if work.max_history == 0:
         return scores.half()
-    fitted = basis.fit_work(query, kv_cache, block_table, work, scale, rank)
+    heads = query.shape[1]
+    own = basis.fit_span(query, kv_cache, block_table, work.row, work.chunk, heads, scale, rank)
     positions = torch.arange(work.max_fit_tokens, device=query.device)
     keys, _ = load_tokens(
-        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
+        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim, heads
     )
     dtype = basis.image_dtype(query.device)
-    items = work.items.tolist()
-    for fit in {item[FIT] for item in items}:
-        own = basis.Basis(*(part[fit] for part in fitted))
-        images = basis.key_images(keys, own, dtype)  # [kv_heads, tokens, width]
-        for number, item in enumerate(items):
-            n = item[DENSE_START]
-            if n == 0 or item[FIT] != fit:
-                continue
-            queries = segment_queries(query, item, kv_heads).transpose(1, 2)
-            group = queries.shape[2]
-            queries = queries.flatten(1, 2)
-            scored = basis.scored_rows(queries @ own.a, group)  # [kv_heads, rows]
-            if chosen is not None:
-                scored = chosen[number, :, : scored.shape[1]].long()
-            scores[number, :, :n] = row_scores(queries, scored, item, own, images, dtype)
+    images = basis.key_images(keys, own, dtype)  # [heads, tokens, width]
+    for number, item in enumerate(work.items.tolist()):
+        n = item[DENSE_START]
+        if n == 0:
+            continue
+        queries = segment_queries(query, item, heads).flatten(1, 2)
+        scored = basis.scored_rows(queries @ own.a, 1)  # [heads, rows]
+        if chosen is not None:
+            scored = chosen[number, :, : scored.shape[1]].long()
+        by_head = row_scores(queries, scored, item, own, images, dtype)
+        scores[number, :, :n] = by_head.unflatten(0, (kv_heads, -1)).amax(1)
     return scores.clamp(min=-torch.finfo(torch.half).max).half()
 
 
@@ -140,15 +137,15 @@ def row_scores(
     """Score an item's history by some of its rows.
 
     Args:
-        queries: all its rows ``[kv_heads, rows, head_dim]``, query by query.
-        scored: which of them count, int64 ``[kv_heads, some]``.
+        queries: all its rows ``[bases, rows, head_dim]``, query by query.
+        scored: which of them count, int64 ``[bases, some]``.
         item: of a work list.
-        fitted: basis of each KV head.
-        images: of all keys that the item sees, ``[kv_heads, tokens, width]``.
+        fitted: the bases.
+        images: of all keys that the item sees, ``[bases, tokens, width]``.
         dtype: that images are rounded to.
 
     Returns:
-        float32 ``[kv_heads, history]``.
+        float32 ``[bases, history]``.
     """
     n, context, count = item[DENSE_START], item[HISTORY], item[NUM_QUERIES]
     group = queries.shape[1] // count

@@ -65,9 +65,10 @@ class DecodeSlots:
     ) -> None:
         """Fit a chunk's basis into a slot, project what it sees, and average that."""
         slot, fit, tokens, _ = kept
-        fitted = basis.fit_work(query, kv_cache, block_table, work, scale)
+        span, bases = work.spans[fit], kv_cache.shape[1]
+        fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
         for own, part in zip(self.fit, fitted, strict=True):
-            own[slot] = part[fit]
+            own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
         held, count = self.regions, tokens // self.regions.tokens
         found = reference_regions.average(

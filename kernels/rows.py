@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .decode import DecodeWorkspace
     from .low_rank import LowRankWorkspace
 
-CHOSEN_BLOCK = 128  # rows that are projected at a time: a load that all wait for each
+CHOSEN_BLOCK = 64  # rows that are projected at a time: a load that all wait for each
 SHIFT_BLOCK = 64
 ROUGH_UNIT = tl.constexpr(basis.ROUGH_UNIT)
 ROUGH_ZERO = tl.constexpr(127.0 - basis.ROUGH)
@@ -43,7 +43,7 @@ def _project_block(
 
 @triton.jit
 def _choose(
-    p_q, p_a, p_size, p_chosen, rows, kept, o_basis, stride_q_token, stride_q_head,
+    p_q, p_a, p_size, p_chosen, rows, kept, phase, o_basis, stride_q_token, stride_q_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _choose(
     tl.debug_barrier()
     number = tl.arange(0, BLOCKS * BLOCK)
     size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
-    always = (number // GROUP + number % GROUP) % (2 * ROW_STEP) == 0
+    always = (number // GROUP + number % GROUP + phase) % (2 * ROW_STEP) == 0
     size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
     # The largest number that so many sizes reach, by four bits at a time: to count is a round of
     # messages between warps, for one number or for sixteen. The last round has three bits to
@@ -84,7 +84,7 @@ def _project_rows_kernel(
     p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Choose which rows of a segment and KV head are scored; write their images without shift.
 
@@ -97,7 +97,9 @@ def _project_rows_kernel(
     rows = tl.load(p_item + 2) * GROUP
     if tl.load(p_item + 4) == 0:
         return
-    o_basis = (tl.load(p_item + 6).to(tl.int64) * tl.num_programs(0) + i_head) * D
+    o_basis = i_head.to(tl.int64) * D
+    if BY_FIT:
+        o_basis += tl.load(p_item + 6).to(tl.int64) * tl.num_programs(0) * D
     o_b = tl.arange(0, BLOCK)
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
@@ -105,7 +107,7 @@ def _project_rows_kernel(
     kept = tl.cdiv(rows, ROW_STEP)
     if ROW_STEP > 1:
         _choose(
-            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, o_basis,
+            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, i_head, o_basis,
             stride_q_token, stride_q_head,
             GROUP, D, D_PAD, WIDTH, ROW_STEP, BLOCK, BLOCKS, PRECISION,
         )  # fmt: skip
@@ -164,7 +166,7 @@ def _shift_kernel(
     SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
+    BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
@@ -180,7 +182,6 @@ def _shift_kernel(
     rows = tl.cdiv(queries * GROUP, ROW_STEP)
     n = tl.load(p_item + 4)
     between = tl.load(p_item + 3) - n  # tokens of the dense pass before the own ones
-    i_fit = tl.load(p_item + 6).to(tl.int64)
     if (i_block * BLOCK_M >= rows) | (n == 0):
         return
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -188,7 +189,9 @@ def _shift_kernel(
     o_list = (i_item * tl.num_programs(1) + i_head) * max_kept
     query = tl.load(p_chosen + o_list + tl.minimum(o_row, rows - 1)) // GROUP
     p_rows += o_list * WIDTH
-    p_images += i_fit * stride_images_fit + i_head.to(tl.int64) * stride_images_head
+    p_images += i_head.to(tl.int64) * stride_images_head
+    if BY_FIT:
+        p_images += tl.load(p_item + 6).to(tl.int64) * stride_images_fit
     # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
     q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
@@ -241,7 +244,7 @@ def choose_rows(
     Args:
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
-        space: bases, indexed by an item's fit; written to.
+        space: bases, of decode indexed by an item's fit; written to.
         row_step: one row of so many is scored.
         block: rows that are projected at a time.
     """
@@ -267,13 +270,13 @@ def shift_rows(
     Args:
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
-        space: images of keys, indexed by an item's fit, and of rows; written to.
+        space: images of keys, of decode indexed by an item's fit, and of rows; written to.
         row_step: as they were chosen.
         block_n: keys that a shift is told from at a time.
     """
     images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
     _shift_kernel[(-(-kept // SHIFT_BLOCK), kv_heads, work.num_items)](
-        space.rows, space.chosen, images, work.items, images.stride(0), images.stride(1), kept,
+        space.rows, space.chosen, images, work.items, images.stride(0), images.stride(-3), kept,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
         BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
@@ -289,6 +292,7 @@ def _shape(
         "GROUP": query.shape[1] // space.rows.shape[1],
         "WIDTH": basis.WIDTH,
         "ROW_STEP": row_step,
+        "BY_FIT": space.images.dim() == 4,
         "LIMIT": torch.finfo(space.images.dtype).max,
         "ITEM_COLUMNS": COLUMNS,
     }

@@ -2,10 +2,10 @@
 
 See :mod:`low_rank`. Most of a ranking's time goes here, one product of 32 numbers a row and key.
 What is left to do per product is half of a maximum of three, for sums are in fp16, two to a
-register; what is left per key is done for two segments at a time, whose scores share a register.
+register. Several neighbouring segments share each load of keys, and their rows fill the columns of
+one product.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import triton
@@ -20,261 +20,134 @@ if TYPE_CHECKING:
     from .decode import DecodeWorkspace
     from .low_rank import LowRankWorkspace
 
-BLOCK_M = 128  # rows at a time: the scored ones of a segment of 64 with a group of 4
-BLOCK_N = 128
-SHARING = 4  # neighbouring segments of one basis share a load of images: at most so many
-SCORE_REGISTERS = 96  # of a thread: five blocks share a multiprocessor
+BLOCK_N = 128  # keys at a time: images have room for whole blocks
+SHARING = 8  # segments that share each load of images: the columns that are left after folding
+LEAST_COLUMNS = 16  # of a product
+STAGES = 3
+REGISTERS = 128  # of a thread: two blocks of eight warps share a multiprocessor
+
+
+def image_room(tokens: int) -> int:
+    """Return how many images a history of so many tokens needs room for: blocks are read whole."""
+    return -(-tokens // BLOCK_N) * BLOCK_N
 
 
 @triton.jit
-def _as_pairs(a, b, PACKED: tl.constexpr = False):
-    """Put two numbers of fp16 into one of 32 bits."""
-    if PACKED:
-        # Two elements at a time: left to itself the compiler takes three steps for the second.
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
-            "=&r,=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=2,
-        )  # fmt: skip
-    low = a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _of_pairs(pairs):
-    """Return both numbers of pairs."""
-    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
-    return low, (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _larger_packed(a, b):
-    return tl.inline_asm_elementwise(
-        "max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _larger(a, b):
-    a_first, a_second = _of_pairs(a)
-    b_first, b_second = _of_pairs(b)
-    return _as_pairs(tl.maximum(a_first, b_first), tl.maximum(a_second, b_second))
-
-
-@triton.jit
-def _smaller(a, b):
-    a_first, a_second = _of_pairs(a)
-    b_first, b_second = _of_pairs(b)
-    return _as_pairs(tl.minimum(a_first, b_first), tl.minimum(a_second, b_second))
-
-
-@triton.jit
-def _extremes(best, worst, a, b, PACKED: tl.constexpr):
-    """Fold [N] pairs into the best, [N] others into the worst of each number: [N / 2] pairs."""
-    a_first, a_second = tl.split(tl.trans(tl.reshape(a, [2, a.shape[0] // 2])))
-    b_first, b_second = tl.split(tl.trans(tl.reshape(b, [2, b.shape[0] // 2])))
-    if PACKED:
-        best = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 most;
-            max.f16x2 most, $1, $2;
-            max.f16x2 $0, most, $3;
-            }""",
-            "=r,r,r,r", [best, a_first, a_second], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-        worst = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 least;
-            min.f16x2 least, $1, $2;
-            min.f16x2 $0, least, $3;
-            }""",
-            "=r,r,r,r", [worst, b_first, b_second], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-        return best, worst
-    return _larger(_larger(best, a_first), a_second), _smaller(_smaller(worst, b_first), b_second)
-
-
-@triton.jit
-def _largest_of_rows(first, second, FOLDS: tl.constexpr, PACKED: tl.constexpr):
-    """Largest of each row of [N, M], M = 2^(FOLDS + 4), of two matrices: pairs."""
-    first, second = folded(first, FOLDS, PACKED), folded(second, FOLDS, PACKED)
-    if PACKED:
-        # What a thread has of a row, then what four threads have: two numbers at a time.
-        pairs = tl.reshape(_as_pairs(first, second, True), [first.shape[0], 4, 2])
-        one, other = tl.split(pairs)
-        return tl.reduce(_larger_packed(one, other), 1, _larger_packed)
-    return _as_pairs(tl.max(first, 1).to(tl.float16), tl.max(second, 1).to(tl.float16))
-
-
-@triton.jit
-def _score_pair(
-    pair, k, p_scores, o_n, again, best, worst,
-    BOTH: tl.constexpr, MASKED: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
+def _load_rows(
+    p_rows, p_items, first_item, last_item, i_basis, bases, first_row, max_rows, o_r,
+    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Score a block of keys for a pair of items; return pairs of their best and worst so far."""
-    q_0, q_1, o_0, o_1, n_0, n_1 = pair
-    # Keys in rows keep the maximum over queries inside a warp; fp16 sums, of which a register
-    # holds two, halve what it costs.
-    score_0 = tl.dot(k, q_0, out_dtype=tl.float16)
-    score_1 = score_0
-    if BOTH:
-        score_1 = tl.dot(k, q_1, out_dtype=tl.float16)
-    pairs = _largest_of_rows(score_0, score_1, FOLDS, PACKED)
-    score_0, score_1 = _of_pairs(pairs)
-    p_0, p_1 = p_scores + o_0 + o_n, p_scores + o_1 + o_n
-    m_0, m_1 = o_n < n_0, o_n < n_1
-    if again:
-        score_0 = tl.maximum(score_0, tl.load(p_0, m_0, 0.0))
-        score_1 = tl.maximum(score_1, tl.load(p_1, m_1, 0.0))
-        pairs = _as_pairs(score_0, score_1)
-    if MASKED:
-        tl.store(p_0, score_0, m_0)
-        if BOTH:
-            tl.store(p_1, score_1, m_1)
-        none = float("-inf")
-        high = _as_pairs(
-            tl.where(m_0, score_0, none).to(tl.float16), tl.where(m_1, score_1, none).to(tl.float16)
-        )
-        low = _as_pairs(
-            tl.where(m_0, score_0, -none).to(tl.float16),
-            tl.where(m_1, score_1, -none).to(tl.float16),
-        )
-        return _extremes(best, worst, high, low, PACKED)
-    if BOTH:
-        # Together they change threads once.
-        tl.store(tl.join(p_0, p_1), tl.join(score_0, score_1))
-    else:
-        tl.store(p_0, score_0)
-    return _extremes(best, worst, pairs, pairs, PACKED)
+    """Images [WIDTH, BLOCK_M] of rows of ITEMS segments and a basis, segment by segment.
 
-
-@triton.jit
-def _load_rows(p_rows, o_list, first, rows, o_m, o_r, WIDTH: tl.constexpr):
-    """Images of a block of rows. What is too much of it repeats the last, which no maximum sees."""
-    o_row = o_list + tl.minimum(first + o_m, rows - 1)
+    What is too much repeats the last row, which no maximum sees.
+    """
+    column = tl.arange(0, BLOCK_M)
+    item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
+    rows = tl.cdiv(tl.load(p_items + item * ITEM_COLUMNS + 2) * GROUP, ROW_STEP)
+    row = tl.minimum(first_row + column // ITEMS, rows - 1)
+    o_row = (item * bases + i_basis) * max_rows + row
     return tl.trans(tl.load(p_rows + o_row[:, None] * WIDTH + o_r[None, :]))
 
 
 @triton.jit
-def _load_pair(
-    p_rows, p_items, i_0, i_1, i_head, first, max_rows, stride_item, o_m, o_r,
-    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Load a block of rows of a pair of items, where their scores are, and their histories."""
-    p_0, p_1 = p_items + i_0 * ITEM_COLUMNS, p_items + i_1 * ITEM_COLUMNS
-    rows_0 = tl.cdiv(tl.load(p_0 + 2) * GROUP, ROW_STEP)
-    rows_1 = tl.cdiv(tl.load(p_1 + 2) * GROUP, ROW_STEP)
-    heads = tl.num_programs(1)
-    q_0 = _load_rows(p_rows, (i_0 * heads + i_head) * max_rows, first, rows_0, o_m, o_r, WIDTH)
-    q_1 = _load_rows(p_rows, (i_1 * heads + i_head) * max_rows, first, rows_1, o_m, o_r, WIDTH)
-    o_0, o_1 = i_0.to(tl.int64) * stride_item, i_1.to(tl.int64) * stride_item
-    return q_0, q_1, o_0, o_1, tl.load(p_0 + 4), tl.load(p_1 + 4)
+def _largest(p_k, q, o_n, o_r, WIDTH: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr):
+    """Largest products of a block of keys with BLOCK_M rows, of every eighth column: [N, 8]."""
+    k = tl.load(p_k + o_n.to(tl.int64)[:, None] * WIDTH + o_r[None, :])
+    # Keys in rows keep the maximum over columns inside a thread.
+    return folded(tl.dot(k, q, out_dtype=tl.float16), FOLDS, PACKED)
 
 
-@triton.jit
-def _score_block(
-    pair_0, pair_1, p_images, p_scores, o_n, o_r, again, best_0, worst_0, best_1, worst_1,
-    WIDTH: tl.constexpr, ITEMS: tl.constexpr, MASKED: tl.constexpr, FOLDS: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """Score a block of keys for all items; return the best and the worst of each so far."""
-    o_k = o_n[:, None] * WIDTH + o_r[None, :]
-    if MASKED:
-        k = tl.load(p_images + o_k, (o_n < pair_0[4])[:, None], 0.0)
-    else:
-        k = tl.load(p_images + o_k)
-    best_0, worst_0 = _score_pair(
-        pair_0, k, p_scores, o_n, again, best_0, worst_0, ITEMS > 1, MASKED, FOLDS, PACKED
-    )
-    if ITEMS > 2:
-        best_1, worst_1 = _score_pair(
-            pair_1, k, p_scores, o_n, again, best_1, worst_1, True, MASKED, FOLDS, PACKED
-        )
-    return best_0, worst_0, best_1, worst_1
-
-
-@triton.jit
-def _store_bounds(p_bounds, pair, best, worst, i_0, i_1, start, heads, i_head, max_chunks, i_chunk):
-    """Store the bounds of a chunk of a pair of items, of those with tokens in it."""
-    best_0, best_1 = _of_pairs(best)
-    worst_0, worst_1 = _of_pairs(worst)
-    p_0 = p_bounds + 2 * ((i_0 * heads + i_head) * max_chunks + i_chunk)
-    p_1 = p_bounds + 2 * ((i_1 * heads + i_head) * max_chunks + i_chunk)
-    if start < pair[5]:
-        tl.store(p_1, tl.max(best_1))
-        tl.store(p_1 + 1, tl.min(worst_1))
-    if start < pair[4]:
-        tl.store(p_0, tl.max(best_0))
-        tl.store(p_0 + 1, tl.min(worst_0))
-
-
-@triton.jit(do_not_specialize=["items", "lacking"])
+@triton.jit(do_not_specialize=["items"])
 def _score_kernel(
     p_rows, p_images, p_items, p_scores, p_bounds,
-    stride_images_fit, stride_images_head, stride_scores_item, stride_scores_head,
-    max_rows, max_chunks, items, lacking,
-    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLDS: tl.constexpr, PACKED: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    stride_images_fit, stride_images_basis, stride_scores_item, stride_scores_head,
+    max_rows, max_chunks, items,
+    SHARE: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, ROW_STEP: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
+    BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Largest product of a segment's rows with each key of a chunk, and the chunk's bounds.
+    """score[item, KV head, key] = max over its bases and rows of row . key, and a chunk's bounds.
 
-    ITEMS neighbouring segments of one basis share each load of images. The first group lacks some,
-    the last one may: there a segment stands for others, too.
+    TOGETHER of a KV head's SHARE bases are scored in one pass over the keys, up to four; a later
+    pass takes the maximum with what the ones before have stored. Columns go segment by segment:
+    folded to eight they are the segments themselves.
     """
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
-    group = tl.program_id(2) * ITEMS - lacking
-    last = tl.minimum(group + ITEMS, items) - 1
+    first_item = tl.program_id(2) * ITEMS
+    last_item = tl.minimum(first_item + ITEMS, items) - 1
     start = i_chunk * CHUNK
-    i_0 = tl.maximum(group, 0)
-    i_1 = tl.minimum(tl.maximum(group + 1, 0), last)
-    i_2 = tl.minimum(tl.maximum(group + 2, 0), last)
-    # Items are sorted by history: the first one sees the most, the last one the least.
-    n = tl.load(p_items + i_0 * ITEM_COLUMNS + 4)
-    if start >= n:
+    # Items are sorted by history: the first one sees the most.
+    longest = tl.load(p_items + first_item * ITEM_COLUMNS + 4)
+    if start >= longest:
         return
-    end = tl.minimum(start + CHUNK, n)
-    shared = tl.minimum(end, tl.load(p_items + last * ITEM_COLUMNS + 4))
-    full = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
-    o_r = tl.arange(0, WIDTH)
-    o_block = tl.arange(0, BLOCK_N)
-    o_m = tl.arange(0, BLOCK_M)
-    p_images += tl.load(p_items + i_0 * ITEM_COLUMNS + 6).to(tl.int64) * stride_images_fit
-    p_images += i_head.to(tl.int64) * stride_images_head
-    p_scores += i_head * stride_scores_head
-    for block in range(BLOCKS):
-        again = (BLOCKS > 1) & (block > 0)
-        pair_0 = _load_pair(
-            p_rows, p_items, i_0, i_1, i_head, block * BLOCK_M, max_rows, stride_scores_item,
-            o_m, o_r, GROUP, ROW_STEP, WIDTH, ITEM_COLUMNS,
+    bases = tl.num_programs(1) * SHARE
+    o_r, o_n, o_i = tl.arange(0, WIDTH), tl.arange(0, BLOCK_N), tl.arange(0, ITEMS)
+    item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
+    n = tl.load(p_items + item * ITEM_COLUMNS + 4)
+    if BY_FIT:
+        i_fit = tl.load(p_items + first_item * ITEM_COLUMNS + 6).to(tl.int64)
+        p_images += i_fit * stride_images_fit
+    p_scores += i_head * stride_scores_head + item * stride_scores_item
+    best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
+    worst = tl.full([BLOCK_N, ITEMS], float("inf"), tl.float16)
+    PASSES: tl.constexpr = ROW_BLOCKS * ((SHARE + TOGETHER - 1) // TOGETHER)
+    for i_pass in range(PASSES):
+        i_row = (i_pass % ROW_BLOCKS) * (BLOCK_M // ITEMS)
+        first = i_pass // ROW_BLOCKS * TOGETHER
+        # What is too much of them repeats the last basis.
+        b_0 = i_head * SHARE + tl.minimum(first, SHARE - 1)
+        b_1 = i_head * SHARE + tl.minimum(first + 1, SHARE - 1)
+        b_2 = i_head * SHARE + tl.minimum(first + 2, SHARE - 1)
+        b_3 = i_head * SHARE + tl.minimum(first + 3, SHARE - 1)
+        q_0 = _load_rows(
+            p_rows, p_items, first_item, last_item, b_0, bases, i_row, max_rows, o_r,
+            GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
         )  # fmt: skip
-        pair_1 = pair_0
-        if ITEMS > 2:
-            pair_1 = _load_pair(
-                p_rows, p_items, i_2, last, i_head, block * BLOCK_M, max_rows, stride_scores_item,
-                o_m, o_r, GROUP, ROW_STEP, WIDTH, ITEM_COLUMNS,
+        q_1, q_2, q_3 = q_0, q_0, q_0
+        if TOGETHER > 1:
+            q_1 = _load_rows(
+                p_rows, p_items, first_item, last_item, b_1, bases, i_row, max_rows, o_r,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
             )  # fmt: skip
-        none = tl.full([BLOCK_N // 2], float("-inf"), tl.float16)
-        best_0, worst_0 = _as_pairs(none, none), _as_pairs(-none, -none)
-        best_1, worst_1 = best_0, worst_0
-        for o in tl.range(start, full, BLOCK_N, num_stages=STAGES):
-            best_0, worst_0, best_1, worst_1 = _score_block(
-                pair_0, pair_1, p_images, p_scores, o + o_block, o_r, again,
-                best_0, worst_0, best_1, worst_1, WIDTH, ITEMS, False, FOLDS, PACKED,
+        if TOGETHER > 2:
+            q_2 = _load_rows(
+                p_rows, p_items, first_item, last_item, b_2, bases, i_row, max_rows, o_r,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
             )  # fmt: skip
-        for o in tl.range(full, end, BLOCK_N, num_stages=1):
-            best_0, worst_0, best_1, worst_1 = _score_block(
-                pair_0, pair_1, p_images, p_scores, o + o_block, o_r, again,
-                best_0, worst_0, best_1, worst_1, WIDTH, ITEMS, True, FOLDS, PACKED,
+            q_3 = _load_rows(
+                p_rows, p_items, first_item, last_item, b_3, bases, i_row, max_rows, o_r,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
             )  # fmt: skip
-        heads = tl.num_programs(1)
-        _store_bounds(
-            p_bounds, pair_0, best_0, worst_0, i_0, i_1, start, heads, i_head, max_chunks, i_chunk
-        )
-        if ITEMS > 2:
-            _store_bounds(
-                p_bounds, pair_1, best_1, worst_1, i_2, last, start, heads, i_head, max_chunks,
-                i_chunk,
-            )  # fmt: skip
+        p_0 = p_images + b_0.to(tl.int64) * stride_images_basis
+        p_1 = p_images + b_1.to(tl.int64) * stride_images_basis
+        p_2 = p_images + b_2.to(tl.int64) * stride_images_basis
+        p_3 = p_images + b_3.to(tl.int64) * stride_images_basis
+        last_pass = i_pass == PASSES - 1
+        for o in tl.range(start, tl.minimum(start + CHUNK, longest), BLOCK_N, num_stages=STAGES):
+            token = o + o_n
+            most = _largest(p_0, q_0, token, o_r, WIDTH, FOLDS, PACKED)
+            if TOGETHER > 1:
+                most = tl.maximum(most, _largest(p_1, q_1, token, o_r, WIDTH, FOLDS, PACKED))
+            if TOGETHER > 2:
+                most = tl.maximum(most, _largest(p_2, q_2, token, o_r, WIDTH, FOLDS, PACKED))
+                most = tl.maximum(most, _largest(p_3, q_3, token, o_r, WIDTH, FOLDS, PACKED))
+            if ITEMS < 8:
+                most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
+            m_score = token[:, None] < n[None, :]
+            p_score = p_scores[None, :] + token[:, None]
+            if PASSES > 1:
+                before = tl.load(p_score, m_score & (i_pass > 0), float("-inf"))
+                most = tl.maximum(most, before)
+            tl.store(p_score, most, m_score)
+            seen = m_score & last_pass
+            best = tl.maximum(best, tl.where(seen, most, float("-inf")))
+            worst = tl.minimum(worst, tl.where(seen, most, float("inf")))
+    p_bounds += 2 * ((item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
+    m_item = (first_item + o_i < items) & (start < n)
+    tl.store(p_bounds, tl.max(best, 0).to(tl.float32), m_item)
+    tl.store(p_bounds + 1, tl.min(worst, 0).to(tl.float32), m_item)
 
 
 def score_rows(
@@ -285,7 +158,6 @@ def score_rows(
     group: int,
     *,
     row_step: int = ROW_STEP,
-    block_m: int = BLOCK_M,
     chunk: int = CHUNK,
     shared: bool = True,
 ) -> None:
@@ -295,25 +167,27 @@ def score_rows(
         work: segments of any requests.
         scores: written to.
         bounds: written to.
-        space: rows of the segments, and images by an item's fit.
-        group: query heads of a KV head.
+        space: rows of the segments, and images; of decode those are indexed by an item's fit.
+        group: query heads that share a basis.
         row_step: one row of so many is scored.
-        block_m: rows at a time.
         chunk: history tokens of a program.
-        shared: whether neighbouring segments share a fit, and so a program.
+        shared: whether neighbouring segments share images, and so a program.
     """
-    images = space.images
-    kv_heads, rows = images.shape[1], space.rows.shape[2]
-    items = math.gcd(work.fit_items, SHARING) if shared else 1
-    lacking = -work.first_fit_items % items
-    groups = -(-(work.num_items + lacking) // items)
-    _score_kernel[(-(-work.max_history // chunk), kv_heads, groups)](
+    images, kv_heads = space.images, scores.shape[1]
+    bases, rows = space.rows.shape[1:3]
+    share = bases // kv_heads
+    # What a block holds at a time: images of fewer bytes leave room for more.
+    columns, together = (256, 4) if images.element_size() == 1 else (128, 2)
+    items = SHARING if shared else 1
+    block_m = min(columns, max(triton.next_power_of_2(rows) * items, LEAST_COLUMNS))
+    _score_kernel[(-(-work.max_history // chunk), kv_heads, -(-work.num_items // items))](
         space.rows, images, work.items, scores, bounds,
-        images.stride(0), images.stride(1), scores.stride(0), scores.stride(1),
-        rows, bounds.shape[1], work.num_items, lacking,
-        GROUP=group, ROW_STEP=row_step, WIDTH=basis.WIDTH,
-        CHUNK=chunk, ITEMS=items, BLOCK_M=block_m, BLOCKS=-(-rows // block_m),
-        BLOCK_N=min(BLOCK_N, chunk),
+        images.stride(0), images.stride(-3), scores.stride(0), scores.stride(1),
+        rows, bounds.shape[1], work.num_items,
+        SHARE=share, TOGETHER=min(triton.next_power_of_2(share), together), GROUP=group,
+        ROW_STEP=row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items, BLOCK_M=block_m,
+        BLOCK_N=min(BLOCK_N, chunk), WIDTH=basis.WIDTH, CHUNK=chunk,
         FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
-        ITEM_COLUMNS=COLUMNS, STAGES=3, num_warps=4, maxnreg=SCORE_REGISTERS,
+        BY_FIT=images.dim() == 4, ITEM_COLUMNS=COLUMNS, STAGES=STAGES,
+        num_warps=8 if block_m > 128 else 4, maxnreg=REGISTERS,
     )  # fmt: skip

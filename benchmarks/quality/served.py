@@ -19,9 +19,9 @@ from .units import Unit
 class Served(Method):
     """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
-    One list for 64 queries of a GQA group; the basis is fitted to the last ``FIT_QUERIES``
-    queries, as in a full work list, and to the whole history. The heads of a tile share its
-    budget, see `selection.counts_heads`; means of regions stand for what is skipped.
+    One list for 64 queries of a GQA group; the basis of each head is fitted to its last
+    ``FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of a tile
+    share its budget, see `selection.counts_heads`; means of regions stand for what is skipped.
     """
 
     unit: str = "64xkv"
@@ -35,30 +35,25 @@ class Served(Method):
         unit = Unit.parse(self.unit)
         if not unit.shared or unit.sorted:
             raise ValueError("the heads of a group share the lists of the served ranking")
-        recent = torch.cat([segment.past_q.float(), segment.q], 1)[:, -FIT_QUERIES:]
-        recent = recent.unflatten(0, (segment.kv_heads, segment.group)).flatten(1, 2)
-        queries = recent[:, :: -(-recent.shape[1] // basis.SAMPLES)]
-        keys = segment.k[:, :: -(-segment.history // basis.SAMPLES)]
-        fitted = basis.fit(queries, keys, segment.scale)
+        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[:, -FIT_QUERIES:]
+        keys, own_keys = (x.repeat_interleave(segment.group, 0) for x in (segment.k, segment.own_k))
+        fitted = basis.fit(
+            recent[:, :: -(-recent.shape[1] // basis.SAMPLES)],
+            keys[:, :: -(-segment.history // basis.SAMPLES)], segment.scale,
+        )  # fmt: skip
         seen, beside = (
-            basis.key_images(keys, fitted, torch.float8_e4m3fn)
-            for keys in (segment.k, segment.own_k)
+            basis.key_images(keys, fitted, torch.float8_e4m3fn) for keys in (keys, own_keys)
         )
-        own = segment.q.unflatten(0, (segment.kv_heads, segment.group)).float()
-        tile = unit.queries
-        fine = []
-        for kv in range(segment.kv_heads):
-            of_head = basis.Basis(*(part[kv] for part in fitted))
-            for start in range(0, segment.length, tile):
-                # A tile's rows query by query, as in the kernels.
-                queries = own[kv, :, start : start + tile].transpose(0, 1).flatten(0, 1)
-                scored = basis.scored_rows(queries @ of_head.a, segment.group)
-                visible = torch.arange(segment.length) <= start + scored[:, None] // segment.group
-                rows = basis.query_images(
-                    queries[scored], of_head, seen[kv], beside[kv], visible, torch.float8_e4m3fn
-                )
-                fine.append((rows @ seen[kv].T).amax(0))
-        return Ranking(unit.rows(segment), torch.stack(fine))
+        tiles = []
+        for start in range(0, segment.length, unit.queries):
+            queries = segment.q[:, start : start + unit.queries].float()
+            scored = basis.scored_rows(queries @ fitted.a, 1)
+            queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
+            visible = torch.arange(segment.length) <= start + scored[..., None]
+            rows = basis.query_images(queries, fitted, seen, beside, visible, torch.float8_e4m3fn)
+            by_head = (rows @ seen.mT).amax(1)
+            tiles.append(by_head.unflatten(0, (segment.kv_heads, segment.group)).amax(1))
+        return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
             wanted = reference_probes.probe_scores(*arguments, scale=batch.scale)
         else:
             space = low_rank.LowRankWorkspace(
-                heads, 8, head_dim, work.max_fit_tokens, work.num_items, segment,
+                heads, heads, head_dim, work.max_fit_tokens, work.num_items, segment,
                 batch.query.dtype, device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)

@@ -108,9 +108,10 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
 def by_references(batch, space, one, query, work):
     """Fill a slot as the references would."""
     cache, table, slot, rank = batch.kv_cache, batch.block_table, one.slot, basis.RANK
-    fitted = basis.fit_work(query, cache, table, work, batch.scale)
+    span, bases = work.spans[one.fit], cache.shape[1]
+    fitted = basis.fit_span(query, cache, table, work.row, span, bases, batch.scale)
     for own, part in zip(space.fit, fitted, strict=True):
-        own[slot, ..., :rank] = part[one.fit]
+        own[slot, ..., :rank] = part
     space.fit.offset[slot, :, rank:] = -torch.tensor(basis.SHIFT_FACTORS, device=query.device)
     positions = torch.arange(one.tokens, device=query.device)
     places = reference.physical_slots(positions, table[work.row], cache.shape[2])

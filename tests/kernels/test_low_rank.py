@@ -13,7 +13,6 @@ from s2o_vllm.kernels import basis, low_rank, reference
 from s2o_vllm.kernels.fit import find_bases, take_moments
 from s2o_vllm.kernels.plan import (
     DENSE_START,
-    FIT,
     NUM_QUERIES,
     ROW_STEP,
     Limits,
@@ -21,7 +20,7 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
 )
 from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.score import score_rows
+from s2o_vllm.kernels.score import image_room, score_rows
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
@@ -46,7 +45,7 @@ def ranked(request, device, fresh_seed):
     )  # fmt: skip
     (work,) = batch.work(segment=segment)
     space = low_rank.LowRankWorkspace(
-        heads, kv_heads, head_dim, 850, work.num_items, segment, DTYPE, device
+        heads, heads, head_dim, 850, work.num_items, segment, DTYPE, device
     )
     for part in (space.images, space.rows):
         part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
@@ -60,17 +59,16 @@ def ranked(request, device, fresh_seed):
     return batch, work, space, scores
 
 
-def each_item(work, space, group):
+def each_item(work, space):
     """Number, history and chosen rows of every segment, which all have one fit here."""
     for number, item in enumerate(work.items.tolist()):
-        kept = -(-item[2] * group // ROW_STEP)
+        kept = -(-item[NUM_QUERIES] // ROW_STEP)
         yield number, item, item[DENSE_START], space.chosen[number, :, :kept].long()
 
 
 def rows_of(batch, item):
-    """A segment's rows, query by query: ``[kv_heads, rows, head_dim]``."""
-    queries = reference.segment_queries(batch.query, item, batch.kv_cache.shape[1])
-    return queries.transpose(1, 2).flatten(1, 2)
+    """A segment's rows: ``[heads, queries, head_dim]``."""
+    return reference.segment_queries(batch.query, item, batch.query.shape[1]).flatten(1, 2)
 
 
 def assert_rounded(got, wanted):
@@ -85,19 +83,18 @@ def test_images_of_keys(ranked):
     seen = work.max_fit_tokens
     positions = torch.arange(seen, device=batch.query.device)
     slots = reference.physical_slots(positions, batch.block_table[work.row], page)
-    keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
-    wanted = keys @ space.fit.b[0].float() - space.fit.offset[0, :, None]
-    assert_rounded(space.images[0, :, :seen], wanted)
+    keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim, batch.query.shape[1])
+    wanted = keys @ space.fit.b.float() - space.fit.offset[:, None]
+    assert_rounded(space.images[:, :seen], wanted)
     factors = torch.tensor(basis.SHIFT_FACTORS, device=keys.device)
-    assert (space.images[0, :, :seen, basis.RANK :].float() == factors).all()
+    assert (space.images[:, :seen, basis.RANK :].float() == factors).all()
 
 
 def test_chosen_rows_have_the_largest_images(ranked):
     batch, work, space, _ = ranked
-    group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    for _, item, _, chosen in each_item(work, space, group):
-        images = rows_of(batch, item) @ space.fit.a[0, :, :, : basis.RANK].float()
-        wanted = basis.scored_rows(images, group)
+    for _, item, _, chosen in each_item(work, space):
+        images = rows_of(batch, item) @ space.fit.a[:, :, : basis.RANK].float()
+        wanted = basis.scored_rows(images, 1)
         assert chosen.shape == wanted.shape
         assert (chosen.diff() > 0).all(), "each once, in their order"
         size = images.square().sum(-1)
@@ -108,24 +105,22 @@ def test_chosen_rows_have_the_largest_images(ranked):
 
 def test_images_of_rows(ranked):
     batch, work, space, _ = ranked
-    group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    for number, item, _, chosen in each_item(work, space, group):
-        images = rows_of(batch, item) @ space.fit.a[0, :, :, : basis.RANK].float()
+    for number, item, _, chosen in each_item(work, space):
+        images = rows_of(batch, item) @ space.fit.a[:, :, : basis.RANK].float()
         wanted = images.gather(1, chosen[..., None].expand(-1, -1, basis.RANK))
         assert_rounded(space.rows[number, :, : wanted.shape[1], : basis.RANK], wanted)
 
 
 def test_shifts_of_rows(ranked):
     batch, work, space, _ = ranked
-    group = batch.query.shape[1] // batch.kv_cache.shape[1]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
-    for number, item, history, chosen in each_item(work, space, group):
+    for number, item, history, chosen in each_item(work, space):
         rows = space.rows[number, :, : chosen.shape[1]].float()
-        images = space.images[0, ..., : basis.RANK].float()
+        images = space.images[..., : basis.RANK].float()
         places = stratified(history, basis.SHIFT_STEP).to(images.device)
         scores = rows[..., : basis.RANK] @ images[:, places].mT
         own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
-        future = torch.arange(item[2], device=own.device) > chosen[..., None] // group
+        future = torch.arange(item[2], device=own.device) > chosen[..., None]
         own = own.masked_fill(future, float("-inf"))
         mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
         got = -(rows[..., basis.RANK :] @ factors)
@@ -135,42 +130,48 @@ def test_shifts_of_rows(ranked):
 
 def test_scores_are_the_largest_products(ranked):
     batch, work, space, scores = ranked
-    group = batch.query.shape[1] // batch.kv_cache.shape[1]
-    for number, _, history, chosen in each_item(work, space, group):
+    for number, _, history, chosen in each_item(work, space):
         rows = space.rows[number, :, : chosen.shape[1]].float()
-        wanted = (rows @ space.images[0, :, :history].float().mT).amax(1)
+        by_head = (rows @ space.images[:, :history].float().mT).amax(1)
+        wanted = by_head.unflatten(0, (batch.kv_cache.shape[1], -1)).amax(1)
         torch.testing.assert_close(
             scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0
         )
         assert torch.isnan(scores[number, :, history:]).all()
 
 
-def test_neighbours_that_share_loads_score_as_single_ones(device):
-    row = PrefillRow(0, 0, 138, 2000, 0.1)
-    (work,) = build_work_lists([row], 32, 512, device, Limits(8, 2**14))
-    # The longest history first: one group lacks its first segment, the next one its last two.
-    assert work.items[:, FIT].tolist() == [1, 1, 1, 0, 0]
-    assert work.first_fit_items == 3
-    kind = basis.image_dtype(device)
+@pytest.mark.parametrize(
+    ("segment", "share"), [(16, 1), (32, 2), (32, 3), (64, 6), (700, 2)], ids=str
+)
+def test_neighbours_that_share_loads_score_as_single_ones(device, segment, share):
+    """Whatever the bases of a KV head and the rows: of many there are several passes."""
+    row = PrefillRow(0, 0, 138 if segment < 100 else 1400, 2000, 0.1)
+    (work,) = build_work_lists([row], segment, 512, device, Limits(16, 2**20))
+    kind, rows = basis.image_dtype(device), -(-segment // ROW_STEP)
+    items, bases = work.num_items, 2 * share
     space = SimpleNamespace(
-        images=torch.randn(2, 2, 2138, basis.WIDTH, device=device).to(kind),
-        rows=torch.randn(5, 2, 32, basis.WIDTH, device=device).to(kind),
+        images=torch.randn(bases, image_room(3400), basis.WIDTH, device=device).to(kind),
+        rows=torch.randn(items, bases, rows, basis.WIDTH, device=device).to(kind),
     )
     results = []
     for shared in (False, True):
-        scores = torch.full((5, 2, 3072), float("nan"), device=device).half()
-        bounds = torch.full((10, 3, 2), float("nan"), device=device)
-        score_rows(work, scores, bounds, space, 2, chunk=1024, shared=shared)
+        scores = torch.full((items, 2, 4096), float("nan"), device=device).half()
+        bounds = torch.full((items * 2, 4, 2), float("nan"), device=device)
+        score_rows(work, scores, bounds, space, 1, chunk=1024, shared=shared)
         results.append((scores, bounds))
     (scores, bounds), (shared_scores, shared_bounds) = results
     for number, item in enumerate(work.items.tolist()):
-        fit, history, kept = item[FIT], item[DENSE_START], item[NUM_QUERIES] * 2 // ROW_STEP
-        wanted = (
-            space.rows[number, :, :kept].float() @ space.images[fit, :, :history].float().mT
-        ).amax(1)
+        history, kept = item[DENSE_START], -(-item[NUM_QUERIES] // ROW_STEP)
+        by_basis = space.rows[number, :, :kept].float() @ space.images[:, :history].float().mT
+        wanted = by_basis.amax(1).unflatten(0, (2, -1)).amax(1)
         got = scores[number, :, :history].float()
         torch.testing.assert_close(got, wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0)
         assert torch.isnan(shared_scores[number, :, history:]).all()
+        for head in range(2):
+            for start in range(0, history, 1024):
+                part = scores[number, head, start : min(start + 1024, history)].float()
+                own = bounds[number * 2 + head, start // 1024]
+                assert own.tolist() == [float(part.max()), float(part.min())]
     torch.testing.assert_close(shared_scores, scores, atol=0, rtol=0, equal_nan=True)
     torch.testing.assert_close(shared_bounds, bounds, atol=0, rtol=0, equal_nan=True)
 
@@ -181,18 +182,19 @@ def test_the_fit_is_the_references_and_the_same_twice(device, shape):
     batch = make_batch(device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads,
                        head_dim=head_dim, fp8=fp8)  # fmt: skip
     (work,) = batch.work(segment=segment)
-    arguments = (batch.query, batch.kv_cache, batch.block_table, work)
+    arguments = (batch.query, batch.kv_cache, batch.block_table, work.row, work.chunk)
     spaces = []
     for _ in range(2):
-        space = low_rank.LowRankWorkspace(heads, kv_heads, head_dim, 850, 4, segment, DTYPE, device)
+        space = low_rank.LowRankWorkspace(heads, heads, head_dim, 850, 4, segment, DTYPE, device)
         take_moments(*arguments, space.fit)
-        find_bases(arguments[-1], space.fit, scale=batch.scale)
+        find_bases(space.fit, scale=batch.scale)
         spaces.append(space.fit)
     one, other = spaces
     for name in ("moments", "means", "a", "b", "offset"):
-        first, second = getattr(one, name)[:1], getattr(other, name)[:1]
-        assert torch.equal(first, second), f"{name} differs from run to run"
-    wanted = basis.fit_work(*arguments, batch.scale)
-    product = one.a[:1].float() @ one.b[:1].float().mT
+        assert torch.equal(getattr(one, name), getattr(other, name)), (
+            f"{name}: another run, another"
+        )
+    wanted = basis.fit_span(*arguments, heads, batch.scale)
+    product = one.a.float() @ one.b.float().mT
     truth = wanted.a @ wanted.b.mT
     assert float((product - truth).norm() / truth.norm()) < (0.05 if ON_GPU else 1e-3)

@@ -35,11 +35,10 @@ def mean_query(batch, works, chunk=64):
 
 def every_query(batch, works, chunk=64):
     heads, head_dim = batch.query.shape[1:]
-    kv_heads = batch.kv_cache.shape[1]
     history = max(work.max_fit_tokens for work in works)
     items, segment = max(work.num_items for work in works), max(work.max_queries for work in works)
     space = low_rank.LowRankWorkspace(
-        heads, kv_heads, head_dim, history, items, segment, batch.query.dtype, batch.query.device
+        heads, heads, head_dim, history, items, segment, batch.query.dtype, batch.query.device
     )
     for work in works:
         results = empty_results(batch, work, chunk)
@@ -151,10 +150,11 @@ def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
 def test_scored_rows_are_spread_and_have_the_largest_images():
     sizes = torch.tensor([3.0, 1.0, 4.0, 1.0, 0.1, 5.0, 9.0, 1.0, 2.0])
     rows = sizes[:, None] * torch.nn.functional.normalize(torch.randn(2, 9, 8), dim=-1)
-    assert basis.scored_rows(rows, 1).tolist() == 2 * [[0, 4, 5, 6, 8]]  # 0, 4 and 8 always
+    # Of the first basis 0, 4 and 8 always, of the second 3 and 7.
+    assert basis.scored_rows(rows, 1).tolist() == [[0, 4, 5, 6, 8], [2, 3, 5, 6, 7]]
     # Of three heads' rows always those whose query and head add up to 0 or 4: 0, 8 and 10.
-    spread = torch.zeros(12, 3)
-    assert basis.scored_rows(spread, 3).tolist() == [0, 1, 2, 3, 8, 10], "the first of equal ones"
+    spread = torch.zeros(1, 12, 3)
+    assert basis.scored_rows(spread, 3).tolist() == [[0, 1, 2, 3, 8, 10]], "the first of equal ones"
 
 
 def test_rough_exponentials_are_within_their_bounds():
@@ -271,19 +271,20 @@ def test_fitted_bases_match_the_reference(device, head_dim):
     (work,) = batch.work()
     space = FitWorkspace(2, head_dim, batch.query.dtype, device)
     space.a.fill_(float("nan"))
-    take_moments(*arguments(batch, work), space)
-    find_bases(work, space, scale=batch.scale)
-    wanted = basis.fit_work(*arguments(batch, work), batch.scale)
-    a, b = space.a[: len(work.fits)].float(), space.b[: len(work.fits)].float()
+    span = (batch.query, batch.kv_cache, batch.block_table, work.row, work.chunk)
+    take_moments(*span, space)
+    find_bases(space, scale=batch.scale)
+    wanted = basis.fit_span(*span, 2, batch.scale)
+    a, b = space.a.float(), space.b.float()
     rank = basis.RANK
     product = wanted.a @ wanted.b.mT
     assert relative_error(a[..., :rank] @ b[..., :rank].mT, product) < TOLERANCE * 3
     sign = (a[..., :rank] * wanted.a).sum(-2).sign()
-    offset = space.offset[: len(work.fits)]
+    offset = space.offset
     assert relative_error(offset[..., :rank] * sign, wanted.offset) < TOLERANCE * 3
     assert (a[..., rank:] == 0).all()
     assert (b[..., rank:] == 0).all()
-    factors = torch.tensor(basis.SHIFT_FACTORS, device=device).expand(len(work.fits), 2, -1)
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=device).expand(2, -1)
     torch.testing.assert_close(-offset[..., rank:], factors)
 
 
@@ -293,10 +294,10 @@ def test_fitted_bases_of_degenerate_keys_are_finite(device):
         batch.kv_cache[..., :64] = value
         (work,) = batch.work()
         space = FitWorkspace(2, 64, batch.query.dtype, device)
-        take_moments(*arguments(batch, work), space)
-        find_bases(work, space, scale=batch.scale)
+        take_moments(batch.query, batch.kv_cache, batch.block_table, work.row, work.chunk, space)
+        find_bases(space, scale=batch.scale)
         for part in (space.a, space.b, space.offset):
-            assert torch.isfinite(part[: len(work.fits)]).all()
+            assert torch.isfinite(part).all()
 
 
 def test_a_key_that_one_query_wants_ranks_first_in_every_list():

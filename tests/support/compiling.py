@@ -188,7 +188,7 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
-    sizes = (HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
+    sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
     images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
     selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
