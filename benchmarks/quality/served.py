@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from s2o_vllm.kernels import basis, reference_probes
+from s2o_vllm.kernels import basis
 from s2o_vllm.kernels.plan import FIT_QUERIES
-from s2o_vllm.kernels.tuning import pool_of
 
 from .attention import Segment
 from .ranking import Method
@@ -59,35 +58,3 @@ class Served(Method):
                 )
                 fine.append((rows @ seen[kv].T).amax(0))
         return Ranking(unit.rows(segment), torch.stack(fine))
-
-
-@dataclass(frozen=True)
-class Probes(Method):
-    """The default ranking of `s2o_vllm.kernels`: means of neighbouring queries in fp8, maximum.
-
-    Lists are equally long here; the kernels share half of a segment's budget among the heads of a
-    group.
-    """
-
-    unit: str = "512xhead"
-
-    name: ClassVar[str] = "probes"
-
-    def ranking(self, segment: Segment) -> Ranking:
-        """Score tokens; see `Method.ranking`."""
-        unit = Unit.parse(self.unit)
-        if unit.shared or unit.sorted:
-            raise ValueError("probes rank for single heads, and pool neighbours")
-        keys = torch.cat([segment.k, segment.own_k], 1).float()
-        keys = keys - reference_probes.mean_key(keys)[:, None]
-        keys = keys.repeat_interleave(segment.group, 0)
-        tiles = [
-            reference_probes.list_scores(
-                segment.q[:, start : start + unit.queries].transpose(0, 1),
-                keys[:, : segment.history + start + unit.queries],
-                segment.history, segment.scale, torch.float8_e4m3fn,
-                pool_of(unit.queries),
-            )
-            for start in range(0, segment.length, unit.queries)
-        ]  # fmt: skip
-        return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))
