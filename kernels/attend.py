@@ -46,8 +46,7 @@ def _attend_kernel(
     stride_block, stride_head, stride_token,
     stride_slots_item, stride_slots_head, stride_means_fit, stride_means, stride_table,
     stride_order_item, stride_order_head,
-    GROUP: tl.constexpr, SHARING: tl.constexpr, SUMMARIES: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     DENSE: tl.constexpr, EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
@@ -57,9 +56,7 @@ def _attend_kernel(
     LIFT_BLOCK: tl.constexpr, SLOPE_BLOCK: tl.constexpr,
     E4M3: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows (queries x SHARING heads) of one segment and list.
-
-    SHARING query heads have a list in common: one, or the GROUP of a KV head.
+    """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
 
     With DENSE all segments have one list, the slots of the sequence, and visit their history's part
     of it. With PARTS a segment has one tile, and so many programs share its list: :class:`Parts`.
@@ -67,8 +64,7 @@ def _attend_kernel(
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
     i_tile, i_item = tl.program_id(0), (first_item + tl.program_id(1)).to(tl.int64)
     i_head = tl.program_id(2)
-    i_kv_head = i_head * SHARING // GROUP
-    QUERIES: tl.constexpr = BLOCK_M // SHARING
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
     p_item = p_items + i_item * ITEM_COLUMNS
     row = tl.load(p_item + 0).to(tl.int64)
     query_start = tl.load(p_item + 1).to(tl.int64)
@@ -102,37 +98,35 @@ def _attend_kernel(
     of_tail = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)
 
     o_row = tl.arange(0, BLOCK_M)
-    o_query = first + o_row // SHARING
-    m_row = (o_row < QUERIES * SHARING) & (o_query < num_queries)
+    o_query = first + o_row // GROUP
+    m_row = (o_row < QUERIES * GROUP) & (o_query < num_queries)
     if PERMUTED:
         p_order += i_item * stride_order_item + i_head * stride_order_head
         o_query = tl.load(p_order + o_query, m_row, 0)
     o_d = tl.arange(0, D_PAD)
     # Within a segment 32 bits do: these take registers until the output is stored.
-    p_q += query_start * stride_q_token + (i_head * SHARING).to(tl.int64) * stride_q_head
-    o_q = o_query * stride_q_token + o_row % SHARING * stride_q_head
+    p_q += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
+    o_q = o_query * stride_q_token + o_row % GROUP * stride_q_head
     q = load_rows(p_q, o_q, m_row, o_d, True, D, D_PAD)
     # What is multiplied by keys. Loaded a second time and not converted: the tensor core then finds
     # it in shared memory, which takes no registers.
     q_k = q
     if E4M3:
-        p_q_e4m3 += query_start * stride_q_token + (i_head * SHARING).to(tl.int64) * stride_q_head
+        p_q_e4m3 += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
         q_k = load_rows(p_q_e4m3, o_q, m_row, o_d, True, D, D_PAD)
 
     # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
-    kv_heads = tl.num_programs(2) * SHARING // GROUP
-    if SUMMARIES:  # noqa: SIM102
-        if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
-            p_spreads += (tl.load(p_item + 6) * kv_heads + i_kv_head).to(tl.int64) * (D * D)
-            lift = region_lift(
-                q, p_q, o_q, m_row, p_spreads, o_d, scale,
-                D, D_PAD, LIFT_BLOCK, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
-            )  # fmt: skip
+    if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
+        p_spreads += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+        lift = region_lift(
+            q, p_q, o_q, m_row, p_spreads, o_d, scale,
+            D, D_PAD, LIFT_BLOCK, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
+        )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    p_k = p_kv + i_kv_head.to(tl.int64) * stride_head
+    p_k = p_kv + i_head.to(tl.int64) * stride_head
     p_v = p_k + D
 
     # Pass 1: dense and causal, from dense_start to the tile's last query.
@@ -206,16 +200,14 @@ def _attend_kernel(
     visited = seen * BLOCK_N + tail
 
     fit = tl.load(p_item + 6).to(tl.int64)
-    regions = 0
-    if SUMMARIES:
-        p_means += fit * stride_means_fit + i_kv_head.to(tl.int64) * stride_means
-        if not PARTS:
-            listed = visited
-        missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
-        regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
-        if PARTS:
-            regions = tl.minimum(regions, tl.load(p_known + fit))
-        lift += tl.log2(REGION * missing)
+    p_means += fit * stride_means_fit + i_head.to(tl.int64) * stride_means
+    if not PARTS:
+        listed = visited
+    missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
+    regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
+    if PARTS:
+        regions = tl.minimum(regions, tl.load(p_known + fit))
+    lift += tl.log2(REGION * missing)
     m, mass, tokens, acc = visit_rest(
         q, p_k, p_means, of_tail, tail, regions, lift, m, mass, acc, o_n, o_d, scale, softcap,
         stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP, PRECISION,
@@ -224,28 +216,25 @@ def _attend_kernel(
     if PARTS:
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     unit = 1.0 / mass
-    if SUMMARIES:  # noqa: SIM102
-        if regions > 0:
-            p_slopes += (fit * kv_heads + i_kv_head) * (D * D)
-            # A row's slope counts by its mass of regions; scale is in base 2. It is the other
-            # summand that is divided by it, so that queries are multiplied as they are at hand.
-            lean = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
-            acc *= (unit / lean)[:, None]
-            acc = add_slopes(
-                acc, q, p_q, o_q, m_row, p_slopes, o_d, D, D_PAD, SLOPE_BLOCK, PRECISION
-            )
-            unit = lean
+    if regions > 0:
+        p_slopes += (fit * tl.num_programs(2) + i_head) * (D * D)
+        # A row's slope counts by its mass of regions; scale is in base 2. It is the other summand
+        # that is divided by it, so that queries are multiplied as they are at hand.
+        lean = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
+        acc *= (unit / lean)[:, None]
+        acc = add_slopes(acc, q, p_q, o_q, m_row, p_slopes, o_d, D, D_PAD, SLOPE_BLOCK, PRECISION)
+        unit = lean
     acc *= unit[:, None]
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
     if PARTS:
-        o_part = ((i_item * tl.num_programs(2) + i_head) * PARTS + i_part) * SHARING
+        o_part = ((i_item * tl.num_programs(2) + i_head) * PARTS + i_part) * GROUP
         tl.store(p_mass + o_part + o_row, m + tl.log2(mass), m_row)
         p_out += o_part * D
         o_o = o_row * D
     else:
-        p_out += query_start * stride_o_token + (i_head * SHARING).to(tl.int64) * stride_o_head
-        o_o = o_query * stride_o_token + o_row % SHARING * stride_o_head
+        p_out += query_start * stride_o_token + (i_head * GROUP).to(tl.int64) * stride_o_head
+        o_o = o_query * stride_o_token + o_row % GROUP * stride_o_head
     tl.store(
         p_out + o_o[:, None] + o_d[None, :],
         acc.to(p_out.dtype.element_ty),
@@ -297,7 +286,7 @@ def attend(
     block_table: torch.Tensor,
     work: WorkList,
     lists: Lists,
-    regions: Regions | None,
+    regions: Regions,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -320,12 +309,11 @@ def attend(
             Same dtype as ``query``, or float8_e4m3fn, which ``query``'s dtype holds exactly.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
-        lists: what the segments visit of their histories, one for each query head or KV head.
-        regions: None: nothing stands for what is not visited. Or means of the request's whole
-            regions, in units of the cache and ``query``'s dtype, at least of those in any history
-            here, and the slopes and spreads of its fits; what a segment does not visit of its
-            history counts as them, several times, see :mod:`plan`. Slopes and spreads take the
-            soft cap for linear.
+        lists: what the segments visit of their histories.
+        regions: means of the request's whole regions, in units of the cache and ``query``'s
+            dtype, at least of those in any history here, and the slopes and spreads of its
+            fits; what a segment does not visit of its history counts as them, several times,
+            see :mod:`plan`. Slopes and spreads take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
@@ -350,12 +338,8 @@ def attend(
     for the tokens that are not visited are ours.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group, list_heads = query.shape[1] // kv_heads, lists.lengths.shape[1]
-    sharing = query.shape[1] // list_heads
-    queries_per_tile = tile.block_m // sharing
-    summaries = regions is not None
-    if regions is None:  # pointers that no program reads
-        regions = Regions(query, query, query, 1)
+    group = query.shape[1] // kv_heads
+    queries_per_tile = tile.block_m // group
     even = kv_cache.stride(0) == page * kv_cache.stride(2)
     shares = 0 if parts is None else parts.mass.shape[2]
     tiles = shares or -(-work.max_queries // queries_per_tile)
@@ -366,7 +350,7 @@ def attend(
             continue
         dense = first == ranked
         slots = history_slots(block_table, work, page) if dense else lists.slots
-        _attend_kernel[(tiles, items, list_heads)](
+        _attend_kernel[(tiles, items, kv_heads)](
             query, query if query_e4m3 is None else query_e4m3, kv_cache,
             out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
             regions.means, regions.slopes, regions.spreads, block_table,
@@ -381,7 +365,7 @@ def attend(
             block_table.stride(0),
             order.stride(0) if order is not None else 0,
             order.stride(1) if order is not None else 0,
-            GROUP=group, SHARING=sharing, SUMMARIES=summaries, D=head_dim, D_PAD=pad, PAGE=page,
+            GROUP=group, D=head_dim, D_PAD=pad, PAGE=page,
             LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             STOP_STEP=max(2, stop_step // tile.block_n), DENSE=dense,
             EARLY_STOP=stop_threshold > 0 and not dense, PERMUTED=order is not None,

@@ -177,7 +177,6 @@ class DecodeTable:
             row=0,
             target_error=0.0,
             first_of_chunk=False,
-            segment=1,
             fits=self._none,
             fit_span=1,
             max_fit_queries=1,

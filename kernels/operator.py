@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference, reference_probes, reference_regions, reference_select
+from . import reference, reference_regions, reference_select
 from .beside import Beside
 from .plan import (
     FITS,
-    HEADS_SHARED,
     LIST_STEP,
     NUM_COUNTERS,
     NUM_QUERIES,
@@ -29,7 +28,7 @@ from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
-RANKINGS = ("probes", "low_rank", "mean_query")
+RANKINGS = ("low_rank", "mean_query")
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,17 @@ class Shape:
     max_history: int
     max_queries: int
     segment: int
-    ranking: str = "probes"
-
-    @property
-    def by_head(self) -> bool:
-        """Whether every query head has a list of its own, not every KV head."""
-        return self.ranking == "probes"
-
-    @property
-    def lists(self) -> int:
-        """Lists of a segment."""
-        return self.heads if self.by_head else self.kv_heads
+    ranking: str = "low_rank"
 
     @property
     def limits(self) -> Limits:
         """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
         segments = FITS * fit_span(self.segment) // self.segment
         chunk = min(-(-self.max_queries // self.segment), segments)
-        each = self.lists * self.max_history * 3  # a score and a quarter of a slot a token
+        each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
         items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
         longest = list_places(self.max_history)
-        shared = self.heads // self.kv_heads if self.by_head else HEADS_SHARED
-        return Limits(items, max(longest, items * longest // 4), shared)
+        return Limits(items, max(longest, items * longest // 4))
 
 
 class SparsePrefill:
@@ -113,7 +101,7 @@ class SparsePrefill:
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
-        rows = shape.segment * shape.heads // shape.lists
+        rows = shape.segment * shape.heads // shape.kv_heads
         self.tiles = {
             (e4m3, visits): attend_tile(shape.head_dim, device, rows, e4m3, visits)
             for e4m3, visits in product((False, True), (0, WIDE_VISITS))
@@ -130,7 +118,6 @@ class SparsePrefill:
             self.space = workspace(shape, dtype, device)
         else:
             self.reference = {
-                "probes": reference_probes.probe_scores,
                 "low_rank": reference.low_rank_scores,
                 "mean_query": reference.mean_query_scores,
             }[shape.ranking]
@@ -205,10 +192,8 @@ class SparsePrefill:
                 scores, block_table, work, kv_cache.shape[2], self.tiers,
                 shared=self.shape.limits.shared,
             )  # fmt: skip
-            queries_per_tile = max(1, 128 * self.shape.lists // self.shape.heads)
-            means = None
-            if not self.shape.by_head:
-                means = reference_regions.average(kv_cache, block_table, work, query.dtype)
+            queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
+            means = reference_regions.average(kv_cache, block_table, work, query.dtype)
             reference.attend(
                 *arguments, lists, means, out, counters,
                 queries_per_tile=queries_per_tile, **options,
@@ -232,7 +217,7 @@ class SparsePrefill:
         k_scale: float = 1.0,
     ) -> None:
         """Score, select and average on a CUDA device; the results are left in the workspace."""
-        from . import low_rank, probes, rank, regions, select
+        from . import low_rank, rank, regions, select
 
         space, scale = self.space, self.scale * k_scale
 
@@ -241,9 +226,7 @@ class SparsePrefill:
 
         results = (space.selection.scores, space.selection.bounds)
         arguments = (query, kv_cache, block_table, work, *results, space.ranking)
-        if isinstance(space.ranking, probes.ProbeWorkspace):
-            probes.probe_scores(*arguments, scale=scale)
-        elif isinstance(space.ranking, rank.RankWorkspace):
+        if isinstance(space.ranking, rank.RankWorkspace):
             if work.first_of_chunk:
                 average()
             rank.mean_query_scores(*arguments, scale=scale)
@@ -262,7 +245,7 @@ class Workspace(NamedTuple):
 
     ranking: Any
     selection: Any
-    regions: Regions | None
+    regions: Regions
     beside: Beside
 
 
@@ -278,18 +261,13 @@ def small_work_list(device: torch.device, segment: int, dense: bool) -> WorkList
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
-    from . import low_rank, probes, rank, regions, select
+    from . import low_rank, rank, regions, select
 
     key = (shape, dtype, device)
     if key not in _workspaces:
         items, places, _ = shape.limits
-        if shape.ranking == "probes":
-            made: Any = probes.ProbeWorkspace(
-                shape.heads, shape.kv_heads, shape.head_dim, shape.max_history, items,
-                shape.segment, device,
-            )  # fmt: skip
-        elif shape.ranking == "mean_query":
-            made = rank.RankWorkspace(
+        if shape.ranking == "mean_query":
+            made: Any = rank.RankWorkspace(
                 items, shape.heads, shape.head_dim, shape.max_history, dtype, device
             )
         else:
@@ -297,12 +275,8 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
                 shape.heads, shape.heads, shape.head_dim, shape.max_history, items,
                 shape.segment, dtype, device,
             )  # fmt: skip
-        selection = select.SelectWorkspace(items, shape.lists, shape.max_history, places, device)
-        means = None
-        if not shape.by_head:
-            means = regions.workspace(
-                shape.kv_heads, shape.head_dim, shape.max_history, dtype, device
-            )
+        selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
+        means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
         _workspaces[key] = Workspace(made, selection, means, Beside(device))
     return _workspaces[key]
 
@@ -319,6 +293,6 @@ def query_order(query: torch.Tensor, work: WorkList, shape: Shape) -> torch.Tens
     index = (work.items[:, QUERY_START, None] + place).clamp(max=query.shape[0] - 1)
     queries = query[index].float() * valid[..., None, None]
     mean = queries.sum(1, keepdim=True) / work.items[:, NUM_QUERIES, None, None, None]
-    likeness = (queries * mean).sum(-1).unflatten(2, (shape.lists, -1)).mean(-1)
+    likeness = (queries * mean).sum(-1).unflatten(2, (shape.kv_heads, -1)).mean(-1)
     likeness = likeness.masked_fill(~valid[..., None], float("-inf"))
     return likeness.argsort(dim=1, descending=True, stable=True).transpose(1, 2).int().contiguous()

@@ -210,7 +210,6 @@ class WorkList:
         row: the request's row in the block table.
         target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
-        segment: queries of a whole segment.
         fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
             chunk: first query, queries, tokens that their last segment sees (its own among
             them; 0 if it ranks none).
@@ -235,7 +234,6 @@ class WorkList:
     row: int
     target_error: float
     first_of_chunk: bool
-    segment: int
     fits: torch.Tensor
     fit_span: int
     max_fit_queries: int
@@ -376,7 +374,6 @@ def chunk_lists(
                 row=row.row,
                 target_error=row.target_error,
                 first_of_chunk=not lists,
-                segment=segment,
                 fits=table,
                 fit_span=span,
                 max_fit_queries=max(queries for _, queries, _ in fits),

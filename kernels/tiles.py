@@ -105,13 +105,6 @@ def known_capability(device: torch.device) -> int:
     return max(known, default=80)
 
 
-def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a block may have; the interpreter has no bound."""
-    if device.type != "cuda":
-        return max(SHARED_MEMORY.values())
-    return SHARED_MEMORY[known_capability(device)]
-
-
 def decode_tile(head_dim: int, device: torch.device, group: int) -> AttendTile:
     """Return the tile shape for single queries, whose rows are the heads of a group.
 

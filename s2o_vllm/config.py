@@ -15,9 +15,9 @@ ENV_PREFIX = "S2O_"
 REQUEST_PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
 
-# What ranks the history, and how many queries share a list by default: means of neighbouring
-# queries, a list for each head; single queries against low-rank keys; the paper's mean query.
-RANKINGS = {"probes": 512, "low_rank": 64, "mean_query": 512}
+# What ranks the history, and how many queries share a list by default: single queries against
+# low-rank keys, or the paper's mean query.
+RANKINGS = {"low_rank": 64, "mean_query": 512}
 
 
 class Spending(NamedTuple):
@@ -99,7 +99,7 @@ class S2OConfig:
     min_budget_tokens: int = 0
     stop_threshold: float = 0.0
     min_context: int = 8192
-    ranking: str = "probes"
+    ranking: str = "low_rank"
     segment_size: int = 0
     permute_queries: bool = False
     max_request_budget: float = 1.0
@@ -186,10 +186,9 @@ HELP = {
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "ranking": "How the history is ranked: probes (means of neighbouring queries, for every query "
-    "head), low_rank (single queries against low-rank keys, for every KV head) or mean_query (the "
-    "paper's). Default: probes.",
-    "segment_size": "Queries that are ranked together. Default: 512 (low_rank: 64).",
+    "ranking": "How the history is ranked: low_rank (single queries against low-rank keys) or "
+    "mean_query (the paper's). Default: low_rank.",
+    "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
     "to 1); 0 forbids requests to ask for any. Default: 1.",

@@ -9,7 +9,7 @@ from .baselines.pbs import PBS
 from .baselines.token import S2OPaper, VecAttention
 from .baselines.xattention import XAttention
 from .ranking import LowRank, MeanQuery, Method
-from .served import Probes, Served
+from .served import Served
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Served,
-        Probes,
         S2O,
         S2OPaper,
         PBS,
@@ -50,7 +49,6 @@ METHODS: dict[str, type[Method]] = {
 }
 DEFAULTS = (
     "served",
-    "probes",
     "s2o",
     "s2o_paper",
     "pbs",

@@ -56,7 +56,7 @@ def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Ro
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     out = Path("benchmarks/results/quality_selection.json")
-    return run_judge("selection loss", judge, argv, methods=["probes"], out=out)
+    return run_judge("selection loss", judge, argv, methods=["served"], out=out)
 
 
 if __name__ == "__main__":

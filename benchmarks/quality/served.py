@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from s2o_vllm.kernels import basis, reference_probes
-from s2o_vllm.kernels.plan import FIT_QUERIES
-from s2o_vllm.kernels.tuning import pool_of
+from s2o_vllm.kernels import basis
+from s2o_vllm.kernels.plan import FIT_QUERIES, FITS
 
 from .attention import Segment
 from .ranking import Method
@@ -20,7 +19,7 @@ class Served(Method):
     """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
     One list for 64 queries of a GQA group; the basis of each head is fitted to its last
-    ``FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of a tile
+    ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of a tile
     share its budget, see `selection.counts_heads`; means of regions stand for what is skipped.
     """
 
@@ -35,7 +34,7 @@ class Served(Method):
         unit = Unit.parse(self.unit)
         if not unit.shared or unit.sorted:
             raise ValueError("the heads of a group share the lists of the served ranking")
-        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[:, -FIT_QUERIES:]
+        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[:, -FITS * FIT_QUERIES :]
         keys, own_keys = (x.repeat_interleave(segment.group, 0) for x in (segment.k, segment.own_k))
         fitted = basis.fit(
             recent[:, :: -(-recent.shape[1] // basis.SAMPLES)],
@@ -53,36 +52,4 @@ class Served(Method):
             rows = basis.query_images(queries, fitted, seen, beside, visible, torch.float8_e4m3fn)
             by_head = (rows @ seen.mT).amax(1)
             tiles.append(by_head.unflatten(0, (segment.kv_heads, segment.group)).amax(1))
-        return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))
-
-
-@dataclass(frozen=True)
-class Probes(Method):
-    """The default ranking of `s2o_vllm.kernels`: means of neighbouring queries in fp8, maximum.
-
-    Lists are equally long here; the kernels share half of a segment's budget among the heads of a
-    group.
-    """
-
-    unit: str = "512xhead"
-
-    name: ClassVar[str] = "probes"
-
-    def ranking(self, segment: Segment) -> Ranking:
-        """Score tokens; see `Method.ranking`."""
-        unit = Unit.parse(self.unit)
-        if unit.shared or unit.sorted:
-            raise ValueError("probes rank for single heads, and pool neighbours")
-        keys = torch.cat([segment.k, segment.own_k], 1).float()
-        keys = keys - reference_probes.mean_key(keys)[:, None]
-        keys = keys.repeat_interleave(segment.group, 0)
-        tiles = [
-            reference_probes.list_scores(
-                segment.q[:, start : start + unit.queries].transpose(0, 1),
-                keys[:, : segment.history + start + unit.queries],
-                segment.history, segment.scale, torch.float8_e4m3fn,
-                pool_of(unit.queries),
-            )
-            for start in range(0, segment.length, unit.queries)
-        ]  # fmt: skip
         return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))

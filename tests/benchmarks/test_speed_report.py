@@ -132,13 +132,13 @@ def test_the_headline_is_of_real_heads_where_there_are_some():
 
 
 def test_real_heads_have_a_table_of_their_own():
-    rows = [attention_row(0.05, 3.0, ranking="unknown"), real_row(0.05, 4.0, ranking="probes")]
+    rows = [attention_row(0.05, 3.0, ranking="unknown"), real_row(0.05, 4.0, ranking="other")]
     text = report(nothing() | {"attention": result(*rows)})
     real, random = (text.index(f"\n\nllama-3.1-8b{more}") for more in (", real heads", ":"))
     assert real < random
     assert "llama-3.1-8b, real heads of qwen on essays, errors of the same tensors:" in text
     errors = "0.0150 | 0.2000 | 0.345 | 0.147"
-    assert f"| 1,000, `probes`, 5 % | {errors} | 1.00 | 3.00 | 4.00 | 6.0x | 12.0x |" in text
+    assert f"| 1,000, `other`, 5 % | {errors} | 1.00 | 3.00 | 4.00 | 6.0x | 12.0x |" in text
     assert "| 1,000, `unknown`, bf16, 5 % | - | 1.00 | 2.00 | 3.00 | 8.0x | 16.0x |" in text
 
 

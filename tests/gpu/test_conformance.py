@@ -128,11 +128,3 @@ def test_segments_of_the_size_that_suits_the_ranking(backend, ranking):
     ranked = backend(**options, sparsity_budget=0.1)
     check_alone(ranked, BATCHES["mixed"])
     check_end_of_prompt(ranked, backend(stock_only=True), BATCHES["mixed"])
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (28, 4), (16, 1)])
-@pytest.mark.parametrize("head_dim", [64, 96, 256])
-def test_probes_of_every_head_split_and_head_dim(backend, heads, kv_heads, head_dim):
-    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    check_nearly_full(backend(ranking="probes", **shape), BATCHES["mixed"])
-    check_alone(backend(ranking="probes", sparsity_budget=0.1, **shape), BATCHES["mixed"])

@@ -8,10 +8,8 @@ from s2o_vllm.config import RANKINGS as SEGMENTS
 from s2o_vllm.kernels import (
     attend,
     low_rank,
-    probes,
     rank,
     reference,
-    reference_probes,
     reference_regions,
     reference_select,
     select,
@@ -52,17 +50,13 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
-    for by_head in (False, True):
-        out.fill_(float("nan"))
-        for work, lists in full_lists(batch, by_head=by_head):
-            own = None
-            if not by_head:
-                own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
-            attend.attend(
-                batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
-                scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
-            )  # fmt: skip
-        assert relative_error(out, truth) <= 2 * same_dtype
+    for work, lists in full_lists(batch):
+        own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
+        attend.attend(
+            batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
+            scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
+        )  # fmt: skip
+    assert relative_error(out, truth) <= 2 * same_dtype
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -73,18 +67,14 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     A mean query's attention to random keys is so flat that one step of fp16 holds a tenth of a
     list: keys that are larger tell more tokens apart.
     """
-    spread = {"mean_query": 4.0, "low_rank": 1.0, "probes": 2.0}[ranking]
+    spread = {"mean_query": 4.0, "low_rank": 1.0}[ranking]
     batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, spread=spread, fp8=fp8)
     (heads, head_dim), device = batch.query.shape[1:], batch.query.device
-    segment = 256 if ranking == "probes" else 64
-    lists_of, shared = (heads, 4) if ranking == "probes" else (8, HEADS_SHARED)
-    for work in batch.work(segment=segment, shared=shared):
+    for work in batch.work(segment=64):
         if work.max_list == 0:
             continue
         places = work.num_items * list_places(work.max_list)
-        selection = select.SelectWorkspace(
-            work.num_items, lists_of, work.max_history, places, device
-        )
+        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, device)
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
@@ -93,31 +83,25 @@ def test_lists_agree_with_the_reference(ranking, fp8):
             )
             rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
-        elif ranking == "probes":
-            space = probes.ProbeWorkspace(
-                heads, 8, head_dim, work.max_fit_tokens, work.num_items, segment, device
-            )
-            probes.probe_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference_probes.probe_scores(*arguments, scale=batch.scale)
         else:
             space = low_rank.LowRankWorkspace(
-                heads, heads, head_dim, work.max_fit_tokens, work.num_items, segment,
+                heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
                 batch.query.dtype, device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
             wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
         page = batch.kv_cache.shape[2]
-        select.select(batch.block_table, work, page, selection, shared=shared)
-        lists = reference_select.select(wanted, batch.block_table, work, page, shared=shared)
+        select.select(batch.block_table, work, page, selection)
+        lists = reference_select.select(wanted, batch.block_table, work, page)
         own = selection.lists(work)
         for number, item in enumerate(work.items.tolist()):
-            assert own.lengths[number].sum() <= lists_of * item[LIST_LENGTH]
-            # Of a budget that lists share rounding moves a bucket from one to another.
-            together, likewise = (
-                of.lengths[number].unflatten(0, (-1, shared)).sum(1) for of in (own, lists)
+            assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
+            # Of a budget that a pair shares rounding moves a bucket from one list to the other.
+            pairs, likewise = (
+                of.lengths[number].unflatten(0, (-1, HEADS_SHARED)).sum(1) for of in (own, lists)
             )
             few = 0.1 * likewise + 2
-            assert ((together - likewise).abs() <= few).all(), "rounding moves few tokens"
+            assert ((pairs - likewise).abs() <= few).all(), "rounding moves few tokens"
             table_row = batch.block_table[item[ROW]]
             for head, count in enumerate(own.lengths[number].tolist()):
                 got = set(own.slots[number, head, :count].tolist())

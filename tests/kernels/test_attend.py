@@ -30,7 +30,6 @@ from s2o_vllm.kernels.plan import (
     STOPPED,
     TILES,
     VISITED,
-    Lists,
 )
 from s2o_vllm.kernels.tiles import attend_tile
 from s2o_vllm.kernels.visit import as_numbers
@@ -56,26 +55,21 @@ LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
 def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **options):
-    """Attend to every request; ``lists`` pairs each work list with its lists.
-
-    Nothing stands for what is not visited if ``region`` is None.
-    """
+    """Attend to every request; ``lists`` pairs each work list with its lists."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     tile = attend_tile(batch.query.shape[2], out.device)
     if function is reference.attend:
-        sharing = batch.query.shape[1] // lists[0][1].lengths.shape[1]
-        options["queries_per_tile"] = tile.block_m // sharing
+        group = batch.query.shape[1] // batch.kv_cache.shape[1]
+        options["queries_per_tile"] = tile.block_m // group
     else:
         options["tile"] = tile
     for number, (work, own) in enumerate(lists):
-        means = None
-        if region is not None:
-            means = reference_regions.average(
-                batch.kv_cache, batch.block_table, work, batch.query.dtype, region
-            )
         function(
-            batch.query, batch.kv_cache, batch.block_table, work, own, means,
+            batch.query, batch.kv_cache, batch.block_table, work, own,
+            reference_regions.average(
+                batch.kv_cache, batch.block_table, work, batch.query.dtype, region
+            ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale,
             order=orders[number] if orders else None, **options,
         )  # fmt: skip
@@ -91,14 +85,15 @@ def assert_same_counters(counters, wanted):
 
 
 def query_orders(batch, lists):
-    """A random order of the queries of every segment and list."""
+    """A random order of the queries of every segment and KV head."""
+    kv_heads = batch.kv_cache.shape[1]
     return [
         torch.stack(
             [
                 torch.stack(
                     [
                         torch.nn.functional.pad(torch.randperm(item[2]), (0, SEGMENT - item[2]))
-                        for _ in range(own.lengths.shape[1])
+                        for _ in range(kv_heads)
                     ]
                 )
                 for item in work.items.tolist()
@@ -106,7 +101,7 @@ def query_orders(batch, lists):
         )
         .int()
         .to(batch.query.device)
-        for work, own in lists
+        for work, _ in lists
     ]
 
 
@@ -123,11 +118,10 @@ def test_full_list_is_dense_attention(
     )  # fmt: skip
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
-    for by_head, region in ((False, REGION), (True, None)):
-        out, counters = run(batch, full_lists(batch, by_head=by_head), region=region)
-        assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
-        assert counters[VISITED] == counters[ELIGIBLE], "a full list visits all that is eligible"
-        assert counters[DROPPED] == 0, "nothing is left out"
+    out, counters = run(batch, full_lists(batch), region=REGION)
+    assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
+    assert counters[VISITED] == counters[ELIGIBLE], "a full list visits all that is eligible"
+    assert counters[DROPPED] == 0, "nothing is left out"
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
@@ -145,9 +139,8 @@ def test_queries_in_fp8_are_multiplied_as_they_are(
     given = {"query_e4m3": quantised} if ON_GPU else {}  # no such products in the interpreter
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, batch.query.dtype), truth)
-    for by_head, region in ((False, REGION), (True, None)):
-        out, _ = run(batch, full_lists(batch, by_head=by_head), region=region, **given)
-        assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
+    out, _ = run(batch, full_lists(batch), region=REGION, **given)
+    assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
 
 
 @triton.jit
@@ -193,9 +186,8 @@ STOP_MARGIN = 1e-3
 
 
 def stopping_case(
-    device, stop_threshold, permuted=False, softcap=0.0, uneven=False, region=NO_REGION,
-    by_head=False, **shape,
-):  # fmt: skip
+    device, stop_threshold, permuted=False, softcap=0.0, uneven=False, region=NO_REGION, **shape
+):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 
     The higher the threshold, the earlier every tile stops: if as much is visited a little
@@ -203,7 +195,7 @@ def stopping_case(
     """
     for _ in range(20):
         batch = make_batch(device, spread=3.0, **shape)
-        lists = full_lists(batch, uneven=uneven, by_head=by_head)
+        lists = full_lists(batch, uneven=uneven)
         options = {"stop_step": stop_step(batch), "softcap": softcap, "region": region}
         options["orders"] = query_orders(batch, lists) if permuted else None
         (_, under), (wanted, over) = (
@@ -233,59 +225,10 @@ def test_matches_the_reference(device, stop_threshold, permuted, softcap, fp8):
         assert counters[STOPPED] > 0, "the case must exercise early stop"
 
 
-@pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize(("stop_threshold", "softcap", "permuted"), [
-    (0.0, 0.0, False), (0.0, 5.0, True), (0.5, 0.0, True), (0.5, 5.0, False),
-])  # fmt: skip
 @pytest.mark.parametrize("fp8", CACHES)
-def test_lists_of_query_heads_match_the_reference(
-    device, group, stop_threshold, softcap, permuted, fp8
-):
-    """Every query head visits its own list of its KV head's tokens; nothing stands for the rest."""
-    chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
-    batch, lists, options, wanted, wanted_counters = stopping_case(
-        device, stop_threshold, permuted, softcap, uneven=True, region=None, by_head=True,
-        chunks=chunks, heads=2 * group, fp8=fp8,
-    )  # fmt: skip
-    assert lists[0][1].lengths.shape[1] == 2 * group
-    out, counters = run(batch, lists, stop_threshold=stop_threshold, **options)
-    assert relative_error(out, wanted) < TOLERANCE
-    assert_same_counters(counters, wanted_counters)
-    assert counters[SAMPLED] > 0
-    assert counters[DROPPED] > 0
-
-
-def test_summaries_serve_lists_of_query_heads_too(device):
-    """Means are those of the list's KV head."""
-    batch = make_batch(device, chunks=((400 * LONG, 40),), heads=6, spread=2.0)
-    lists = full_lists(batch, uneven=True, by_head=True)
-    wanted, _ = run(batch, lists, reference.attend, region=REGION)
-    out, _ = run(batch, lists, region=REGION)
-    assert relative_error(out, wanted) < TOLERANCE
-    assert relative_error(out, run(batch, lists, region=None)[0]) > 0.1
-
-
-@pytest.mark.parametrize("group", [2, 3])
-def test_a_list_that_all_heads_of_a_group_have_is_the_groups(device, group):
-    batch = make_batch(device, chunks=((400, 40), (77, 3)), heads=2 * group)
-    shared = full_lists(batch, uneven=True)
-    own = [
-        (work, Lists(*(part.repeat_interleave(group, 1).contiguous() for part in one)))
-        for work, one in shared
-    ]
-    wanted, counted = run(batch, shared)
-    out, counters = run(batch, own, region=None)
-    assert relative_error(out, wanted) < TOLERANCE
-    exact = [VISITED, ELIGIBLE, SAMPLED]
-    assert counters[exact].tolist() == counted[exact].tolist()
-    assert int(counters[DROPPED]) == pytest.approx(int(counted[DROPPED]), rel=TOLERANCE, abs=100)
-
-
-@pytest.mark.parametrize("fp8", CACHES)
-@pytest.mark.parametrize("by_head", [False, True])
-def test_softcap_is_that_of_dense_attention(device, fp8, by_head):
+def test_softcap_is_that_of_dense_attention(device, fp8):
     batch = make_batch(device, budget=1.0, spread=4.0, fp8=fp8)
-    out, _ = run(batch, full_lists(batch, by_head=by_head), softcap=3.0)
+    out, _ = run(batch, full_lists(batch), softcap=3.0)
     assert relative_error(out, dense_attention(batch, softcap=3.0)) < TOLERANCE
     assert relative_error(out, dense_attention(batch)) > 1e-2
 
@@ -385,9 +328,8 @@ def test_unknown_head_dim_is_refused(device):
 @pytest.mark.parametrize("stop_threshold", [0.0, 1 - 1e-6])  # which ends every tile at once
 @pytest.mark.parametrize("budget", [1e-9, 0.9])  # none, or more than a step of any tile
 @pytest.mark.parametrize("fp8", CACHES)
-@pytest.mark.parametrize("by_head", [False, True])
 def test_the_dropped_mass_is_that_of_what_was_not_visited(
-    device, monkeypatch, budget, stop_threshold, fp8, by_head
+    device, monkeypatch, budget, stop_threshold, fp8
 ):
     """A history that the sample holds whole: the estimate is the truth, early stop included."""
     for module in (attend, reference_select):
@@ -395,10 +337,9 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
     batch = make_batch(
         device, chunks=((ESTIMATE_TOKENS, 20),), head_dim=128, budget=budget, spread=2.0, fp8=fp8
     )  # of a head_dim whose tiles are so short that a list has two
-    ((work, own),) = lists = full_lists(batch, by_head=by_head)
+    ((work, own),) = lists = full_lists(batch)
     assert work.num_items == 1
     options = {"stop_threshold": stop_threshold, "stop_step": stop_step(batch)}
-    options["region"] = None if by_head else NO_REGION
     _, counters = run(batch, lists, **options)
     _, visited = run(batch, lists, reference.attend, **options)
     assert counters[:DROPPED].tolist() == visited[:DROPPED].tolist()
@@ -407,15 +348,13 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
         assert counters[STOPPED] == counters[TILES]
         count = stop_step(batch)
     keys, _ = tokens_of(batch, batch.rows[0])
-    if by_head:
-        keys = keys.repeat_interleave(2, 0)
-    queries = batch.query.double().unflatten(1, (len(keys), -1))
+    queries = batch.query.double().unflatten(1, (2, 2))
     scores = torch.einsum("qhgd,hnd->qhgn", queries, keys.double()) * batch.softmax_scale
     future = torch.arange(276, device=device) > 256 + torch.arange(20, device=device)[:, None]
     p = scores.masked_fill(future[:, None, None], float("-inf")).softmax(-1)
     position = {int(slot): place for place, slot in enumerate(all_slots(batch, 256))}
     dropped = 0.0
-    for head in range(len(keys)):
+    for head in range(2):
         left = torch.ones(256, dtype=torch.bool, device=device)
         left[[position[slot] for slot in own.slots[0, head, :count].tolist()]] = False
         dropped += float(p[:, head, :, :256][..., left].sum())

@@ -191,9 +191,7 @@ def test_the_fit_is_the_references_and_the_same_twice(device, shape):
         spaces.append(space.fit)
     one, other = spaces
     for name in ("moments", "means", "a", "b", "offset"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), (
-            f"{name}: another run, another"
-        )
+        assert torch.equal(getattr(one, name), getattr(other, name)), f"{name} differs"
     wanted = basis.fit_span(*arguments, heads, batch.scale)
     product = one.a.float() @ one.b.float().mT
     truth = wanted.a @ wanted.b.mT

@@ -8,7 +8,7 @@ from s2o_vllm.benchmarks.quality.selection_loss import STEPS, judge
 def test_the_best_tokens_drop_least_and_the_selection_hardly_more(make_segment):
     torch.manual_seed(0)
     segment = make_segment(history=2000, length=64)
-    rows = judge(segment, parse("probes:unit=64xhead"), [0.1])
+    rows = judge(segment, parse("served"), [0.1])
     assert [row["step"] for row in rows] == list(STEPS)
     best, every, *sampled = rows
     assert abs(every["dropped_mass"] - best["dropped_mass"]) < 0.005

@@ -152,25 +152,21 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     return out
 
 
-def full_lists(
-    batch: Batch, *, uneven: bool = False, by_head: bool = False
-) -> list[tuple[WorkList, Lists]]:
+def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Lists]]:
     """Each request's work with lists of random history tokens, as many as its budget allows.
 
-    ``uneven`` shortens the lists of all heads but the first, each by a random share. A list is a
-    KV head's, or with ``by_head`` a query head's.
+    ``uneven`` shortens the lists of all heads but the first, each by a random share.
     """
-    page = batch.kv_cache.shape[2]
-    heads = batch.query.shape[1] if by_head else batch.kv_cache.shape[1]
+    page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
     for work in batch.work():
         sampled = -(-work.num_items // ESTIMATE_EVERY)
-        slots = torch.zeros(work.num_items, heads, max(work.max_list, 1), dtype=torch.int32)
-        lengths = torch.zeros(work.num_items, heads, dtype=torch.int32)
-        samples = torch.full((sampled, heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
+        slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+        lengths = torch.zeros(work.num_items, kv_heads, dtype=torch.int32)
+        samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
         for number, item in enumerate(work.items.tolist()):
-            for head in range(heads):
+            for head in range(kv_heads):
                 count = item[5]
                 if uneven and head:
                     count -= int(torch.randint(count + 1, ()))

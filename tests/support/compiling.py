@@ -149,29 +149,16 @@ def unfenced(ptx: str) -> bool:
 
 
 def compile_attend(
-    tile,
-    capability: int,
-    head_dim: int,
-    stop_threshold: float | None,
-    kv_dtype: torch.dtype,
-    summaries: bool = False,
+    tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
-    """Compile the attend kernel with a tile of the table; no threshold: for dense segments.
-
-    Lists are those of query heads, or with ``summaries`` of KV heads, with region means.
-    """
+    """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
     from s2o_vllm.kernels import attend, plan, regions, select
 
-    lists = KV_HEADS if summaries else HEADS
     dense = stop_threshold is None
-    q, kv, table, work = launch_arguments(
-        head_dim, kv_dtype, min_context=2**20 if dense else 4096, lists=lists
-    )
-    space = select.SelectWorkspace(work.num_items, lists, MAX_HISTORY, PLACES, "meta")
+    q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
+    space = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, "meta")
     counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
-    means = None
-    if summaries:
-        means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
+    means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
             q, kv, table, work, space.lists(work), means, q, counters, scale=0.1,
@@ -182,8 +169,8 @@ def compile_attend(
 
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
-    """Compile every kernel of the rankings by KV head, and of selection from their scores."""
-    from s2o_vllm.kernels import low_rank, rank, regions, select
+    """Compile every kernel of ranking and selection."""
+    from s2o_vllm.kernels import low_rank, plan, rank, regions, select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
@@ -195,32 +182,11 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
-        select.select(table, work, 16, selection)
+        for tiers in (plan.TIERS, plan.TIERS_UNORDERED):
+            select.select(table, work, 16, selection, tiers)
         means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
         regions.average(kv, table, work, means)
     return compiled
-
-
-def compile_probes(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
-    """Compile every kernel of the ranking by probes, and of selection from its scores."""
-    from s2o_vllm.kernels import plan, probes, select, tiles
-
-    q, kv, table, work = launch_arguments(head_dim, kv_dtype, segment=512, lists=HEADS)
-    meta, kind = torch.device("meta"), ranked_in(capability)
-    tile = probes.score_tile(
-        triton.next_power_of_2(head_dim) * kind.itemsize, tiles.SHARED_MEMORY[capability]
-    )
-    ranking = probes.ProbeWorkspace(
-        HEADS, KV_HEADS, head_dim, MAX_HISTORY, work.num_items, 512, meta, kind, tile=tile
-    )
-    selection = select.SelectWorkspace(work.num_items, HEADS, MAX_HISTORY, PLACES, meta)
-    results = (selection.scores, selection.bounds)
-    with compiling_for(capability) as compiled:
-        probes.probe_scores(q, kv, table, work, *results, ranking, scale=0.1)
-        if head_dim == 128:  # the selection knows no head_dim
-            for shared in (HEADS // KV_HEADS, 8):  # a group that counts whole, and Qwen2.5's of 7
-                select.select(table, work, 16, selection, plan.TIERS_UNORDERED, shared=shared)
-    return [replace(one, name=f"{one.name} probes {head_dim}") for one in compiled]
 
 
 def ranked_in(capability: int) -> torch.dtype:
@@ -228,19 +194,13 @@ def ranked_in(capability: int) -> torch.dtype:
     return torch.float8_e4m3fn if capability >= 89 else torch.float16
 
 
-def launch_arguments(
-    head_dim: int,
-    kv_dtype: torch.dtype,
-    min_context: int = 4096,
-    segment: int = 512,
-    lists: int = KV_HEADS,
-):
+def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
     from s2o_vllm.kernels import plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    limits = plan.Limits(8192 // segment, PLACES, HEADS // KV_HEADS if lists == HEADS else 2)
-    (work,) = plan.build_work_lists(rows, segment, min_context, torch.device("cpu"), limits)
+    limits = plan.Limits(16, PLACES)
+    (work,) = plan.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
     q = torch.empty(8192, HEADS, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, KV_HEADS, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
@@ -339,8 +299,7 @@ def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     q, kv, table, _ = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     shape = decode_plan.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
-    dtype = torch.float8_e4m3fn if capability >= 89 else torch.float16
-    scratch = decode.scratch(shape, meta, dtype)
+    scratch = decode.scratch(shape, meta, ranked_in(capability))
     space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
     rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
     steps = decode_plan.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
@@ -363,23 +322,17 @@ def main() -> None:
     capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     compiled = compile_ranking(capability, 128, kv_dtype)
     table = tiles.BY_CAPABILITY[capability]
-    # What fits elsewhere is asked of the largest alone, or of the usual one, too.
+    # What fits elsewhere is asked of the largest alone.
     for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:
         compiled += compile_decode(capability, head_dim, kv_dtype)
-    some = tiles.HEAD_DIMS if capability == 90 else (128, max(tiles.HEAD_DIMS))
-    for head_dim in some:
-        compiled += compile_probes(capability, head_dim, kv_dtype)
     if kv_dtype == torch.float8_e4m3fn:  # then a layer's queries come in e4m3, too
         launched = [*(table | tiles.E4M3.get(capability, {})).items()]
     else:
         launched = [*table.items(), *tiles.WIDE.get(capability, {}).items()]
     for head_dim, tile in launched:
-        variants = [(stop_threshold, False) for stop_threshold in (0.0, 0.001, None)]
-        variants += [(0.001, True)] if head_dim in some else []
-        for stop_threshold, summaries in variants:
-            one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype, summaries)
-            name = f"{one.name} {tile} {stop_threshold}{' summaries' * summaries}"
-            compiled.append(replace(one, name=name))
+        for stop_threshold in (0.0, 0.001, None):
+            one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
+            compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
     mma = ("wgmma", "tcgen05", "mma.sync")
     print(
         json.dumps(

@@ -1,15 +1,15 @@
 """How a prompt is cut into chunks may change what is served only within a stated tolerance.
 
 Segments are cut at multiples of the sequence. Chunks that are multiples of a segment therefore
-rank by the mean query exactly alike, and so they do by probes, but for rounding while a chunk sees
-less than the tokens of the mean key. A low-rank basis is fitted to at most 2,048 queries of one
-chunk, so with it lists differ between chunkings; and so does any ranking where a chunk ends inside
-a segment.
+rank by the mean query exactly alike. A low-rank basis is fitted to at most 2,048 queries of one
+chunk, so with it lists differ between chunkings; and so does either ranking where a chunk ends
+inside a segment.
 
-The tolerances: the first token's distribution moves (total variation) by less than a quarter of
-what sparsity itself moves it from dense attention's; where chunks end inside segments, by less than
-two errors would that have nothing to do with one another, each as large as sparsity's. That is
-asked of the mean of several prompts, for of one prompt either error may happen to be small.
+The tolerance: the first token's distribution moves (total variation) by less than two errors would
+that have nothing to do with one another, each as large as that by which sparsity itself moves it
+from dense attention's. It is this wide because random weights give keys without structure, to which
+no two bases are alike, and is asked of the mean of several prompts, for of one prompt either error
+may happen to be small.
 """
 
 import json
@@ -24,15 +24,12 @@ from vllm.platforms import current_platform
 
 from backends import Backend, Row
 from models import write_model, write_weights
-from s2o_vllm.config import S2OConfig
-from s2o_vllm.kernels import reference_probes
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
-TOLERANCE = {True: 0.25, False: 2**0.5}  # whether chunks are whole segments
+TOLERANCE = 2**0.5
 WHOLE, CHUNKS = 4096, (2048, 1024, 512, 300)
-SEGMENT = S2OConfig().segment
-PROMPTS = 3  # the first one in all chunks, the others in those that are no whole segments
+PROMPTS = 3
 
 GENERATE = """
     import json, os, random, sys
@@ -73,11 +70,12 @@ GENERATE = """
                 "chunks": metrics.worker.totals()["s2o:sparse_requests", ""] - before,
             }
 
-        found = [ask(0, budget, chunk) for budget in (1.0, 0.1) for chunk in chunks]
-        found += [ask(0, budget, chunks[-1], short, short) for budget in (1.0, 0.1)]
-        for number in range(1, len(prompts)):
-            found += [ask(number, budget, chunks[0]) for budget in (1.0, 0.1)]
-            found += [ask(number, 0.1, chunks[-1]), ask(number, 0.1, chunks[-1], short, short)]
+        found = [ask(0, 1.0, chunk) for chunk in chunks[1:]]
+        found.append(ask(0, 1.0, chunks[-1], short, short))
+        for number in range(len(prompts)):
+            found.append(ask(number, 1.0, chunks[0]))
+            found += [ask(number, 0.1, chunk) for chunk in chunks]
+            found.append(ask(number, 0.1, chunks[-1], short, short))
         print("FOUND", json.dumps(found))
 """
 
@@ -127,9 +125,8 @@ def test_at_budget_one_every_chunking_gives_the_same_tokens(random_model, chunk,
 
 @CUTS
 def test_first_tokens_are_within_the_tolerance(random_model, chunk, beside):
-    whole_segments = chunk % SEGMENT == 0
     moved, sparsity = [], []
-    for prompt in range(1 if whole_segments else PROMPTS):
+    for prompt in range(PROMPTS):
         dense, whole = (random_model[prompt, budget, WHOLE, 0] for budget in (1.0, 0.1))
         cut = random_model[prompt, 0.1, chunk, beside]
         assert whole["chunks"] == 1
@@ -137,7 +134,7 @@ def test_first_tokens_are_within_the_tolerance(random_model, chunk, beside):
         sparsity.append(distance(whole, dense))
         moved.append(distance(cut, whole))
         assert sparsity[-1] > 0.05, "leaving tokens out is seen"
-    assert sum(moved) < TOLERANCE[whole_segments] * sum(sparsity)
+    assert sum(moved) < TOLERANCE * sum(sparsity)
 
 
 def in_chunks(backend, step, size):
@@ -151,19 +148,14 @@ def in_chunks(backend, step, size):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("ranking", ["probes", "mean_query"])
 @pytest.mark.parametrize("size", [64, 256, 1024])
-def test_rankings_without_a_basis_do_not_depend_on_the_chunk(
-    tiny_model, monkeypatch, ranking, size
-):
-    """A mean key that all chunks see is the same to all: of a server's first 8,192 tokens."""
+def test_mean_queries_do_not_depend_on_the_chunk(tiny_model, size):
     from s2o_vllm.backend_cpu import S2OCPUBackend
 
-    monkeypatch.setattr(reference_probes, "MEAN_SPAN", 128)
     backend = Backend(
         S2OCPUBackend, tiny_model, heads=4, kv_heads=2, head_dim=64, page=32,
         dtype=torch.float32, device="cpu",
-        settings={"ranking": ranking, "segment_size": 64, "min_context": 128},
+        settings={"ranking": "mean_query", "segment_size": 64, "min_context": 128},
     )  # fmt: skip
     step = backend.step([Row(1500, 1500)])
     wanted, plan = backend.attend(step)

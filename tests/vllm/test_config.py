@@ -33,8 +33,8 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("min_budget_tokens", 0.5, "whole number"),
         ("segment_size", 8, "16 to 4096"),
         ("segment_size", 5000, "16 to 4096"),
-        ("ranking", "best", "one of probes, low_rank, mean_query"),
-        ("ranking", 3, "one of probes, low_rank, mean_query"),
+        ("ranking", "best", "one of low_rank, mean_query"),
+        ("ranking", 3, "one of low_rank, mean_query"),
         ("permute_queries", "yes", "true or false"),
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),
@@ -103,8 +103,8 @@ def test_each_ranking_has_its_segment_size_and_a_kernel():
     from s2o_vllm.kernels import operator
 
     assert tuple(config.RANKINGS) == operator.RANKINGS
-    assert S2OConfig().ranking == "probes"
-    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [512, 64, 512]
+    assert S2OConfig().ranking == "low_rank"
+    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512
     assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 
@@ -166,8 +166,7 @@ def test_malformed_target_error_is_refused(value):
 def test_a_target_error_needs_scores_that_are_probabilities():
     with pytest.raises(ConfigError, match=r"target_error is 0.1, must be 0 with ranking mean_que"):
         S2OConfig(target_error=0.1, ranking="mean_query")
-    for ranking in ("probes", "low_rank"):
-        assert S2OConfig(target_error=0.1, ranking=ranking).target_error == 0.1
+    assert S2OConfig(target_error=0.1, ranking="low_rank").target_error == 0.1
     server = S2OConfig(ranking="mean_query")
     assert config.request_settings({"s2o_target_error": 0}, server) == {"target_error": 0.0}
     with pytest.raises(ConfigError, match=r"s2o_target_error is 0.1, must be 0 with ranking"):
