@@ -19,8 +19,9 @@ class Served(Method):
     """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
 
     One list for 64 queries of a GQA group; the basis of each head is fitted to its last
-    ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of a tile
-    share its budget, see `selection.counts_heads`; means of regions stand for what is skipped.
+    ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of
+    a tile share its budget, see `selection.counts_heads`; means of regions stand for what is
+    skipped.
     """
 
     unit: str = "64xkv"
