@@ -28,16 +28,6 @@ def largest(a, b, c, PACKED: tl.constexpr):
 
 
 @triton.jit
-def add(a, b, PACKED: tl.constexpr):
-    """Return a + b in fp16; two to a register if PACKED."""
-    if PACKED:
-        return tl.inline_asm_elementwise(
-            "add.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
-        )
-    return a + b
-
-
-@triton.jit
 def folded(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
     """Fold the columns of [N, M], M = 2^(FOLDS + 4), to eight by maxima: j, j + 8, j + 16, …."""
     most, rest = halves(s)
