@@ -134,7 +134,8 @@ def _score_kernel(
                 most = tl.maximum(most, _largest(p_2, q_2, token, o_r, WIDTH, FOLDS, PACKED))
                 most = tl.maximum(most, _largest(p_3, q_3, token, o_r, WIDTH, FOLDS, PACKED))
             if ITEMS < 8:
-                most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1)
+                # A reduction makes float32 of it.
+                most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1).to(tl.float16)
             m_score = token[:, None] < n[None, :]
             p_score = p_scores[None, :] + token[:, None]
             if PASSES > 1:
