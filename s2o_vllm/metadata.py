@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from . import compat, metrics
-from .config import S2OConfig, Spending
+from . import compat, metrics, support
+from .config import S2OConfig
 from .decode import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept
 from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
+from .requests import RequestBudget, budget_of
 
 # The last tokens of a prompt attend to all of it: they ask, and the very last gives the answer's
 # first token. One row of one head may want what no list holds that serves many (ours).
@@ -56,7 +57,7 @@ def split_rows(
     starts: list[int],
     seq_lens: list[int],
     prefilling: list[bool],
-    spending: list[Spending],
+    spending: list[RequestBudget],
     min_context: int,
     decoding: Collection[int] = (),
 ) -> tuple[list[PrefillRow], list[tuple[int, int, int]], list[str]]:
@@ -176,9 +177,9 @@ class SparseBuilder:
         prefill = prefilling[:count].tolist()
         prefill += [False] * (count - len(prefill))  # runner V2 pads the others alone
         asked = compat.requests.of_rows(common, count)
-        spending = [settings.spending(one.settings, one.prompt) for one in asked]
+        spending = [budget_of(one, settings) for one in asked]
         lengths = seq_lens[:count].tolist()
-        dense_reason = self.s2o_reason or compat.dense_step_reason(common)
+        dense_reason = self.s2o_reason or support.dense_step_reason(common)
         decoding: list[DecodeRow] = []
         missed: list[str] = []
         names = [one.name for one in asked]

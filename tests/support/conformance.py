@@ -9,10 +9,10 @@ import torch
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
 from s2o_vllm import compat
-from s2o_vllm.config import Asked
 from s2o_vllm.kernels import decode_plan
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.metadata import DENSE_TAIL
+from s2o_vllm.requests import RequestInfo
 
 BATCHES = {
     "one decode": [decode(77)],
@@ -94,7 +94,7 @@ def check_alone(ours: Backend, rows: list[Row]) -> None:
 def check_end_of_prompt(ours: Backend, stock: Backend, rows: list[Row]) -> None:
     """Where a row's prompt ends, its output is stock's; what comes before it in a chunk is not."""
     step = ours.step(rows)
-    asked = [Asked({"sparsity_budget": 0.1}, row.length) for row in rows]
+    asked = [RequestInfo({"sparsity_budget": 0.1}, row.length) for row in rows]
     with patch.object(compat.requests, "of_rows", lambda *_: asked):
         output, plan = ours.attend(step)
     parents, _ = stock.attend(step)
@@ -121,7 +121,7 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
     tokens in them it is what their budget allows.
     """
     step = ours.step([Row(prompt + tokens, prompt + tokens)])
-    own = [Asked({"sparsity_budget": 0.9999}, prompt, "request")]
+    own = [RequestInfo({"sparsity_budget": 0.9999}, prompt, "request")]
     truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.batch.query.dtype)
     with (
         patch.object(compat.requests, "of_rows", lambda *_: own),

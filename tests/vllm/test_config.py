@@ -68,7 +68,7 @@ def test_settings_cannot_be_changed():
 def test_precedence_flag_over_additional_config_over_environment_over_default():
     environment = {"S2O_SPARSITY_BUDGET": "0.5", "S2O_MIN_CONTEXT": "100", "S2O_SEGMENT_SIZE": "64"}
     additional = {"sparsity_budget": 0.4, "min_context": 200}
-    settings = resolve({"sparsity_budget": 0.3, "min_context": None}, additional, environment)
+    settings = resolve({"sparsity_budget": 0.3}, additional, environment)
     assert settings.sparsity_budget == 0.3
     assert settings.min_context == 200
     assert settings.segment_size == 64
@@ -138,56 +138,10 @@ def test_a_layer_that_the_model_lacks_is_refused_with_the_range(layer):
         S2OConfig(dense_layers=(0, layer)).for_layers(4)
 
 
-def test_request_settings():
-    assert config.request_settings(None) == {}
-    assert config.request_settings({"other": "x"}) == {}
-    asked = config.request_settings({"s2o_sparsity_budget": 1, "s2o_target_error": 0.02})
-    assert asked == {"sparsity_budget": 1.0, "target_error": 0.02}
-    server = S2OConfig(sparsity_budget=0.3, target_error=0.1, min_budget_tokens=700)
-    assert server.spending({}) == (0.3, 0.1, 0, 700)
-    assert server.spending({"target_error": 0.0}) == (0.3, 0.0, 0, 700)
-    assert server.spending(asked, 500) == (1.0, 0.02, 500, 700)
-
-
-@pytest.mark.parametrize("value", ["0.1", [0.1], 0, 2, math.nan, True, None])
-def test_malformed_request_budget_is_refused(value):
-    with pytest.raises(ConfigError, match="s2o_sparsity_budget is "):
-        config.request_settings({"s2o_sparsity_budget": value})
-
-
-@pytest.mark.parametrize("value", ["0.1", [0.1], -0.1, 1, math.nan, True, None])
-def test_malformed_target_error_is_refused(value):
-    with pytest.raises(ConfigError, match=r"s2o_target_error is .*, must be a number from 0 "):
-        config.request_settings({"s2o_target_error": value})
-    with pytest.raises(ConfigError, match=r"s2o: target_error is .*, must be a number from 0 "):
-        S2OConfig(target_error=value)
-
-
 def test_a_target_error_needs_scores_that_are_probabilities():
     with pytest.raises(ConfigError, match=r"target_error is 0.1, must be 0 with ranking mean_que"):
         S2OConfig(target_error=0.1, ranking="mean_query")
     assert S2OConfig(target_error=0.1, ranking="low_rank").target_error == 0.1
-    server = S2OConfig(ranking="mean_query")
-    assert config.request_settings({"s2o_target_error": 0}, server) == {"target_error": 0.0}
-    with pytest.raises(ConfigError, match=r"s2o_target_error is 0.1, must be 0 with ranking"):
-        config.request_settings({"s2o_target_error": 0.1}, server)
-
-
-def test_a_request_may_ask_for_as_much_as_the_server_allows():
-    server = S2OConfig(max_request_budget=0.25)
-    for value in (0.05, 0.25):
-        asked = config.request_settings({"s2o_sparsity_budget": value}, server)
-        assert asked == {"sparsity_budget": value}
-    with pytest.raises(ConfigError, match=r"s2o_sparsity_budget is 0.3, must be at most 0.25 on"):
-        config.request_settings({"s2o_sparsity_budget": 0.3}, server)
-
-
-@pytest.mark.parametrize("value", [0.05, 1])
-def test_a_server_that_allows_no_budgets_of_requests(value):
-    server = S2OConfig(max_request_budget=0)
-    assert config.request_settings({"other": value}, server) == {}
-    with pytest.raises(ConfigError, match="must be left out: this server allows no budget"):
-        config.request_settings({"s2o_sparsity_budget": value}, server)
 
 
 def test_a_cap_below_the_servers_own_budget_is_refused():
@@ -204,28 +158,3 @@ def test_every_setting_has_a_help_text():
     assert all(name in config.HELP["ranking"] for name in config.RANKINGS)
     assert f"Default: {S2OConfig().ranking}." in config.HELP["ranking"]
     assert f"Default: {S2OConfig().segment} " in config.HELP["segment_size"]
-
-
-def test_unknown_request_setting_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"'s2o_budget', must be s2o_sparsity_budget or s2o_target_error$"
-    ):
-        config.request_settings({"s2o_budget": 0.1})
-
-
-def test_cache_salts_differ_exactly_where_the_kv_cache_does():
-    server = S2OConfig(sparsity_budget=0.1)
-    default = config.cache_salt(None, server, {})
-    assert config.cache_salt(None, server, {"sparsity_budget": 0.1}) == default
-    assert config.cache_salt(None, server, {"sparsity_budget": 0.2}) != default
-    assert config.cache_salt("tenant", server, {}) != default
-    other = S2OConfig(sparsity_budget=0.1, min_context=1)
-    assert config.cache_salt(None, other, {}) != default
-    capped = S2OConfig(sparsity_budget=0.1, max_request_budget=0.5)
-    assert config.cache_salt(None, capped, {}) == default
-    some_dense = S2OConfig(sparsity_budget=0.1, dense_layers=(0,))
-    assert config.cache_salt(None, some_dense, {}) != default
-    assert config.cache_salt(None, server, {"target_error": 0.1}) != default
-    one = {"sparsity_budget": 1.0}
-    # Dense is dense, whatever the other settings.
-    assert config.cache_salt(None, server, one) == config.cache_salt(None, other, one)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from s2o_vllm import compat, metrics
-from s2o_vllm.config import S2OConfig, Spending
+from s2o_vllm.config import S2OConfig
 from s2o_vllm.decode import NO_STATE, DecodeSlots
 from s2o_vllm.kernels.decode_plan import KEPT_QUERIES, DecodeRow, DecodeShape
 from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists
 from s2o_vllm.metadata import DENSE_TAIL, SparseBuilder
+from s2o_vllm.requests import RequestBudget
 
 SETTINGS = S2OConfig(
     sparsity_budget=0.1, min_context=100, segment_size=64,
@@ -43,7 +44,7 @@ def step(slots, *rows):
     for queries, *_ in rows:
         starts.append(starts[-1] + queries)
     totals, prefilling, budgets, names = ([row[i] for row in rows] for i in (1, 2, 3, 4))
-    spending = [Spending(budget, 0.0, 600) for budget in budgets]
+    spending = [RequestBudget(budget, 0.0, 600) for budget in budgets]
     return slots.step(starts, totals, prefilling, spending, names)
 
 
@@ -77,7 +78,7 @@ def kept(slots, *rows, prompt, name="a"):
             [PrefillRow(0, 0, queries, context, 0.1)], 64, 100, torch.device("cpu"),
             Limits(1000, 10**8),
         )  # fmt: skip
-        plan = slots.keep(work, [Spending(0.1, 0.0, prompt)], [name], DENSE_TAIL)
+        plan = slots.keep(work, [RequestBudget(0.1, 0.0, prompt)], [name], DENSE_TAIL)
         found += plan.values()
     return found
 

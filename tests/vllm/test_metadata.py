@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from s2o_vllm import compat, metrics
-from s2o_vllm.config import S2OConfig, Spending
+from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.plan import Limits
 from s2o_vllm.metadata import SparseBuilder, split_rows
+from s2o_vllm.requests import RequestBudget
 
 
 def split(rows, min_context=100):
@@ -17,7 +18,9 @@ def split(rows, min_context=100):
     for queries, *_ in rows:
         starts.append(starts[-1] + queries)
     totals, prefilling, budgets = ([row[i] for row in rows] for i in (1, 2, 3))
-    spending = [Spending(budget, 0.02, *row[4:]) for budget, row in zip(budgets, rows, strict=True)]
+    spending = [
+        RequestBudget(budget, 0.02, *row[4:]) for budget, row in zip(budgets, rows, strict=True)
+    ]
     return split_rows(starts, totals, prefilling, spending, min_context)
 
 
@@ -44,7 +47,7 @@ def test_decode_dense_and_sparse_rows_are_told_apart():
 
 
 def test_a_history_within_the_least_budget_is_dense():
-    spending = [Spending(0.1, 0.0, 0, 1000)]
+    spending = [RequestBudget(0.1, 0.0, 0, 1000)]
     assert split_rows([0, 64], [1000], [True], spending, 100)[2] == ["short_history"]
     ((row,), _, reasons) = split_rows([0, 64], [1001], [True], spending, 100)
     assert (row.min_tokens, reasons) == (1000, [])

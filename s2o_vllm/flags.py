@@ -1,0 +1,101 @@
+"""The ``--s2o-*`` flags; what they say waits in vLLM's own ``additional_config``.
+
+There it goes wherever vLLM's arguments go: into other processes, which may not have loaded the
+plug-in yet, and through copies, pickles and keyword arguments.
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from .config import FIELDS, FLAGS, HELP, ConfigError, check, parse_text
+
+ADDITIONAL = "additional_config"
+
+
+class Flag(argparse.Action):
+    """Reads one setting and keeps it in ``additional_config``, not under a name of its own."""
+
+    def __init__(self, option_strings: list[str], dest: str, key: str, **kwargs: Any):
+        kwargs["default"] = argparse.SUPPRESS
+        super().__init__(option_strings, dest, **kwargs)
+        self.key = key
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Check and keep what was given.
+
+        Raises:
+            argparse.ArgumentError: if it is refused.
+        """
+        try:
+            value = self.read(values)
+        except ConfigError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        keep(self, namespace, {self.key: value})
+
+    def read(self, values: Any) -> Any:
+        """Return the setting; ``--no-...`` says that it is False, which most settings refuse.
+
+        Raises:
+            ConfigError: if it is refused.
+        """
+        if self.nargs == 0:
+            return check(self.key, False)
+        value = parse_text(self.key, ",".join(values) if isinstance(values, list) else values)
+        return list(value) if isinstance(value, tuple) else value
+
+
+def keep(action: argparse.Action, namespace: argparse.Namespace, flags: Mapping[str, Any]) -> None:
+    """Keep flags in a namespace's ``additional_config``, beside all that is there.
+
+    Raises:
+        argparse.ArgumentError: if that is no JSON object.
+    """
+    additional = getattr(namespace, ADDITIONAL, None) or {}
+    if not isinstance(additional, Mapping):
+        sentence = f"s2o: additional_config is {additional!r}, must be a JSON object"
+        raise argparse.ArgumentError(action, sentence)
+    kept = dict(additional.get(FLAGS, {})) | dict(flags)
+    setattr(namespace, ADDITIONAL, dict(additional) | {FLAGS: kept})
+
+
+def keep_flags_through(action: argparse.Action) -> None:
+    """Let vLLM's ``--additional-config`` keep what flags before it have said."""
+    kind: Any = type(action)
+
+    class Keeping(kind):
+        def __call__(
+            self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None
+        ) -> None:
+            before = getattr(namespace, ADDITIONAL, None)
+            super().__call__(parser, namespace, values, option)
+            if isinstance(before, Mapping) and FLAGS in before:
+                keep(self, namespace, before[FLAGS])
+
+    action.__class__ = Keeping
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting to vLLM's argument parser.
+
+    YAML files come as flags, too: ``true`` as a flag alone, ``false`` as its ``--no-`` form where
+    there is one and else not at all, a list as words after the flag.
+    """
+    for action in parser._actions:
+        if action.dest == ADDITIONAL:
+            keep_flags_through(action)
+    group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
+    for key, text in HELP.items():
+        name = "s2o-" + key.replace("_", "-")
+        words: dict[str, Any] = {}
+        if FIELDS[key] is bool:
+            words = {"nargs": "?", "const": "true"}
+        elif key == "dense_layers":
+            words = {"nargs": "+"}
+        dest = name.replace("-", "_")
+        group.add_argument(f"--{name}", action=Flag, key=key, dest=dest, help=text, **words)
+        group.add_argument(
+            f"--no-{name}", action=Flag, key=key, dest=dest, nargs=0, help=argparse.SUPPRESS
+        )

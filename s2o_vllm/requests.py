@@ -1,0 +1,99 @@
+"""What a request asks for: its settings, its budget, its prefix-cache salt."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .config import ConfigError, S2OConfig, check_budget, check_target, refusal
+
+PREFIX = "s2o_"
+OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
+
+
+class RequestBudget(NamedTuple):
+    """What a request's queries may visit.
+
+    Attributes:
+        sparsity_budget: largest share of its history, the request's own or the server's.
+        target_error: share of softmax mass that a list may leave out, likewise.
+        prompt: tokens of its prompt, 0 if not known.
+        min_budget_tokens: history tokens that a query may visit however small the share is.
+    """
+
+    sparsity_budget: float
+    target_error: float
+    prompt: int = 0
+    min_budget_tokens: int = 0
+
+
+class RequestInfo(NamedTuple):
+    """What is known of a request.
+
+    Attributes:
+        settings: those that it asks for.
+        prompt: tokens of its prompt, 0 if not known.
+        name: vLLM's own.
+    """
+
+    settings: dict[str, float]
+    prompt: int
+    name: str | None = None
+
+
+PADDING = RequestInfo({}, 0)  # a row without a request
+
+
+def budget_of(request: RequestInfo, server: S2OConfig) -> RequestBudget:
+    """Return what a request may visit: what it asks for, else the server's settings."""
+    own = {key: getattr(server, key) for key in OF_REQUESTS} | request.settings
+    return RequestBudget(**own, prompt=request.prompt, min_budget_tokens=server.min_budget_tokens)
+
+
+def request_settings(
+    extra_args: Mapping[str, Any] | None, server: S2OConfig | None = None
+) -> dict[str, float]:
+    """Return the settings that a request asks for in its ``vllm_xargs``: of ``OF_REQUESTS``.
+
+    Args:
+        extra_args: all that the request asks for beside vLLM's own settings.
+        server: the server's settings, which bound them. Default: everything is allowed.
+
+    Raises:
+        ConfigError: if one is malformed or more than the server allows, or another ``s2o_`` key
+            is given.
+    """
+    server = server or S2OConfig()
+    asked = {}
+    for key, value in (extra_args or {}).items():
+        if key == PREFIX + "sparsity_budget":
+            asked["sparsity_budget"] = check_budget(key, value)
+            if server.max_request_budget == 0:
+                raise refusal(key, value, "left out: this server allows no budget of a request's")
+            if value > server.max_request_budget:
+                raise refusal(key, value, f"at most {server.max_request_budget} on this server")
+        elif key == PREFIX + "target_error":
+            asked["target_error"] = check_target(key, value, server.ranking)
+        elif key.startswith(PREFIX):
+            known = " or ".join(PREFIX + name for name in OF_REQUESTS)
+            raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
+    return asked
+
+
+def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) -> str:
+    """Return the prefix-cache salt of a request.
+
+    Keys and values above the first layer depend on how sparsely the layers below attended,
+    and block hashes cover tokens only: blocks computed under different settings must differ
+    in their salt. The user's own salt is kept.
+
+    Args:
+        salt: the user's own.
+        config: the server's settings.
+        asked: the request's, as `request_settings` returns them.
+    """
+    settings = config.as_dict() | dict(asked)
+    del settings["max_request_budget"]  # decides what is served, not how
+    if settings["sparsity_budget"] == 1:
+        mark = "dense"
+    else:
+        mark = ",".join(f"{key}={value}" for key, value in settings.items())
+    return f"{salt or ''}|s2o:{mark}"

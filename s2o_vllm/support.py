@@ -1,0 +1,66 @@
+"""Why S2O refuses a configuration, and why a step stays dense."""
+
+from typing import Any
+
+from .config import S2OConfig
+
+
+def unsupported_model(vllm_config: Any) -> str | None:
+    """Return one sentence that says why S2O cannot serve this configuration, or None."""
+    from vllm import envs
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    if model.use_mla:
+        return (
+            f"{model.model} uses multi-head latent attention (MLA), must be a model with GQA or MHA"
+        )
+    if model.runner_type != "generate":
+        return f"runner is {model.runner_type!r}, must be 'generate' (decoder-only text generation)"
+    if model.is_encoder_decoder:
+        return f"{model.model} is an encoder-decoder model, must be decoder-only"
+    window = model.get_sliding_window()
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or []
+    if window is not None and "full_attention" not in layer_types:
+        return (
+            f"every layer of {model.model} has a sliding window of {window} tokens, "
+            "must have layers with full attention"
+        )
+    if cache.user_specified_block_size and cache.block_size % 16:
+        return f"block size is {cache.block_size}, must be a multiple of 16"
+    if parallel.decode_context_parallel_size > 1:
+        return f"decode context parallel size is {parallel.decode_context_parallel_size}, must be 1"
+    if parallel.prefill_context_parallel_size > 1:
+        return (
+            f"prefill context parallel size is {parallel.prefill_context_parallel_size}, must be 1"
+        )
+    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+        return "VLLM_USE_RUST_FRONTEND is set, must be unset (it bypasses per-request settings)"
+    return None
+
+
+def unsupported_decode(vllm_config: Any, settings: S2OConfig) -> str | None:
+    """Return one sentence that says why sparse decode cannot be served so, or None."""
+    if not settings.decodes:
+        return None
+    budget = f"decode_budget is {settings.decode_budget!r}, must be 1 with"
+    if vllm_config.speculative_config is not None:
+        return f"{budget} speculative decoding"
+    if vllm_config.parallel_config.use_ubatching:
+        # A request may change its half of the batch, and each has slots of its own.
+        return f"{budget} micro-batches"
+    return None
+
+
+def dense_step_reason(common: Any) -> str | None:
+    """Return why a whole step must stay dense, as a short label, or None.
+
+    Image tokens of some models attend to one another in both directions, and some models add a
+    window to the tokens they generate; causal attention over a selection would leave that out.
+    """
+    ranges = getattr(common, "mm_req_doc_ranges", None)
+    if ranges and any(ranges.values()):
+        return "bidirectional_ranges"
+    if getattr(common, "rswa_prefix_lens", None) is not None:
+        return "reference_window"
+    return None
