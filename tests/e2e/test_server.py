@@ -1,7 +1,10 @@
 """A stock OpenAI-compatible server with S2O on, through the official client."""
 
+import json
 import random
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -169,3 +172,93 @@ def test_malformed_request_settings_are_http_400(server, xargs, named):
     assert refusal.value.status_code == 400
     assert named in str(refusal.value)
     assert len(complete(server, [3, 4, 5])) == 8, "the server goes on"
+
+
+def post(server, path, body):
+    """Status, content type and text of an answer to a JSON body."""
+    request = urllib.request.Request(
+        server.url + path, json.dumps({"model": server.model} | body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.headers["content-type"], answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["content-type"], error.read().decode()
+
+
+MESSAGES = [{"role": "user", "content": "w3 w4 w5"}]
+CHAT = {"messages": MESSAGES, "max_tokens": 2}
+COMPLETION = {"prompt": [3, 4, 5], "max_tokens": 2}
+LABELS = {"query": [3] * 3, "items": [[5]], "label_token_ids": [3, 4]}
+ENDPOINTS = {
+    "/v1/completions": COMPLETION,
+    "/v1/chat/completions": CHAT,
+    "/v1/responses": {"input": "w3 w4", "max_output_tokens": 2},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
+    "/generative_scoring": LABELS,
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_malformed_budget_is_http_400_before_a_stream_begins(server, path, stream):
+    body = ENDPOINTS[path] | {"stream": stream, "vllm_xargs": {"s2o_sparsity_budget": "lots"}}
+    status, kind, text = post(server, path, body)
+    assert (status, kind) == (400, "application/json")
+    error = json.loads(text)["error"]
+    assert "s2o_sparsity_budget is 'lots', must be a number greater than 0" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"vllm_xargs": {"s2o_sparsity_budget": True}}, "s2o_sparsity_budget is True, must be a"),
+        ({"vllm_xargs": {"s2o_target_error": False}}, "s2o_target_error is False, must be a"),
+        ({"vllm_xargs": {"sparsity_budget": 0.5}}, "'sparsity_budget', must be s2o_sparsity_bu"),
+        ({"vllm_xargs": {"s2o-sparsity-budget": 0.5}}, "'s2o-sparsity-budget', must be s2o_spa"),
+        ({"vllm_xargs": {"S2O_SPARSITY_BUDGET": 0.5}}, "'S2O_SPARSITY_BUDGET', must be s2o_spa"),
+        ({"s2o_sparsity_budget": 0.5}, "must be 's2o_sparsity_budget' in vllm_xargs"),
+        ({"sparsity_budget": 0.5}, "must be 's2o_sparsity_budget' in vllm_xargs"),
+    ],
+)
+def test_a_setting_that_nobody_would_read_is_http_400(server, fields, said):
+    status, _, text = post(server, "/v1/completions", COMPLETION | fields)
+    assert status == 400
+    assert said in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_requests_are_answered_as_ever(server, path, stream):
+    for xargs in ({"others": 1}, {"s2o_sparsity_budget": 0.5, "s2o_target_error": 0.1}):
+        status, _, text = post(
+            server, path, ENDPOINTS[path] | {"stream": stream, "vllm_xargs": xargs}
+        )
+        assert status == 200, text
+
+
+def test_what_is_not_ours_is_refused_by_vllm(server):
+    status, _, text = post(server, "/v1/completions", {"prompt": "s2o", "max_tokens": "many"})
+    assert (status, "max_tokens" in text) == (400, True), "vLLM's own refusal"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [7] * 900, "use_beam_search": True, "n": 2}),
+        ("/generative_scoring", LABELS | {"query": [7] * 900}),
+    ],
+)
+def test_endpoints_with_parameters_of_their_own_see_the_budget(server, path, body):
+    """Beam search and scoring leave vllm_xargs out of what they ask the engine for."""
+    salted = body | {"max_tokens": 1, "cache_salt": path.replace("/", "-")}
+    before = server.total("s2o:sparse_requests")
+    one = {"vllm_xargs": {"s2o_sparsity_budget": 1.0}}
+    assert post(server, path, salted | one)[0] == 200
+    hits = server.total("vllm:prefix_cache_hits")
+    assert post(server, path, salted)[0] == 200
+    assert server.total("vllm:prefix_cache_hits") == hits, "another budget's blocks were reused"
+    wait_for(lambda: server.total("s2o:sparse_requests") > before)
+    chunks = server.settled(("s2o:sparse_requests",))[0] - before
+    assert chunks == 2, "of 900 tokens in chunks of 512, and of one of the two requests"

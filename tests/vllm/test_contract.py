@@ -57,8 +57,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.cli.serve": ("ServeSubcommand.cmd(args)", "ServeSubcommand.name"),
     "vllm.platforms": ("current_platform",),
     "vllm.engine.arg_utils": (
-        *of("EngineArgs", "add_cli_args(parser)", "from_cli_args(cls, args)",
-            "create_engine_config(self, ...)", "additional_config", "attention_config",
+        *of("EngineArgs", "add_cli_args(parser)", "create_engine_config(self, ...)",
+            "from_cli_args(cls, args)", "additional_config", "attention_config",
             "attention_backend"),
         "'--attention-backend'", "'--attention-config'", "'-ac'", "'--additional-config'",
         "'--max-model-len'", "'--served-model-name'", "'--enforce-eager'",
@@ -95,7 +95,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "InputProcessor", "process_inputs(self, request_id, prompt, params, ...)", "vllm_config"
     ),
     "vllm.v1.engine": of("EngineCoreRequest", "cache_salt"),
-    "vllm.sampling_params": of("SamplingParams", "extra_args"),
+    "vllm.sampling_params": of("SamplingParams", "extra_args", "clone(self)"),
+    "vllm.entrypoints.launchers.app": (
+        "init_entrypoints_middleware(args, app, supported_tasks)",
+        "build_app(args, supported_tasks, model_config)",
+    ),
+    "vllm.entrypoints.launchers.run_batch": ("run_request(serving_engine_func, request, ...)",),
+    "vllm.entrypoints.launchers.api_server.app_state": ("init_app_state(engine_client, ...)",),
     "vllm.exceptions": of("VLLMValidationError", "__init__(self, message, parameter, ...)"),
     # Which row of a step belongs to which request, in both model runners.
     "vllm.v1.worker.gpu_model_runner": of(
