@@ -138,6 +138,8 @@ class SparseBuilder:
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
+        if self.s2o is not None:
+            metrics.worker.start()  # before anything is counted: there must be space
         for layer in layers:
             layer.impl.place(layer)
         impls = [layer.impl for layer in layers]
@@ -245,9 +247,7 @@ class SparseBuilder:
     def count(self, sparse: int, reasons: list[str]) -> None:
         """Count a step's chunks: how many went sparse, and why each of the others did not."""
         if not self.s2o_counts:
-            if sparse:
-                metrics.worker.start()  # what this rank's heads visit is counted all the same
-            return
+            return  # what this rank's heads visit is counted on the device all the same
         if sparse:
             metrics.worker.add("s2o:sparse_requests", sparse)
             reasons = reasons + sparse * list(self.s2o_layer_reasons)

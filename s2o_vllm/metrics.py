@@ -5,8 +5,8 @@ process. Each worker keeps a file in the format of prometheus_client's multi-pro
 and the API process merges those files into its registry.
 """
 
+import logging
 import os
-import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from .kernels.plan import DROPPED_UNIT
+
+logger = logging.getLogger("vllm.s2o")
 
 METRICS = {
     "s2o:history_tokens_visited": "History tokens that queries of prefill (and of sparse decode) "
@@ -35,7 +37,7 @@ UNITS = {"s2o:dropped_mass": DROPPED_UNIT}  # of one count; others count by one
 DIRECTORY = "S2O_METRICS_DIR"
 PERIOD = 0.5  # seconds between two readings of the device counters
 
-_own_directory: tempfile.TemporaryDirectory | None = None
+_own_folder: Any = None  # a CounterFolder
 
 
 def install_collector() -> None:
@@ -44,15 +46,26 @@ def install_collector() -> None:
     With several API servers vLLM itself runs Prometheus in multi-process mode; then the
     workers write to its folder, and its collector finds them there.
     """
-    global _own_directory
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or _own_directory is not None:
+    global _own_folder
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or _own_folder is not None:
         return
     from prometheus_client import REGISTRY
-    from prometheus_client.multiprocess import MultiProcessCollector
 
-    _own_directory = tempfile.TemporaryDirectory(prefix="s2o-metrics-")
-    os.environ[DIRECTORY] = _own_directory.name
-    MultiProcessCollector(REGISTRY, path=_own_directory.name)
+    from .counter_files import Collector, CounterFolder
+
+    try:
+        _own_folder = CounterFolder()
+    except OSError as error:
+        os.environ.pop(DIRECTORY, None)
+        warn(error)
+        return
+    os.environ[DIRECTORY] = str(_own_folder.path)
+    Collector(REGISTRY, _own_folder)
+
+
+def warn(error: OSError) -> None:
+    """Say why there are no counters."""
+    logger.warning("s2o: no counters of S2O on /metrics: %s", error)
 
 
 class WorkerCounters:
@@ -91,10 +104,9 @@ class WorkerCounters:
         """Count on the host."""
         with self._lock:
             self._host[metric, label] += amount
-        self.start()
 
     def start(self) -> None:
-        """Begin to publish."""
+        """Make the file, and begin to publish; without a file there are no counters."""
         if self._thread is not None:
             return
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
@@ -103,15 +115,22 @@ class WorkerCounters:
             or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
             or os.environ.get(DIRECTORY, "")
         )
-        if Path(folder).is_dir() and folder:
-            from prometheus_client.mmap_dict import MmapedDict
-
-            self._file = MmapedDict(str(Path(folder) / f"counter_s2o{os.getpid()}.db"))
+        if folder and Path(folder).is_dir() and self._open(Path(folder)):
             self._thread.start()
+
+    def _open(self, folder: Path) -> bool:
+        from .counter_files import CounterFile
+
+        try:
+            self._file = CounterFile(folder)
+        except OSError as error:
+            self._file = None
+            warn(error)
+        return self._file is not None
 
     def _run(self) -> None:
         wait = threading.Event()
-        while not wait.wait(PERIOD):
+        while self._file is not None and not wait.wait(PERIOD):
             self.publish()
 
     def totals(self) -> Counter[tuple[str, str]]:
@@ -125,14 +144,14 @@ class WorkerCounters:
 
     def publish(self) -> None:
         """Write the present totals to this worker's file."""
-        if self._file is None:
+        if self._file is None or (self._file.removed and not self._open(self._file.path.parent)):
             return
         from prometheus_client.mmap_dict import mmap_key
 
         for (metric, label), value in self.totals().items():
             names, values = ([LABELS[metric]], [label]) if label else ([], [])
             key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
-            self._file.write_value(key, value * UNITS.get(metric, 1.0), 0.0)
+            self._file.write(key, value * UNITS.get(metric, 1.0))
 
 
 worker = WorkerCounters()

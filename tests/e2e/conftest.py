@@ -50,7 +50,7 @@ class Server:
         return now
 
 
-def begin(folder: Path, name: str, model: str, *flags: str) -> Server:
+def begin(folder: Path, name: str, model: str, *flags: str, **variables: str) -> Server:
     port = next(PORTS)
     log = folder / f"{name}.log"
     command = [
@@ -59,6 +59,7 @@ def begin(folder: Path, name: str, model: str, *flags: str) -> Server:
         "--enforce-eager", "--max-model-len", "4096", "--max-num-batched-tokens", "512", *flags,
     ]  # fmt: skip
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= variables
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     return Server(f"http://127.0.0.1:{port}", model, process, log)
@@ -130,13 +131,19 @@ def stock_server(begun):
 
 @pytest.fixture(scope="module")
 def launch(e2e_folder):
-    """Start servers side by side: ``launch(model, name=flags, ...)``; they run until the next."""
+    """Start servers side by side: ``launch(model, name=flags, ...)``; they run until the next.
+
+    ``variables`` are environment variables by the server's name.
+    """
     started = []
 
-    def start(model, **flags):
+    def start(model, variables=None, **flags):
         stop(*started)
         started.clear()
-        ours = {name: begin(e2e_folder, name, model, *own) for name, own in flags.items()}
+        ours = {
+            name: begin(e2e_folder, name, model, *own, **(variables or {}).get(name, {}))
+            for name, own in flags.items()
+        }
         started.extend(ours.values())
         return {name: ready(one) for name, one in ours.items()}
 

@@ -11,6 +11,7 @@ def test_device_and_host_counts_reach_the_exposition(tmp_path):
     one = torch.tensor([10, 100, 5, 2, 1_500_000, 30])
     worker.watch(one, 0)
     worker.watch(torch.tensor([1, 2, 3, 4, 250_000, 10]), 7)
+    worker.start()
     worker.add("s2o:dense_rows", 2, "short_history")
     worker.publish()
     one[:4] += 1  # as a kernel would
@@ -34,6 +35,7 @@ def test_without_a_folder_nothing_is_written(monkeypatch):
     monkeypatch.delenv(metrics.DIRECTORY, raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     worker = metrics.WorkerCounters()
+    worker.start()
     worker.add("s2o:sparse_requests", 3)
     worker.publish()
     assert worker.totals()["s2o:sparse_requests", ""] == 3
