@@ -4,6 +4,8 @@ The same ranking and attention in PyTorch over the same paged cache, so that the
 runs without a GPU.
 """
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from .forward import SparseImpl
+from .forward import SparseImpl, as_numbers
 from .metadata import SparseBuilder, StepPlan
 
 
@@ -35,11 +37,11 @@ class CacheLayout:
     """
 
     DIGIT = 8  # exact in every float format, e4m3 included
-    PLACES = 5  # 32,768 elements: 128 tokens of 256
 
     def __init__(self, isa: str, page: int, head_dim: int, dtype: torch.dtype):
         numbers = torch.arange(page * head_dim)
-        digits = [numbers // self.DIGIT**place % self.DIGIT for place in range(self.PLACES)]
+        places = range(math.ceil(math.log2(len(numbers)) / math.log2(self.DIGIT)))
+        digits = [numbers // self.DIGIT**place % self.DIGIT for place in places]
         fp8 = dtype == torch.float8_e4m3fn
         kinds = (torch.uint8, torch.bfloat16, "fp8") if fp8 else (dtype, dtype, "auto")
         stored, written, name = kinds
@@ -65,10 +67,11 @@ class CacheLayout:
         return torch.cat([keys, values], -1)
 
 
+layout_of = functools.cache(CacheLayout)  # one per shape, for all layers
+
+
 class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     """vLLM's CPU attention, with the sparse rows of a step on S2O's PyTorch reference."""
-
-    _layouts: dict[tuple, CacheLayout] = {}  # noqa: RUF012  # one per shape, for all layers
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See :meth:`SparseImpl.forward`."""
@@ -80,9 +83,7 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the sparse rows' blocks out of the packed cache, renumbered from 0."""
         page = kv_cache.shape[2]
-        key = (self._isa, page, self.head_size, kv_cache.dtype)
-        if key not in self._layouts:
-            self._layouts[key] = CacheLayout(self._isa, page, self.head_size, kv_cache.dtype)
+        layout = layout_of(self._isa, page, self.head_size, kv_cache.dtype)
         table = torch.zeros_like(block_table)
         blocks: list[torch.Tensor] = []
         first = 0
@@ -93,7 +94,7 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
             table[row, :count] = torch.arange(first, first + count)
             blocks.append(block_table[row, :count])
             first += count
-        return self._layouts[key].tokens(kv_cache[torch.cat(blocks).long()]), table
+        return layout.tokens(kv_cache[torch.cat(blocks).long()]), table
 
 
 class S2OCPUMetadataBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
@@ -106,6 +107,10 @@ class S2OCPUMetadataBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         self.prepare_s2o(
             list(get_layers_from_vllm_config(vllm_config, Attention, layer_names).values())
         )
+        if self.s2o is not None and self.s2o_reason is None:
+            # A layout that cannot be read ends the start, not the first sparse request.
+            dtype = as_numbers(torch.empty(0, dtype=kv_cache_spec.dtype)).dtype
+            layout_of(self.isa, self.block_size, self.head_dim, dtype)
 
 
 class S2OCPUBackend(CPUAttentionBackend):

@@ -37,7 +37,7 @@ def benches(tmp_path_factory):
         "latency": ("bench", "latency", *model, *TINY_BENCH, *one),
         "throughput": (
             "bench", "throughput", *model, "--random-input-len", "700", "--random-output-len", "2",
-            "--dataset-name", "random", "--num-prompts", "2", *S2O,
+            "--dataset-name", "random", "--num-prompts", "2", *S2O, "--block-size", "1024",
         ),
     }  # fmt: skip
     with ThreadPoolExecutor() as pool:
@@ -49,7 +49,7 @@ def test_a_bench_of_stock_vllm_runs_with_the_plug_in_installed(benches):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_bench_takes_flags(benches):
+def test_a_bench_takes_flags_and_large_pages(benches):
     done = benches["throughput"].result()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Throughput:" in done.stdout

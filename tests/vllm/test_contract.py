@@ -140,7 +140,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.cpu_attn": (
         *of("CPUAttentionBackend", "get_name()", "get_impl_cls()", "get_builder_cls()"),
         *of("CPUAttentionBackendImpl", IMPLEMENTATION, "forward" + FORWARD, *LAYER),
-        *of("CPUAttentionMetadataBuilder", *BUILDER, "isa"),
+        *of("CPUAttentionMetadataBuilder", *BUILDER, "isa", "block_size", "head_dim"),
         *of("CPUAttentionMetadata", *METADATA),
     ),
     "vllm._custom_ops": (

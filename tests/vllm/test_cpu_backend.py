@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLL
     ("page", "head_dim", "fp8"),
     [
         (128, 64, False), (32, 128, False), (16, 96, False), (64, 256, False),
+        (1024, 64, False), (512, 128, False), (1056, 64, False), (1056, 256, False),
         pytest.param(32, 96, True, marks=FP8_CPU), pytest.param(128, 256, True, marks=FP8_CPU),
     ],
 )  # fmt: skip
