@@ -14,6 +14,7 @@ from typing import Any
 from . import config, support
 from .flags import add_flags
 from .http_check import XARGS, RequestCheck, settings_of_request
+from .plugin import vllm_command
 from .requests import PADDING, PREFIX, RequestInfo, cache_salt, of_context, request_settings
 
 SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
@@ -59,6 +60,19 @@ def unsupported_version(found: str | None = None) -> str | None:
 # -- installation ---------------------------------------------------------------------------
 
 
+def install_name() -> None:
+    """Make the backend's alias known, and the flags to parsers that are built before plug-ins load.
+
+    Idempotent. vLLM is being imported when this is first called: nothing large may be.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    # A new member would not survive pickling into workers; an alias of CUSTOM does.
+    AttentionBackendEnum._member_map_.setdefault(ALIAS, AttentionBackendEnum[BACKEND])
+    _wrap(FlexibleArgumentParser, "parse_args", _parse_args)
+
+
 def install() -> None:
     """Register the backend under its alias and add the flags. Idempotent."""
     from vllm.engine.arg_utils import EngineArgs
@@ -69,12 +83,9 @@ def install() -> None:
     if custom.is_overridden() and not custom.get_path().startswith("s2o_vllm."):
         raise RuntimeError(f"s2o: another plug-in already holds vLLM's {BACKEND} attention slot")
     register_backend(custom, CUDA_BACKEND)
-    # A new member would not survive pickling into workers; an alias of CUSTOM does.
-    AttentionBackendEnum._member_map_.setdefault(ALIAS, custom)
-
+    install_name()
     _wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    _wrap_commands()
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
         _wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
@@ -99,26 +110,6 @@ def _wrap(owner: Any, name: str, wrapper: Callable, *, static: bool = False) -> 
     setattr(owner, name, type(original)(wrapped) if static else wrapped)
 
 
-def _wrap_commands() -> None:
-    """Let a refusal end ``vllm serve`` and its siblings as a bad flag does: without a traceback.
-
-    Where vLLM is not started by its own command, these modules are not loaded.
-    """
-    types = sys.modules.get("vllm.entrypoints.cli.types")
-    for command in types.CLISubcommand.__subclasses__() if types else ():
-        if "cmd" in vars(command):
-            _wrap(command, "cmd", _command, static=True)
-
-
-def _command(original: Callable, *args: Any) -> Any:
-    try:
-        return original(*args)
-    except config.ConfigError as error:
-        name = getattr(args[-1], "subparser", None) or "serve"
-        print(f"vllm {name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 # -- flags and settings ---------------------------------------------------------------------
 
 
@@ -128,7 +119,24 @@ def _add_cli_args(original: Callable, parser: Any) -> Any:
     return parser
 
 
+def _parse_args(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    add_flags(self)
+    return original(self, *args, **kwargs)
+
+
 def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let a refusal end a command of vLLM's as a bad flag does: in a sentence, with exit code 2."""
+    try:
+        return _checked_engine_config(original, self, *args, **kwargs)
+    except config.ConfigError as error:
+        command = vllm_command(sys.argv)
+        if command is None:
+            raise
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Check and settle the settings before vLLM builds its own configuration."""
     given = self.additional_config
     if not _asked_for(self):

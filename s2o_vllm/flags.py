@@ -78,14 +78,16 @@ def keep_flags_through(action: argparse.Action) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting to vLLM's argument parser.
+    """Add a flag for every setting to a parser of vLLM's engine arguments. Idempotent.
 
     YAML files come as flags, too: ``true`` as a flag alone, ``false`` as its ``--no-`` form where
     there is one and else not at all, a list as words after the flag.
     """
-    for action in parser._actions:
-        if action.dest == ADDITIONAL:
-            keep_flags_through(action)
+    additional = [action for action in parser._actions if action.dest == ADDITIONAL]
+    if not additional or any(isinstance(action, Flag) for action in parser._actions):
+        return
+    for action in additional:
+        keep_flags_through(action)
     group = parser.add_argument_group("S2O", "Sparse prefill; needs --attention-backend s2o.")
     for key, text in HELP.items():
         name = "s2o-" + key.replace("_", "-")

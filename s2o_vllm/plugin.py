@@ -23,11 +23,39 @@ def register() -> None:
     reason = compat.unsupported_version()
     if reason is not None:
         if asked_on_command_line(sys.argv):
-            print(f"vllm: error: {reason}", file=sys.stderr)
+            print(f"{vllm_command(sys.argv)}: error: {reason}", file=sys.stderr)
             raise SystemExit(2)
         logger.warning("%s", reason)
         return
     compat.install()
+
+
+def register_name() -> None:
+    """Make the name ``s2o`` known when vLLM asks for its platform (``vllm.platform_plugins``).
+
+    Plug-ins are loaded by vLLM's arguments; ``LLM(attention_config={"backend": "s2o"})`` reads the
+    name before that, and scripts build their parsers before that. This is no platform: it returns
+    none.
+    """
+    from . import compat
+
+    if compat.unsupported_version() is None:
+        compat.install_name()
+
+
+def vllm_command(words: Sequence[str]) -> str | None:
+    """Return the name of vLLM's command that this process is, or None if it is none of vLLM's.
+
+    Args:
+        words: ``sys.argv``.
+    """
+    program = words[0].replace("\\", "/") if words else ""
+    _, package, module = program.rpartition("/vllm/entrypoints/")
+    if program.endswith("/vllm") or program == "vllm" or (package and module == "cli/main.py"):
+        return " ".join(["vllm", *words[1:2]])
+    if package:
+        return f"python -m vllm.entrypoints.{module.removesuffix('.py').replace('/', '.')}"
+    return None
 
 
 def asked_on_command_line(words: Sequence[str]) -> bool:
@@ -35,8 +63,7 @@ def asked_on_command_line(words: Sequence[str]) -> bool:
 
     ``CUSTOM`` alone may mean another plug-in.
     """
-    program = words[0].replace("\\", "/") if words else ""
-    if not (program.endswith("/vllm") or program == "vllm" or "/vllm/entrypoints/" in program):
+    if vllm_command(words) is None:
         return False
     if any(word.replace("_", "-").startswith("--s2o-") for word in words):
         return True

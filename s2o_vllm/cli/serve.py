@@ -12,7 +12,7 @@ from . import embedded, environment
 
 USAGE = """usage: s2o serve [MODEL] [any flag of vllm serve]
 
-With a MODEL (first, as with vllm serve; or --model, or a --config file that names one):
+With a MODEL (first, or behind flags; or --model, or a --config file that names one):
   vllm serve MODEL --attention-backend s2o, with every flag passed through.
 Without one: SmolLM2-135M-Instruct with 8K of context, fetched and converted once.
 --attention-backend chooses another backend. What follows is the help of vllm serve.
@@ -26,6 +26,15 @@ COMPILATION = (
     "--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc",
     "--optimization-level", "-O",
 )  # fmt: skip
+# Flags of vLLM that take any number of words, and those that take none.
+LISTS = frozenset({
+    "--allowed-media-domains", "--api-key", "--collect-detailed-traces", "--cpu-offload-params",
+    "--cudagraph-capture-sizes", "--ignore-patterns", "--kv-cache-dtype-skip-layers",
+    "--logits-processors", "--lora-modules", "--lora-target-modules", "--numa-bind-cpus",
+    "--numa-bind-nodes", "--offload-params", "--s2o-dense-layers", "--served-model-name",
+    "--sleep-preserve-parameter-names",
+})  # fmt: skip
+SWITCH = re.compile(r"--(no|enable|enforce|trust|disable(?!-access-log-for))-|-O\d$|-(ep|dp[hem])$")
 # Set as environment variables, which every other way to give a setting overrides.
 EMBEDDED_SETTINGS = {"S2O_SPARSITY_BUDGET": "0.25", "S2O_MIN_CONTEXT": "512"}
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB, 22,000 tokens or more of this model
@@ -53,8 +62,22 @@ def config_text(words: Sequence[str]) -> str:
     return ""
 
 
+def model_first(words: Sequence[str]) -> list[str]:
+    """Return the words with a model that stands behind flags put first, where vLLM reads it."""
+    flag = None  # whose words may follow
+    for number, word in enumerate(words):
+        if re.match(r"--?[A-Za-z]", word):
+            (name,) = flag_names([word])
+            flag = None if "=" in word or SWITCH.match(name) else name
+        elif flag is None:
+            return [word, *words[:number], *words[number + 1 :]]
+        elif flag not in LISTS:
+            flag = None
+    return list(words)
+
+
 def names_model(words: Sequence[str]) -> bool:
-    """Tell whether the user named a model."""
+    """Tell whether the user named a model; where it is a word alone, it is the first."""
     if words and not words[0].startswith("-"):
         return True
     in_file = re.search(r"^(model|model[-_]tag)\s*:", config_text(words), re.MULTILINE)
@@ -112,7 +135,7 @@ def refusal() -> str | None:
         config.resolve({}, None)
     except config.ConfigError as error:
         return f"the environment's settings are refused: {error}."
-    if reason := compat.unsupported_version():
+    if reason := compat.unsupported_version() or environment.plugin_problem(os.environ):
         return reason
     if found := environment.problems():
         return " ".join(found)
@@ -143,7 +166,7 @@ def main(
         argv: the words after ``s2o serve``.
         execute: replaces the process; tests put their own here.
     """
-    words = list(sys.argv[2:] if argv is None else argv)
+    words = model_first(sys.argv[2:] if argv is None else argv)
     wants_help = bool(flag_names(words) & {"-h", "--help"})
     if reason := refusal():
         if wants_help:
@@ -167,6 +190,6 @@ def main(
         shown = [f"{name}={value}" for name, value in added.items()]
         say(f"Starting: {shlex.join([*shown, 'vllm', 'serve', *words])}")
     # -P: the folder this is started in must not become importable.
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", *words]
+    command = [sys.executable, "-P", "-m", "s2o_vllm.cli.vllm_command", "serve", *words]
     execute(sys.executable, command, os.environ | added)
     return 0

@@ -115,7 +115,7 @@ def test_vllms_list_of_allowed_plugins(healthy, plugins, runs):
 
 
 def test_an_invisible_entry_point(healthy, monkeypatch):
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    monkeypatch.setattr(doctor.environment, "entry_points", lambda group: [])
     report = doctor.examine({})
     assert not report.plugin
     assert "no entry point 's2o' in vllm.general_plugins" in report.reasons[0]

@@ -2,6 +2,8 @@ import subprocess
 import zipfile
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from s2o_vllm.cli import embedded
 
@@ -33,12 +35,51 @@ def test_the_cache_follows_xdg_and_then_home(tmp_path, monkeypatch):
     assert embedded.cache_folder().parent == tmp_path / ".cache" / "s2o-vllm"
 
 
-def test_a_cached_model_is_not_made_again(monkeypatch):
+@pytest.fixture
+def cached():
+    """A model in the cache, whole."""
+    folder = embedded.cache_folder()
+    folder.mkdir(parents=True)
+    for name in embedded.FILES:
+        (folder / name).write_text("{}")
+    save_file({"weight": torch.ones(3), "other": torch.ones(5)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_cached_model_is_not_made_again(cached, monkeypatch):
     monkeypatch.setattr(embedded, "_make", lambda *args: pytest.fail("made it again"))
-    embedded.cache_folder().mkdir(parents=True)
     lines = []
-    assert embedded.ensure(lines.append) == embedded.cache_folder()
+    assert embedded.ensure(lines.append) == cached
     assert "from the cache" in lines[0]
+
+
+def spoil(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[:-1], "garbage": b"x" * 30}[how])
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("tokenizer.json", "missing"), ("config.json", "empty"), ("chat_template.jinja", "missing"),
+        ("model.safetensors", "missing"), ("model.safetensors", "cut"),
+        ("model.safetensors", "garbage"),
+    ],
+)  # fmt: skip
+def test_a_cached_model_that_is_not_whole_is_made_again(cached, monkeypatch, name, how):
+    spoil(cached / name, how)
+    made = []
+    monkeypatch.setattr(embedded, "NEEDS", ())
+    monkeypatch.setattr(embedded, "_make", lambda scratch, folder, say: made.append(folder))
+    lines = []
+    assert embedded.ensure(lines.append) == cached
+    assert made == [cached]
+    assert not cached.exists(), "cleared for the new one"
+    assert "not whole" in lines[0]
+    assert not [line for line in lines if "from the cache" in line]
 
 
 def test_other_weights_are_refused_and_leave_nothing(monkeypatch, tmp_path):

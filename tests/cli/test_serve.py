@@ -28,7 +28,7 @@ def started(monkeypatch):
         assert code == 0
         ((program, command, variables),) = calls
         assert program == sys.executable
-        assert command[:5] == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+        assert command[:5] == [sys.executable, "-P", "-m", "s2o_vllm.cli.vllm_command", "serve"]
         return command[5:], variables
 
     return run
@@ -176,3 +176,59 @@ def test_a_model_that_cannot_be_had_is_one_sentence(started, monkeypatch, capsys
     monkeypatch.setattr(serve.embedded, "ensure", ensure)
     assert serve.main([], never) == 2
     assert capsys.readouterr().err == "s2o serve: no network; name a model instead.\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--port", "8001", "org/model"],
+        ["--port=8001", "org/model"],
+        ["--port", "8001", "gpt2", "--max-model-len", "4096"],
+        ["--enforce-eager", "org/model", "--port", "1"],
+        ["--no-enable-prefix-caching", "org/model"],
+        ["-O3", "org/model"],
+        ["--s2o-dense-layers=-1,0", "org/model"],
+        ["--served-model-name", "a", "b", "--port", "1", "org/model"],
+        ["--sparsity", "-1", "org/model"],
+    ],
+)
+def test_a_model_behind_flags_is_put_first(started, words):
+    command, _ = started(*words)
+    (model,) = (word for word in words if word in ("org/model", "gpt2"))
+    rest = [word for word in words if word != model]
+    assert command == [model, *rest, "--attention-backend", "s2o"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--port", "8001"],
+        ["--host", "0.0.0.0", "--enforce-eager"],
+        ["--served-model-name", "org/a", "org/b"],
+        ["--tokenizer", "org/tokenizer"],
+    ],
+)
+def test_values_of_flags_are_no_model(started, words):
+    assert started(*words)[0][:1] == [str(FOLDER)]
+
+
+def test_vllms_flags_take_as_many_words_as_we_think():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from s2o_vllm import plugin
+
+    plugin.register()
+    actions = make_arg_parser(FlexibleArgumentParser())._actions
+    lists = {name for one in actions if one.nargs in ("+", "*") for name in one.option_strings}
+    assert lists == serve.LISTS
+    valued = {name for one in actions if one.nargs != 0 for name in one.option_strings}
+    assert not [name for name in valued if serve.SWITCH.match(name)]
+
+
+def test_a_plug_in_that_vllm_may_not_load_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(serve.compat, "unsupported_version", lambda: None)
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    assert serve.main(["org/model"], never) == 2
+    error = capsys.readouterr().err
+    assert "VLLM_PLUGINS is 'lora', which keeps vLLM from loading the plug-in: add 's2o'" in error

@@ -1,4 +1,4 @@
-"""What `vllm serve` is refused ends with one sentence and exit code 2, without a traceback."""
+"""What a command of vLLM is refused ends with a sentence and exit code 2, without a traceback."""
 
 import subprocess
 import sys
@@ -18,37 +18,57 @@ MLA = {
 }  # fmt: skip
 
 
-# Changes to the tiny model, flags, and what is said.
+SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
+UNKNOWN = ("--additional-config", '{"s2o": {"budget": 1}}')
+BUDGET = "s2o: unknown setting 'budget'"
+FILES = ("-i", "in.jsonl", "-o", "out.jsonl")
+
+# Changes to the tiny model, words before it, words after it, what is said.
 REFUSALS = {
-    "setting": (
-        {}, ["--additional-config", '{"s2o": {"budget": 1}}'], "s2o: unknown setting 'budget'",
+    "two servers": (
+        {}, SERVE, (*UNKNOWN, "--api-server-count", "2"), f"vllm serve: error: {BUDGET}",
     ),
-    "model": (MLA, [], "uses multi-head latent attention (MLA), must be a model with GQA or MHA"),
+    "model": (
+        MLA, SERVE, (),
+        "uses multi-head latent attention (MLA), must be a model with GQA or MHA",
+    ),
+    "module": (
+        {}, ("-m", "vllm.entrypoints.openai.api_server", "--model"), UNKNOWN,
+        f"python -m vllm.entrypoints.openai.api_server: error: {BUDGET}",
+    ),
+    "batch": (
+        {}, ("-m", "vllm.entrypoints.launchers.run_batch", *FILES, "--model"), UNKNOWN,
+        f"python -m vllm.entrypoints.launchers.run_batch: error: {BUDGET}",
+    ),
+    "flag": (
+        {}, ("-m", "s2o_vllm.cli.vllm_command", "serve"), ("--s2o-min-context", "many"),
+        "vllm serve: error: argument --s2o-min-context: s2o: min_context is 'many', must be a",
+    ),
 }  # fmt: skip
 
 
-def serve(folder, changes, flags):
+def run(folder, changes, before, after):
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", write_model(folder, **changes),
-        "--attention-backend", "s2o", "--load-format", "dummy", "--enforce-eager", *flags,
+        sys.executable, *before, write_model(folder, **changes),
+        "--attention-backend", "s2o", "--load-format", "dummy", "--enforce-eager", *after,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=folder
+    )
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    with ThreadPoolExecutor() as pool:
+def done(tmp_path_factory):
+    with ThreadPoolExecutor(2) as pool:
         yield {
-            name: pool.submit(serve, tmp_path_factory.mktemp(name), changes, flags)
-            for name, (changes, flags, _) in REFUSALS.items()
+            name: pool.submit(run, tmp_path_factory.mktemp(name.replace(" ", "-")), *words)
+            for name, (*words, _) in REFUSALS.items()
         }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_the_last_line(served, name):
-    done, sentence = served[name].result(), REFUSALS[name][2]
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "vllm serve: error: s2o: " in last
-    assert sentence in last
+def test_a_refusal_is_the_last_line(done, name):
+    ended, sentence = done[name].result(), REFUSALS[name][-1]
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    assert "Traceback" not in ended.stderr
+    assert sentence in ended.stderr.strip().splitlines()[-1]

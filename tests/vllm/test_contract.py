@@ -50,11 +50,11 @@ def of(owner: str, *members: str) -> tuple[str, ...]:
 
 CONTRACT: dict[str, tuple[str, ...]] = {
     # Start: the entry point, the flags, the configuration.
-    "vllm.plugins": ("load_general_plugins()", "'vllm.general_plugins'"),
+    "vllm.plugins": ("load_general_plugins()", "'vllm.general_plugins'", "'vllm.platform_plugins'"),
     "vllm.envs": ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND"),
     "vllm.entrypoints.cli.main": ("main()",),
-    "vllm.entrypoints.cli.types": ("CLISubcommand.cmd(args)",),
-    "vllm.entrypoints.cli.serve": ("ServeSubcommand.cmd(args)", "ServeSubcommand.name"),
+    "vllm.entrypoints.cli": ("main",),
+    "vllm.utils.argparse_utils": ("FlexibleArgumentParser.parse_args(self, args, namespace)",),
     "vllm.platforms": ("current_platform",),
     "vllm.engine.arg_utils": (
         *of("EngineArgs", "add_cli_args(parser)", "create_engine_config(self, ...)",

@@ -1,3 +1,4 @@
+import os
 import pickle
 import subprocess
 import sys
@@ -239,39 +240,74 @@ def test_other_commands_are_no_question_for_s2o(words):
     assert not plugin.asked_on_command_line(words.split())
 
 
-@pytest.fixture
-def commands():
-    """Commands of vLLM's, wrapped as they are when the plug-in is loaded by one of them."""
-    from vllm.entrypoints.cli import serve
-    from vllm.entrypoints.cli.types import CLISubcommand
+PROGRAMS = {
+    "/bin/vllm serve m": "vllm serve",
+    "vllm bench latency": "vllm bench",
+    "vllm": "vllm",
+    "/site-packages/vllm/entrypoints/cli/main.py run-batch": "vllm run-batch",
+    "/site-packages/vllm/entrypoints/openai/api_server.py --port 1": (
+        "python -m vllm.entrypoints.openai.api_server"
+    ),
+    "/home/me/serve.py": None,
+    "-c": None,
+    "": None,
+}
 
-    class Refused(CLISubcommand):
-        name = "refused"
 
-        @staticmethod
-        def cmd(args):
-            raise args.error
+@pytest.mark.parametrize("words", PROGRAMS)
+def test_vllms_commands_are_told_from_other_programs(words):
+    assert plugin.vllm_command(words.split()) == PROGRAMS[words]
+
+
+def refused(model):
+    from vllm.engine.arg_utils import EngineArgs
 
     plugin.register()
-    compat._wrap_commands()
-    return serve.ServeSubcommand, Refused
+    engine_args = EngineArgs(
+        model=model, attention_backend="s2o", additional_config={"s2o": {"budget": 1}}
+    )
+    engine_args.create_engine_config()
 
 
-def test_a_refusal_ends_a_command_with_one_sentence(commands, capsys):
-    _, refused = commands
+def test_a_refusal_ends_a_command_with_one_sentence(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/vllm", "serve"])
     with pytest.raises(SystemExit) as end:
-        refused.cmd(SimpleNamespace(subparser="refused", error=ConfigError("s2o: no")))
+        refused(tiny_model)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "vllm refused: error: s2o: no\n"
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line.startswith("vllm serve: error: s2o: unknown setting 'budget', must be one of ")
 
 
-def test_other_errors_of_a_command_are_not_touched(commands):
-    with pytest.raises(KeyError):
-        commands[1].cmd(SimpleNamespace(error=KeyError("x")))
+def test_a_refusal_in_python_is_a_value_error(tiny_model, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/serve.py"])
+    with pytest.raises(ConfigError, match="unknown setting 'budget'"):
+        refused(tiny_model)
 
 
-def test_vllm_serve_is_such_a_command(commands):
-    assert commands[0].cmd.s2o_wrapped
+OFFLINE = """
+from vllm import EngineArgs, LLM
+from vllm.config import AttentionConfig
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+print(AttentionConfig(backend="s2o").backend.name)
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+words = ["--model", {model!r}, "--attention-backend", "s2o", "--s2o-sparsity-budget", "0.2"]
+args = vars(parser.parse_args(words))
+print(EngineArgs(**args).create_engine_config().additional_config["s2o"]["sparsity_budget"])
+"""
+
+
+def test_name_and_flags_are_known_before_vllm_loads_plug_ins(tiny_model):
+    """LLM(attention_config={...}) and scripts with parsers of their own come before that."""
+    result = run_python(OFFLINE.format(model=tiny_model))
+    lines = result.stdout.splitlines()
+    assert "CUSTOM" in lines, result.stderr
+    assert lines[-1] == "0.2", result.stderr
+
+
+def test_plug_ins_that_are_not_allowed_stay_out():
+    code = "from vllm.config import AttentionConfig; AttentionConfig(backend='s2o')"
+    result = run_python(code, env=os.environ | {"VLLM_PLUGINS": "lora"})
+    assert "Unknown attention backend: 'S2O'" in result.stderr
 
 
 def test_an_unsupported_vllm_is_left_alone(monkeypatch, caplog):
