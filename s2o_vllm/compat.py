@@ -5,6 +5,7 @@ nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
 import dataclasses
+import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -111,8 +112,8 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
         return _checked_engine_config(original, self, *args, **kwargs)
     except config.ConfigError as error:
         command = vllm_command(sys.argv)
-        if command is None:
-            raise
+        if command is None or multiprocessing.parent_process() is not None:
+            raise  # parents hear of a child's errors, and may wait for one
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

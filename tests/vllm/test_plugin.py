@@ -278,6 +278,16 @@ def test_a_refusal_ends_a_command_with_one_sentence(tiny_model, monkeypatch, cap
     assert line.startswith("vllm serve: error: s2o: unknown setting 'budget', must be one of ")
 
 
+def test_a_refusal_in_a_child_of_a_command_is_an_error_that_its_parent_hears(
+    tiny_model, monkeypatch
+):
+    """`vllm bench startup` waits for what its child says."""
+    monkeypatch.setattr(sys, "argv", ["/bin/vllm", "bench", "startup"])
+    monkeypatch.setattr(compat.multiprocessing, "parent_process", lambda: object())
+    with pytest.raises(ConfigError, match="unknown setting 'budget'"):
+        refused(tiny_model)
+
+
 def test_a_refusal_in_python_is_a_value_error(tiny_model, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/serve.py"])
     with pytest.raises(ConfigError, match="unknown setting 'budget'"):
