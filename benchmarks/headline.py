@@ -9,7 +9,7 @@ from s2o_vllm.config import S2OConfig
 from .quality.plots import error_by_density
 from .quality.report import RANKINGS, of_method
 from .quality.samples import Row
-from .quality.tables import Result, table
+from .quality.tables import ALL, Result, table
 from .report import RANDOM, REAL, inputs_of
 
 SHAPE = "llama-3.1-8b"
@@ -81,7 +81,8 @@ def card(device: str) -> str:
 def headline(results: Results) -> str:
     """Return README's table of results."""
     lines = [
-        *faithful_lines(results),
+        *(faithful_lines(results) or task_lines(results)),
+        *far_lines(results),
         *attention_lines(results),
         *quality_lines(results),
         *served_lines(results),
@@ -90,7 +91,7 @@ def headline(results: Results) -> str:
     for what, found, name, commit in lines:
         result = results[name]
         assert result is not None
-        quality = name in ("quality", "ruler", "perplexity")
+        quality = name in ("quality", "ruler", "ruler_h200", "fidelity", "perplexity")
         where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
         on = "" if quality else card(str(result.get("device")))
         rows.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
@@ -120,6 +121,41 @@ def faithful_lines(results: Results) -> list[Line]:
             )
         )
     return lines
+
+
+def task_lines(results: Results) -> list[Line]:
+    """Return the latest task scores, where no time to first token of their commit is known."""
+    return [
+        Line(
+            f"RULER, {row['context']:,} tokens, budget {setting_of(row)}, {row['tasks']} tasks, "
+            f"{row['paired']} prompts, against dense",
+            "{:+.1f} points [{:+.1f}, {:+.1f}]".format(
+                *(row[f"difference{end}"] for end in ("", "_low", "_high"))
+            ),
+            "ruler_h200",
+        )
+        for row in rows_of(results, "ruler_h200")
+        if row["task"] == "mean" and row["difference"] is not None
+    ]
+
+
+def far_lines(results: Results) -> list[Line]:
+    """Return what budgets lose on tokens that need far context."""
+    return [
+        Line(
+            f"{row['samples']} tokens of {row['what'].removeprefix('far_tokens_')} that need far "
+            f"context, {row['context']:,} tokens, budget {setting_of(row)}",
+            f"{row['value']:+.3f} nats lost [{row['low']:+.3f}, {row['high']:+.3f}]",
+            "fidelity",
+        )
+        for row in rows_of(results, "fidelity")
+        if row.get("distance") == ALL and row["value"] is not None
+    ]
+
+
+def setting_of(row: Row) -> str:
+    """Return the budget of a row and the label of the server's settings."""
+    return f"{row['budget']:g}" + (f" ({row['setting']})" if row.get("setting") else "")
 
 
 def attention_lines(results: Results) -> list[Line]:
@@ -236,22 +272,8 @@ def quality_lines(results: Results) -> list[Line]:
 
 
 def served_lines(results: Results) -> list[Line]:
-    """Return times to first token, what S2O leaves alone, and the mixed run."""
+    """Return what S2O leaves alone, sparse decode, and the mixed run."""
     lines: list[Line] = []
-    rows = [] if faithful_lines(results) else rows_of(results, "ttft")
-    if rows:
-        longest = max(row["context"] for row in rows)
-        own = [row for row in rows if row["context"] == longest]
-        (stock,) = (row["ttft_s"] for row in own if row["backend"] == "stock")
-        lines += [
-            Line(
-                f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}",
-                f"{row['ttft_s']:.2f} s for stock's {stock:.2f}: **{stock / row['ttft_s']:.2f}x**",
-                "ttft",
-            )
-            for row in own
-            if row["backend"] != "stock"
-        ]
     rows = rows_of(results, "decode")
     if rows:
         ratios = [row["s2o"] / row["stock"] for row in rows]

@@ -104,7 +104,20 @@ def test_a_first_token_stands_beside_the_tasks_of_its_commit_and_budget():
     assert "first token of 9 tokens from `vllm serve`, budget 0.05; RULER at 4,096, 4 tasks" in only
     assert "2.50 s for stock's 10.00: **4.00x**; -1.0 points from dense [-3.0, +1.0]" in only
     results["ruler_h200"] = tasks | {"commit": "another"}
-    assert headline(results).splitlines()[2:] == [], "no speed without the tasks of its commit"
+    lines = headline(results).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "-1.0 points [-3.0, +1.0]", "+0.0 points [-3.0, +1.0]"
+    ], "no speed without the tasks of its commit"  # fmt: skip
+
+
+def test_far_tokens_are_told_by_setting():
+    row = {"what": "far_tokens_code", "context": 4096, "budget": 0.05, "setting": "", "samples": 9,
+           "distance": "all", "value": 0.04, "low": -0.01, "high": 0.09}  # fmt: skip
+    rows = [row, row | {"setting": "other"}, row | {"distance": 2048}, row | {"value": None}]
+    one, other = headline(nothing() | {"fidelity": result(*rows)}).splitlines()[2:]
+    assert "9 tokens of code that need far context, 4,096 tokens, budget 0.05 |" in one
+    assert "| +0.040 nats lost [-0.010, +0.090] |" in one
+    assert "budget 0.05 (other) |" in other
 
 
 def test_the_headline_is_of_real_heads_where_there_are_some():
@@ -158,11 +171,6 @@ def test_served_and_accuracy_lines():
     mean = {"task": "mean", "context": 99, "budget": 0.1, "difference": -1.23,
             "difference_low": -3.0, "difference_high": 0.5}  # fmt: skip
     results = nothing() | {
-        "ttft": result(
-            {"context": 10, "backend": "stock", "budget": 1.0, "ttft_s": 1.0},
-            {"context": 99, "backend": "stock", "budget": 1.0, "ttft_s": 10.0},
-            {"context": 99, "backend": "s2o", "budget": 0.1, "ttft_s": 4.0},
-        ),
         "decode": result({"stock": 2.0, "s2o": 1.9}, {"stock": 2.0, "s2o": 2.1}),
         "decode_sparse": result(
             sparse_decode(1.0, 2.0, 2.0, density=0.05), sparse_decode(2.0, 1.0, 0.5, density=None)
@@ -174,7 +182,6 @@ def test_served_and_accuracy_lines():
     assert [line.split(" | ")[1] for line in lines] == [
         "-1.2 points [-3.0, +0.5]",
         "12.30, +0.0100 nats from dense",
-        "4.00 s for stock's 10.00: **2.50x**",
         "0.950 to 1.050 of its time",
         "1.00 ms for stock's 2.00: **2.00x** [1.90, 2.10]",
     ]
