@@ -9,7 +9,7 @@ from s2o_vllm.config import S2OConfig
 from .quality.plots import error_by_density
 from .quality.report import RANKINGS, of_method
 from .quality.samples import Row
-from .quality.tables import ALL, Result, table
+from .quality.tables import ALL, Result, needle_share, table
 from .report import RANDOM, REAL, inputs_of
 
 SHAPE = "llama-3.1-8b"
@@ -17,6 +17,9 @@ MODEL = "qwen2.5-coder-1.5b"  # that errors are of
 TEXT = "essays"
 FEW_ERRORS = 0.02  # relative MSE up to which it counts
 AT = 0.05  # the density at which methods are compared
+OF_QUALITY = (
+    "quality", "quality_needles", "ruler", "ruler_h200", "fidelity", "perplexity"
+)  # fmt: skip
 Results = Mapping[str, Result | None]
 
 
@@ -82,6 +85,7 @@ def headline(results: Results) -> str:
     """Return README's table of results."""
     lines = [
         *(faithful_lines(results) or task_lines(results)),
+        *needle_lines(results),
         *far_lines(results),
         *attention_lines(results),
         *quality_lines(results),
@@ -91,7 +95,7 @@ def headline(results: Results) -> str:
     for what, found, name, commit in lines:
         result = results[name]
         assert result is not None
-        quality = name in ("quality", "ruler", "ruler_h200", "fidelity", "perplexity")
+        quality = name in OF_QUALITY
         where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
         on = "" if quality else card(str(result.get("device")))
         rows.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
@@ -151,6 +155,37 @@ def far_lines(results: Results) -> list[Line]:
         for row in rows_of(results, "fidelity")
         if row.get("distance") == ALL and row["value"] is not None
     ]
+
+
+def needle_lines(results: Results) -> list[Line]:
+    """Return the share of needles that lists hold at the least budget, and others' best."""
+    rows = rows_of(results, "quality_needles")
+    lines = []
+    for text in dict.fromkeys(row["text"] for row in rows):
+        least = min(row["budget"] for row in rows if row["text"] == text)
+        own = [row for row in rows if (row["text"], row["budget"]) == (text, least)]
+        shares = {
+            method: needle_share([row for row in own if row["method"] == method])
+            for method in dict.fromkeys(row["method"] for row in own)
+        }
+        others = {
+            method: share
+            for method, share in shares.items()
+            if share is not None and method != "served" and not method.endswith("oracle")
+        }
+        if shares.get("served") is None or not others:
+            continue
+        best = max(others, key=lambda method: others[method])
+        lines.append(
+            Line(
+                f"far keys that single queries look for, held by lists of {percent(least)} of "
+                f"{own[0]['context']:,} tokens of {text}",
+                f"**{about(shares['served'] or 0.0)}**; the best of other methods, {best}, "
+                f"{about(others[best])}; PBS-Attn {about(others.get('pbs', 0.0))}",
+                "quality_needles",
+            )
+        )
+    return lines
 
 
 def setting_of(row: Row) -> str:

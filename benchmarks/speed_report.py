@@ -33,7 +33,7 @@ H200 = "_h200"  # the same of another card, in a file of its own
 NAMES = (
     "attention", "attention_h200", "attention_shapes", "ttft", "ttft_h200", "profile", "decode",
     "decode_budget", "decode_sparse", "serve", "load", "quality", "ruler", "ruler_h200",
-    "fidelity", "perplexity",
+    "fidelity", "perplexity", "quality_needles",
 )  # fmt: skip
 LAYERS = {"Llama-3.1-8B shape": (SHAPE, LLAMA_8B["num_hidden_layers"])}
 NEAR = 0.01  # contexts that differ by less are one: tokens of an answer need room

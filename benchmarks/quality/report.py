@@ -18,6 +18,7 @@ from .samples import EvalError, Row
 from .tables import (
     Result,
     fidelity_tables,
+    needle_table,
     number,
     perplexity_table,
     read_result,
@@ -26,7 +27,8 @@ from .tables import (
 )
 
 NAMES = (
-    "quality", "quality_layers", "attention", "ruler", "ruler_h200", "fidelity", "perplexity"
+    "quality", "quality_layers", "quality_needles", "attention", "ruler", "ruler_h200", "fidelity",
+    "perplexity",
 )  # fmt: skip
 # What attention.json's rankings compute, as a method of quality.json.
 RANKINGS = {
@@ -38,6 +40,7 @@ NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
 COMMANDS = {
     "quality": "s2o eval attention --model DIR --text FILE",
     "quality_layers": "s2o eval attention --layers 0,1,2,... --out quality_layers.json",
+    "quality_needles": "python -m s2o_vllm.benchmarks.quality.needles --model DIR --text FILE",
     "attention": "s2o bench attention",
     "ruler": "s2o eval ruler --url URL --tasks DIR",
     "ruler_h200": "s2o eval ruler --url URL --tasks DIR --out benchmarks/results/ruler_h200.json",
@@ -56,6 +59,11 @@ with 95 % intervals (Wilson's); "less dense" is the paired difference on the sam
 same server. Sparse attention begins above the server's `min_context`. RULER asks after the text,
 where the prompt's dense end reads the question; "question before the text" leaves only the opening
 of the answer there. Other settings than the default's are named."""
+NEEDLES = """\
+Needles: a query and a far key of probability above 0.2 that the segment's queries want with less
+than 0.02 on average, as a token does that copies something. A column is the share of their
+probability that a method's lists hold, in percent, at equal density. `served` goes through the
+kernels' own functions; oracles rank by the true attention, all queries of a list together."""
 FIDELITY = """\
 Nats lost on tokens of real text and code whose dense prediction needs far context: their
 log-probability is above -2 nats given the whole context and more than 2 nats lower given the last
@@ -260,6 +268,7 @@ def write(
         image("speed", "Fidelity against speed"),
         *filter(None, [note]),
         section("Far context", FIDELITY, "fidelity", body("fidelity", fidelity_tables)),
+        section("Needles", NEEDLES, "quality_needles", body("quality_needles", needle_table)),
         section("Perplexity", PERPLEXITY, "perplexity", body("perplexity", perplexity_table)),
         section("Attention", ATTENTION, "quality", attention_tables(order, rows)),
         section(

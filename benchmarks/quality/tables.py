@@ -125,6 +125,42 @@ def _lost(row: Row | None) -> str:
     return f"{bounds(row, ('value', 'low', 'high'), 3, signed=True)} ({row['samples']})"
 
 
+def needle_share(rows: Sequence[Row]) -> float | None:
+    """Return the share of the needles' probability that lists hold; None without needles."""
+    probability = sum(row["probability"] for row in rows)
+    return sum(row["held"] for row in rows) / probability if probability else None
+
+
+def needle_table(result: Result | None) -> str:
+    """Return the recall of needles: a line a method, a column a text and budget, in percent."""
+    parts = []
+    for (model, context), rows in _groups(result, "model", "context").items():
+        columns = sorted({(row["text"], row["budget"]) for row in rows})
+        lines = [
+            [
+                f"{method}, {unit}",
+                *(
+                    number(None if share is None else 100 * share, 1)
+                    for share in (
+                        needle_share([row for row in own if (row["text"], row["budget"]) == column])
+                        for column in columns
+                    )
+                ),
+            ]
+            for (method, unit), own in _groups({"rows": rows}, "method", "unit").items()
+        ]
+        first = rows[0]
+        found = sum(
+            row["needles"]
+            for row in rows
+            if (row["method"], row["unit"], row["budget"])
+            == (first["method"], first["unit"], first["budget"])
+        )
+        head = ["", *(f"{text}, {100 * budget:g} %" for text, budget in columns)]
+        parts.append(f"{model}, {context:,} tokens, {found} needles:\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
 def perplexity_table(result: Result | None) -> str:
     """Return perplexities, a line for each model, text, context and budget."""
     if not result or not result["rows"]:

@@ -110,6 +110,18 @@ def test_a_first_token_stands_beside_the_tasks_of_its_commit_and_budget():
     ], "no speed without the tasks of its commit"  # fmt: skip
 
 
+def test_needles_are_told_beside_the_best_of_others():
+    def row(method, held, budget=0.025, needles=4):
+        place = {"text": "code", "context": 4096, "budget": budget, "unit": "", "method": method}
+        return place | {"needles": needles, "probability": 2.0, "held": held}
+
+    rows = [row("served", 1.0), row("served", 2.0), row("pbs", 0.2), row("s2o_paper", 0.5),
+            row("token_oracle", 2.0), row("served", 2.0, 0.05), row("pbs", 2.0, 0.05)]  # fmt: skip
+    (only,) = headline(nothing() | {"quality_needles": result(*rows)}).splitlines()[2:]
+    assert "held by lists of 2.5 % of 4,096 tokens of code" in only
+    assert "**75.0 %**; the best of other methods, s2o_paper, 25.0 %; PBS-Attn 10.0 %" in only
+
+
 def test_far_tokens_are_told_by_setting():
     row = {"what": "far_tokens_code", "context": 4096, "budget": 0.05, "setting": "", "samples": 9,
            "distance": "all", "value": 0.04, "low": -0.01, "high": 0.09}  # fmt: skip

@@ -75,6 +75,15 @@ FIDELITY = [
      "failed": 1, "density": None}
     for setting, budget, value in (("", 1.0, 0.97), ("", 0.05, 0.84), ("mean_query", 0.05, 0.81))
 ]  # fmt: skip
+NEEDLES = [
+    {"model": "m", "text": "code", "context": 4096, "layer": layer, "position": 1.0,
+     "method": method, "unit": unit, "budget": budget, "needles": 3, "probability": 1.5,
+     "held": held}
+    for layer in (0, 1)
+    for method, unit, budget, held in (
+        ("served", "64xkv", 0.1, 1.2), ("served", "64xkv", 0.2, 1.5), ("pbs", "128xhead", 0.1, 0.3)
+    )
+]  # fmt: skip
 PERPLEXITY = [
     {"model": "m", "text": "essays", "context": 4096, "tail": 512, "backend": "s2o", "budget": 0.1,
      "nll": 2.5, "perplexity": 12.182, "difference": 0.0123, "difference_low": None,
@@ -104,9 +113,13 @@ def write(tmp_path):
 def test_every_number_comes_from_a_file(write, tmp_path):
     code, text = write(
         quality=QUALITY, quality_layers=LAYERS, attention=ATTENTION, ruler=RULER,
-        fidelity=FIDELITY, perplexity=PERPLEXITY,
+        fidelity=FIDELITY, perplexity=PERPLEXITY, quality_needles=NEEDLES,
     )  # fmt: skip
     assert code == 0
+    assert "m, 4,096 tokens, 6 needles:" in text
+    assert "|  | code, 10 % | code, 20 % |" in text
+    assert "| served, 64xkv | 80.0 | 100.0 |" in text
+    assert "| pbs, 128xhead | 20.0 | - |" in text
     assert "not measured" not in text.lower()
     assert "| `served` | 0.0400 | 0.0150 | - |" in text  # the mean of two layers
     assert "| `pbs` | 0.0834 | - | - |" in text
@@ -128,7 +141,7 @@ def test_every_number_comes_from_a_file(write, tmp_path):
     assert "| mean_query, s2o, budget 0.05 | 0.81 [0.70, 0.95] |" in text
     assert "![Fidelity against speed](plots/fidelity_by_speed.png)" in text
     assert (tmp_path / "plots" / "fidelity_by_speed.png").read_bytes().startswith(PNG)
-    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 6
+    assert text.count("a card; vllm 0.32, torch 2, triton 3; commit c0ffee; d.") == 7
     assert "| `served` | 0.0480 |" in text  # of all layers, and each of them
     assert "| layer | `served`, 5 % | `pbs`, 5 % |" in text
     assert "| 3 | 0.0300 | 0.0912 |" in text
@@ -143,7 +156,7 @@ def test_every_number_comes_from_a_file(write, tmp_path):
 def test_without_any_file_everything_is_not_measured(write, tmp_path):
     code, text = write()
     assert code == 0
-    assert text.lower().count("not measured") == 8
+    assert text.lower().count("not measured") == 9
     # What is told of another file, and a second file of the same command on another card.
     optional = {report.COMMANDS[name] for name in ("attention", "ruler_h200")}
     for command in report.COMMANDS.values():
