@@ -16,13 +16,15 @@ COMMAND = re.compile(r"s2o-vllm (--model .*?--s2o-sparsity-budget \S+)", re.S)
 
 PARSE = """
 import json, sys
+from s2o_vllm.config import FLAGS
 from s2o_vllm.plugin import register
 register()
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 for command in json.loads(sys.argv[1]):
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
-    found = [args.model, args.max_model_len, str(args.attention_backend), args.s2o_sparsity_budget]
+    given = args.additional_config[FLAGS]
+    found = [args.model, args.max_model_len, str(args.attention_backend), given["sparsity_budget"]]
     print("PARSED", json.dumps(found))
 """
 
