@@ -4,6 +4,17 @@ from typing import Any
 
 from .config import S2OConfig
 
+# KV connectors that never hand a request what another budget computed, as vLLM 0.32 and 0.33 have
+# them: the first ones key their store by vLLM's block hashes, which hold the budget as a salt; the
+# others move blocks of the very request. Stores that are keyed by tokens alone do.
+KEYED_BY_BLOCK_HASH = (
+    "OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"
+)  # fmt: skip
+OF_ONE_REQUEST = (
+    "NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector",
+    "MoRIIOConnector", "DecodeBenchConnector",
+)  # fmt: skip
+
 
 def unsupported_model(vllm_config: Any) -> str | None:
     """Return one sentence that says why S2O cannot serve this configuration, or None."""
@@ -36,6 +47,28 @@ def unsupported_model(vllm_config: Any) -> str | None:
         )
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         return "VLLM_USE_RUST_FRONTEND is set, must be unset (it bypasses per-request settings)"
+    return unsupported_store(vllm_config.kv_transfer_config)
+
+
+def unsupported_store(transfer: Any) -> str | None:
+    """Return one sentence that says which KV connector could mix budgets, or None.
+
+    Args:
+        transfer: vLLM's ``KVTransferConfig``, or None.
+    """
+    if transfer is None or transfer.kv_connector is None:
+        return None
+    known = (*KEYED_BY_BLOCK_HASH, *OF_ONE_REQUEST)
+    names = [transfer.kv_connector]
+    if names == ["MultiConnector"]:
+        parts = transfer.kv_connector_extra_config.get("connectors", [])
+        names = [part.get("kv_connector") for part in parts]
+    for name in names:
+        if name not in known:
+            return (
+                f"KV connector is {name!r}, which may give a request keys that another sparsity "
+                f"budget computed, must be one of {', '.join(known)}"
+            )
     return None
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from s2o_vllm import compat, plugin
+from s2o_vllm import compat, plugin, support
 
 
 def configure(model, **arguments):
@@ -78,6 +78,41 @@ def test_rust_frontend_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="s2o: VLLM_USE_RUST_FRONTEND is set, must be unset"):
         configure(tiny_model)
+
+
+MULTI = {"connectors": [
+    {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+    {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("ExampleConnector", {}), ("MultiConnector", MULTI)], ids=str
+)
+def test_a_store_that_is_keyed_by_tokens_is_refused(tiny_model, name, extra):
+    """Of another budget's request it would give the keys: its keys hold no salt."""
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(
+        kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra
+    )
+    refusal = "s2o: KV connector is 'ExampleConnector', which may give .* of OffloadingConnector, "
+    with pytest.raises(ValueError, match=refusal):
+        configure(tiny_model, kv_transfer_config=transfer)
+
+
+def test_a_store_that_is_keyed_by_block_hashes_is_accepted(tiny_model):
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    assert "s2o" in configure(tiny_model, kv_transfer_config=transfer).additional_config
+
+
+def test_the_connectors_that_are_let_in_are_vllms():
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    known = {*support.KEYED_BY_BLOCK_HASH, *support.OF_ONE_REQUEST}
+    assert known <= set(KVConnectorFactory._registry)
 
 
 def decoding(model, **arguments):
