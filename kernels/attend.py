@@ -16,8 +16,22 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import (
+    DENSE_START,
+    DROPPED,
+    ELIGIBLE,
+    FIT,
+    HISTORY,
+    ITEM_COLUMNS,
+    NUM_QUERIES,
+    QUERY_START,
+    ROW,
+    SAMPLED,
+    STOPPED,
+    TILES,
+    VISITED,
+)
 from .plan import (
-    COLUMNS,
     DROPPED_UNIT,
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
@@ -54,7 +68,7 @@ def _attend_kernel(
     REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
     LIFT_MOST: tl.constexpr,
     LIFT_BLOCK: tl.constexpr, SLOPE_BLOCK: tl.constexpr,
-    E4M3: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    E4M3: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head.
 
@@ -66,15 +80,15 @@ def _attend_kernel(
     i_head = tl.program_id(2)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     p_item = p_items + i_item * ITEM_COLUMNS
-    row = tl.load(p_item + 0).to(tl.int64)
-    query_start = tl.load(p_item + 1).to(tl.int64)
-    num_queries = tl.load(p_item + 2)
-    history = tl.load(p_item + 3)
+    row = tl.load(p_item + ROW).to(tl.int64)
+    query_start = tl.load(p_item + QUERY_START).to(tl.int64)
+    num_queries = tl.load(p_item + NUM_QUERIES)
+    history = tl.load(p_item + HISTORY)
     p_list = p_slots
     if DENSE:
         dense_start, count = history, history
     else:
-        dense_start = tl.load(p_item + 4)
+        dense_start = tl.load(p_item + DENSE_START)
         count = tl.load(p_lengths + i_item * tl.num_programs(2) + i_head)
         p_list += i_item * stride_slots_item + i_head * stride_slots_head
     first = i_tile * QUERIES
@@ -118,7 +132,7 @@ def _attend_kernel(
     # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
     if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
-        p_spreads += (tl.load(p_item + 6) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+        p_spreads += (tl.load(p_item + FIT) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
         lift = region_lift(
             q, p_q, o_q, m_row, p_spreads, o_d, scale,
             D, D_PAD, LIFT_BLOCK, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
@@ -199,7 +213,7 @@ def _attend_kernel(
         seen = full
     visited = seen * BLOCK_N + tail
 
-    fit = tl.load(p_item + 6).to(tl.int64)
+    fit = tl.load(p_item + FIT).to(tl.int64)
     p_means += fit * stride_means_fit + i_head.to(tl.int64) * stride_means
     if not PARTS:
         listed = visited
@@ -243,16 +257,16 @@ def _attend_kernel(
 
     rows = tl.sum(m_row.to(tl.int32)).to(tl.int64)
     if PARTS:
-        tl.atomic_add(p_counters + 0, rows * visited)
+        tl.atomic_add(p_counters + VISITED, rows * visited)
         if i_part > 0:
             return
         visited = 0
-    tl.atomic_add(p_counters + 0, rows * (visited + history - dense_start))
-    tl.atomic_add(p_counters + 1, rows * history)
-    tl.atomic_add(p_counters + 2, 1)
+    tl.atomic_add(p_counters + VISITED, rows * (visited + history - dense_start))
+    tl.atomic_add(p_counters + ELIGIBLE, rows * history)
+    tl.atomic_add(p_counters + TILES, 1)
     if PARTS:
         return  # none stops early, and none knows the mass of all
-    tl.atomic_add(p_counters + 3, (visited < count).to(tl.int64))
+    tl.atomic_add(p_counters + STOPPED, (visited < count).to(tl.int64))
     if i_item % EVERY == 0:
         if (dense_start > 0) & (not DENSE):
             p_places = p_samples + (i_item // EVERY * tl.num_programs(2) + i_head) * SAMPLES
@@ -262,8 +276,8 @@ def _attend_kernel(
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
             )  # fmt: skip
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_PER_ROW
-            tl.atomic_add(p_counters + 4, (dropped + 0.5).to(tl.int64))
-        tl.atomic_add(p_counters + 5, rows)
+            tl.atomic_add(p_counters + DROPPED, (dropped + 0.5).to(tl.int64))
+        tl.atomic_add(p_counters + SAMPLED, rows)
 
 
 class Parts(NamedTuple):
@@ -375,7 +389,7 @@ def attend(
             REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
             LIFT_MOST=math.log2(REGION_MOST), LIFT_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
             SLOPE_BLOCK=pad if pad <= 128 else 32, E4M3=query_e4m3 is not None,
-            PRECISION=input_precision(query.dtype), ITEM_COLUMNS=COLUMNS,
+            PRECISION=input_precision(query.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
         )  # fmt: skip
 

@@ -14,9 +14,19 @@ import triton.language as tl
 
 from . import basis
 from .attend import Parts, attend
-from .decode_plan import APPEND_COLUMNS, DECODE_PARTS, DecodeList, DecodeShape, Kept
+from .decode_plan import DECODE_PARTS, DecodeList, DecodeShape, Kept
+from .layout import (
+    APPEND_COLUMNS,
+    APPEND_COUNT,
+    APPEND_FIRST,
+    APPEND_ROW,
+    APPEND_SLOT,
+    ITEM_COLUMNS,
+    NUM_QUERIES,
+    QUERY_START,
+)
 from .low_rank import LowRankWorkspace
-from .plan import CHUNK, COLUMNS, REGION_TOKENS, TIERS_SPLIT, Regions
+from .plan import CHUNK, REGION_TOKENS, TIERS_SPLIT, Regions
 from .rows import choose_rows, shift_rows
 from .score import image_room, score_rows
 from .select import SelectWorkspace, select
@@ -34,13 +44,13 @@ def _append_kernel(
     stride_block, stride_head, stride_token, stride_table, stride_images_slot, stride_images_head,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
-    APPEND_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Images of a request's new keys of one head by its slot's basis: k B − offset."""
     i_head = tl.program_id(1).to(tl.int64)
     p_append = p_appends + tl.program_id(2) * APPEND_COLUMNS
-    row, slot = tl.load(p_append).to(tl.int64), tl.load(p_append + 1).to(tl.int64)
-    first, count = tl.load(p_append + 2), tl.load(p_append + 3)
+    row = tl.load(p_append + APPEND_ROW).to(tl.int64)
+    slot = tl.load(p_append + APPEND_SLOT).to(tl.int64)
+    first, count = tl.load(p_append + APPEND_FIRST), tl.load(p_append + APPEND_COUNT)
     if tl.program_id(0) * BLOCK >= count:
         return
     o_d = tl.arange(0, D_PAD)
@@ -72,14 +82,13 @@ def _append_kernel(
 def _merge_kernel(
     p_parts, p_mass, p_items, p_out, stride_o_token, stride_o_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The attention of one query and head from that to parts of what it visits."""
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_heads = tl.num_programs(0) // GROUP
-    if tl.load(p_items + i_item * ITEM_COLUMNS + 2) == 0:
+    if tl.load(p_items + i_item * ITEM_COLUMNS + NUM_QUERIES) == 0:
         return
-    query = tl.load(p_items + i_item * ITEM_COLUMNS + 1).to(tl.int64)
+    query = tl.load(p_items + i_item * ITEM_COLUMNS + QUERY_START).to(tl.int64)
     o_p, o_d = tl.arange(0, PARTS), tl.arange(0, D_PAD)
     o_row = (((i_item * kv_heads + i_head // GROUP) * PARTS + o_p) * GROUP) + i_head % GROUP
     mass = tl.load(p_mass + o_row)  # that of the first part is finite: it has the own token
@@ -201,7 +210,7 @@ def append(
         images.stride(0), images.stride(1),
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH,
         BLOCK=APPEND_BLOCK, LIMIT=torch.finfo(images.dtype).max,
-        PRECISION=input_precision(space.fit.b.dtype), APPEND_COLUMNS=APPEND_COLUMNS,
+        PRECISION=input_precision(space.fit.b.dtype),
     )  # fmt: skip
 
 
@@ -239,7 +248,7 @@ def decode(
     head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
     group = heads // kv_heads
     append(kv_cache, block_table, rows, space)
-    choose_rows(query, work, space, row_step=1, block=CHOSEN_BLOCK)
+    choose_rows(query, work, space, share=1, row_step=1, block=CHOSEN_BLOCK)
     shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,
@@ -253,5 +262,5 @@ def decode(
     )  # fmt: skip
     _merge_kernel[(heads, work.num_items)](
         *parts, work.items, out, out.stride(0), out.stride(1), GROUP=group, D=head_dim,
-        D_PAD=triton.next_power_of_2(head_dim), PARTS=DECODE_PARTS, ITEM_COLUMNS=COLUMNS,
+        D_PAD=triton.next_power_of_2(head_dim), PARTS=DECODE_PARTS,
     )  # fmt: skip

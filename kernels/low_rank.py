@@ -172,18 +172,19 @@ def low_rank_scores(
     """
     if work.max_fit_tokens == 0:
         return
+    share = space.rows.shape[1] // kv_cache.shape[1]
     if work.first_of_chunk:
         take_moments(query, kv_cache, block_table, work.row, work.chunk, space.fit)
         with beside:  # of the bases, which fill a quarter of a card
             meanwhile()
         find_bases(space.fit, scale=scale)
         with beside:  # of the keys' images, which wait for memory
-            choose_rows(query, work, space)
+            choose_rows(query, work, space, share)
         project_keys(kv_cache, block_table, work.row, work.max_fit_tokens, space)
         beside.join()
     if work.max_history == 0:
         return
     if not work.first_of_chunk:
-        choose_rows(query, work, space)
+        choose_rows(query, work, space, share)
     shift_rows(query, work, space)
     score_rows(work, scores, bounds, space, query.shape[1] // space.rows.shape[1], chunk=chunk)

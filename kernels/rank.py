@@ -10,7 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .plan import CHUNK, COLUMNS, GROUP_ITEMS, WorkList
+from .layout import (
+    DENSE_START,
+    ITEM_COLUMNS,
+    NUM_QUERIES,
+    QUERY_START,
+    ROW,
+)
+from .plan import CHUNK, GROUP_ITEMS, WorkList
 from .tiles import input_precision
 
 LOG2E = 1.4426950408889634
@@ -20,13 +27,13 @@ BLOCK = 64
 @triton.jit
 def _mean_kernel(
     p_q, p_items, p_means, stride_q_token, stride_q_head,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean of a segment's queries for one head."""
     i_head, i_item = tl.program_id(0), tl.program_id(1)
     p_item = p_items + i_item * ITEM_COLUMNS
-    start = tl.load(p_item + 1).to(tl.int64)
-    count = tl.load(p_item + 2)
+    start = tl.load(p_item + QUERY_START).to(tl.int64)
+    count = tl.load(p_item + NUM_QUERIES)
     o_d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
     for o in range(0, count, BLOCK):
@@ -48,7 +55,7 @@ def _score_kernel(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ITEMS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    WRITE_SCORES: tl.constexpr, PRECISION: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    WRITE_SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to ITEMS mean queries x GROUP heads against a chunk of one request's keys.
 
@@ -58,9 +65,9 @@ def _score_kernel(
     i_chunk, i_head, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(p_groups + 2 * i_group)
     items = tl.load(p_groups + 2 * i_group + 1)
-    row = tl.load(p_items + first * ITEM_COLUMNS).to(tl.int64)
+    row = tl.load(p_items + first * ITEM_COLUMNS + ROW).to(tl.int64)
     # Items are sorted by history: the first one sees the most.
-    longest = tl.load(p_items + first * ITEM_COLUMNS + 4)
+    longest = tl.load(p_items + first * ITEM_COLUMNS + DENSE_START)
     start = i_chunk * CHUNK
     if start >= longest:
         return
@@ -76,7 +83,7 @@ def _score_kernel(
     q = tl.load(
         p_means + o_vector[:, None] * D + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0
     )
-    n = tl.load(p_items + o_item * ITEM_COLUMNS + 4, m_row, 0)
+    n = tl.load(p_items + o_item * ITEM_COLUMNS + DENSE_START, m_row, 0)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     o_lse = o_vector * max_chunks
     if WRITE_SCORES:
@@ -89,7 +96,7 @@ def _score_kernel(
         lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
         o_score_item = first + tl.arange(0, ITEMS)
         m_score_item = tl.arange(0, ITEMS) < items
-        n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + 4, m_score_item, 0)
+        n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + DENSE_START, m_score_item, 0)
         p_scores += i_head * stride_scores_head
         best = tl.full([ITEMS], float("-inf"), tl.float32)
         worst = tl.full([ITEMS], float("inf"), tl.float32)
@@ -181,7 +188,7 @@ def mean_query_scores(
     d_pad = triton.next_power_of_2(head_dim)
     _mean_kernel[(heads, work.num_items)](
         query, work.items, space.means, query.stride(0), query.stride(1),
-        D=head_dim, D_PAD=d_pad, BLOCK=32, ITEM_COLUMNS=COLUMNS,
+        D=head_dim, D_PAD=d_pad, BLOCK=32,
     )  # fmt: skip
     grid = (-(-work.max_history // space.chunk), kv_heads, work.groups.shape[0])
     for write_scores in (False, True):
@@ -194,5 +201,5 @@ def mean_query_scores(
             BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
             WRITE_SCORES=write_scores,
             PRECISION=input_precision(query.dtype),
-            ITEM_COLUMNS=COLUMNS, num_warps=8, num_stages=2,
+            num_warps=8, num_stages=2,
         )  # fmt: skip

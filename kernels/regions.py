@@ -15,6 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import (
+    SPAN_COLUMNS,
+    SPAN_QUERIES,
+    SPAN_TOKENS,
+)
 from .plan import (
     FITS,
     REGION_PIECE,
@@ -99,7 +104,8 @@ def _covariance_kernel(
 @triton.jit
 def _fit_start(p_fit, fit_span):
     """Return where in the sequence a fit is cut; 0 if it ranks nothing."""
-    return tl.maximum(tl.load(p_fit + 2) - tl.load(p_fit + 1), 0) // fit_span * fit_span
+    first = tl.load(p_fit + SPAN_TOKENS) - tl.load(p_fit + SPAN_QUERIES)
+    return tl.maximum(first, 0) // fit_span * fit_span
 
 
 @triton.jit(do_not_specialize=["span", "fits", "fit_span", "samples"])
@@ -115,14 +121,14 @@ def _slope_kernel(
     o_part = tl.arange(0, PARTS)
     o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
     # Parts are read at once: one after the other, each read would wait for the one before.
-    start = _fit_start(p_fits + 3 * (fits - 1), fit_span)
+    start = _fit_start(p_fits + SPAN_COLUMNS * (fits - 1), fit_span)
     o_sum = ((2 * o_part + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
     o_sum += o_entry[None, :]
     weight = tl.where(i_half == 0, 1.0, slope_weight) / samples
     p_covariances = p_spreads if i_half == 0 else p_slopes
     sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
     for fit in range(fits):
-        count = _fit_start(p_fits + 3 * fit, fit_span) // span
+        count = _fit_start(p_fits + SPAN_COLUMNS * fit, fit_span) // span
         total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
         one = total * (weight / tl.maximum(count, 1))
         one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # keys may spread beyond fp16

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from . import basis
-from .plan import COLUMNS, ROW_STEP, WorkList
+from .layout import (
+    DENSE_START,
+    FIT,
+    HISTORY,
+    ITEM_COLUMNS,
+    NUM_QUERIES,
+    QUERY_START,
+)
+from .plan import ROW_STEP, WorkList
 from .strata import stratum_offset
 from .tiles import input_precision
 
@@ -84,7 +92,7 @@ def _project_rows_kernel(
     p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr, BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, SHARE: tl.constexpr, BY_FIT: tl.constexpr,
 ):  # fmt: skip
     """Choose which rows of a segment and KV head are scored; write their images without shift.
 
@@ -93,13 +101,13 @@ def _project_rows_kernel(
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
-    start = tl.load(p_item + 1).to(tl.int64)
-    rows = tl.load(p_item + 2) * GROUP
-    if tl.load(p_item + 4) == 0:
+    start = tl.load(p_item + QUERY_START).to(tl.int64)
+    rows = tl.load(p_item + NUM_QUERIES) * GROUP
+    if tl.load(p_item + DENSE_START) == 0:
         return
     o_basis = i_head.to(tl.int64) * D
     if BY_FIT:
-        o_basis += tl.load(p_item + 6).to(tl.int64) * tl.num_programs(0) * D
+        o_basis += tl.load(p_item + FIT).to(tl.int64) * tl.num_programs(0) * D
     o_b = tl.arange(0, BLOCK)
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
@@ -107,8 +115,8 @@ def _project_rows_kernel(
     kept = tl.cdiv(rows, ROW_STEP)
     if ROW_STEP > 1:
         _choose(
-            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, i_head, o_basis,
-            stride_q_token, stride_q_head,
+            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept,
+            i_head % SHARE, o_basis, stride_q_token, stride_q_head,
             GROUP, D, D_PAD, WIDTH, ROW_STEP, BLOCK, BLOCKS, PRECISION,
         )  # fmt: skip
     for first in tl.range(0, kept, BLOCK, num_stages=1):
@@ -166,7 +174,7 @@ def _shift_kernel(
     SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
-    BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    BY_FIT: tl.constexpr,
 ):  # fmt: skip
     """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
@@ -178,10 +186,10 @@ def _shift_kernel(
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     i_item = tl.program_id(2).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
-    queries = tl.load(p_item + 2)
+    queries = tl.load(p_item + NUM_QUERIES)
     rows = tl.cdiv(queries * GROUP, ROW_STEP)
-    n = tl.load(p_item + 4)
-    between = tl.load(p_item + 3) - n  # tokens of the dense pass before the own ones
+    n = tl.load(p_item + DENSE_START)
+    between = tl.load(p_item + HISTORY) - n  # tokens of the dense pass before the own ones
     if (i_block * BLOCK_M >= rows) | (n == 0):
         return
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -191,7 +199,7 @@ def _shift_kernel(
     p_rows += o_list * WIDTH
     p_images += i_head.to(tl.int64) * stride_images_head
     if BY_FIT:
-        p_images += tl.load(p_item + 6).to(tl.int64) * stride_images_fit
+        p_images += tl.load(p_item + FIT).to(tl.int64) * stride_images_fit
     # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
     q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
     step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
@@ -236,6 +244,7 @@ def choose_rows(
     query: torch.Tensor,
     work: WorkList,
     space: "LowRankWorkspace | DecodeWorkspace",
+    share: int,
     row_step: int = ROW_STEP,
     block: int = CHOSEN_BLOCK,
 ) -> None:
@@ -245,6 +254,7 @@ def choose_rows(
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
         space: bases, of decode indexed by an item's fit; written to.
+        share: bases of a KV head.
         row_step: one row of so many is scored.
         block: rows that are projected at a time.
     """
@@ -254,7 +264,7 @@ def choose_rows(
         query.stride(0), query.stride(1), kept,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
         BLOCKS=triton.next_power_of_2(-(-kept * row_step // block)),
-        PRECISION=input_precision(query.dtype), **_shape(query, space, row_step),
+        PRECISION=input_precision(query.dtype), SHARE=share, **_shape(query, space, row_step),
     )  # fmt: skip
 
 
@@ -294,5 +304,4 @@ def _shape(
         "ROW_STEP": row_step,
         "BY_FIT": space.images.dim() == 4,
         "LIMIT": torch.finfo(space.images.dtype).max,
-        "ITEM_COLUMNS": COLUMNS,
     }

@@ -13,8 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import basis
+from .layout import (
+    DENSE_START,
+    FIT,
+    ITEM_COLUMNS,
+    NUM_QUERIES,
+)
 from .packed_f16 import folded
-from .plan import CHUNK, COLUMNS, ROW_STEP, WorkList
+from .plan import CHUNK, ROW_STEP, WorkList
 
 if TYPE_CHECKING:
     from .decode import DecodeWorkspace
@@ -36,7 +42,7 @@ def image_room(tokens: int) -> int:
 def _load_rows(
     p_rows, p_items, first_item, last_item, i_basis, bases, first_row, max_rows, o_r,
     GROUP: tl.constexpr, ROW_STEP: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Images [WIDTH, BLOCK_M] of rows of ITEMS segments and a basis, segment by segment.
 
@@ -44,7 +50,7 @@ def _load_rows(
     """
     column = tl.arange(0, BLOCK_M)
     item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
-    rows = tl.cdiv(tl.load(p_items + item * ITEM_COLUMNS + 2) * GROUP, ROW_STEP)
+    rows = tl.cdiv(tl.load(p_items + item * ITEM_COLUMNS + NUM_QUERIES) * GROUP, ROW_STEP)
     row = tl.minimum(first_row + column // ITEMS, rows - 1)
     o_row = (item * bases + i_basis) * max_rows + row
     return tl.trans(tl.load(p_rows + o_row[:, None] * WIDTH + o_r[None, :]))
@@ -66,7 +72,7 @@ def _score_kernel(
     SHARE: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, ROW_STEP: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
-    BY_FIT: tl.constexpr, ITEM_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BY_FIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """score[item, KV head, key] = max over its bases and rows of row . key, and a chunk's bounds.
 
@@ -79,15 +85,15 @@ def _score_kernel(
     last_item = tl.minimum(first_item + ITEMS, items) - 1
     start = i_chunk * CHUNK
     # Items are sorted by history: the first one sees the most.
-    longest = tl.load(p_items + first_item * ITEM_COLUMNS + 4)
+    longest = tl.load(p_items + first_item * ITEM_COLUMNS + DENSE_START)
     if start >= longest:
         return
     bases = tl.num_programs(1) * SHARE
     o_r, o_n, o_i = tl.arange(0, WIDTH), tl.arange(0, BLOCK_N), tl.arange(0, ITEMS)
     item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
-    n = tl.load(p_items + item * ITEM_COLUMNS + 4)
+    n = tl.load(p_items + item * ITEM_COLUMNS + DENSE_START)
     if BY_FIT:
-        i_fit = tl.load(p_items + first_item * ITEM_COLUMNS + 6).to(tl.int64)
+        i_fit = tl.load(p_items + first_item * ITEM_COLUMNS + FIT).to(tl.int64)
         p_images += i_fit * stride_images_fit
     p_scores += i_head * stride_scores_head + item * stride_scores_item
     best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
@@ -103,22 +109,22 @@ def _score_kernel(
         b_3 = i_head * SHARE + tl.minimum(first + 3, SHARE - 1)
         q_0 = _load_rows(
             p_rows, p_items, first_item, last_item, b_0, bases, i_row, max_rows, o_r,
-            GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
+            GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
         )  # fmt: skip
         q_1, q_2, q_3 = q_0, q_0, q_0
         if TOGETHER > 1:
             q_1 = _load_rows(
                 p_rows, p_items, first_item, last_item, b_1, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
             )  # fmt: skip
         if TOGETHER > 2:
             q_2 = _load_rows(
                 p_rows, p_items, first_item, last_item, b_2, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
             )  # fmt: skip
             q_3 = _load_rows(
                 p_rows, p_items, first_item, last_item, b_3, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH, ITEM_COLUMNS,
+                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
             )  # fmt: skip
         p_0 = p_images + b_0.to(tl.int64) * stride_images_basis
         p_1 = p_images + b_1.to(tl.int64) * stride_images_basis
@@ -189,6 +195,6 @@ def score_rows(
         ROW_STEP=row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items, BLOCK_M=block_m,
         BLOCK_N=min(BLOCK_N, chunk), WIDTH=basis.WIDTH, CHUNK=chunk,
         FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
-        BY_FIT=images.dim() == 4, ITEM_COLUMNS=COLUMNS, STAGES=STAGES,
+        BY_FIT=images.dim() == 4, STAGES=STAGES,
         num_warps=8 if block_m > 128 else 4, maxnreg=REGISTERS,
     )  # fmt: skip

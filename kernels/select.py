@@ -16,10 +16,15 @@ import triton
 import triton.language as tl
 
 from . import plan
+from .layout import (
+    DENSE_START,
+    ITEM_COLUMNS,
+    LIST_LENGTH,
+    ROW,
+)
 from .plan import (
     BUCKETS,
     CHUNK,
-    COLUMNS,
     COUNTED,
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
@@ -80,12 +85,11 @@ def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr)
 def _count_kernel(
     p_scores, p_items, p_bounds, p_counts, p_ranges, stride_item, stride_head, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Count a list's scores by bucket, one of each stratum, and store their range."""
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    if (n == 0) | (tl.load(p_items + i_item * ITEM_COLUMNS + 5) == 0):
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
+    if (n == 0) | (tl.load(p_items + i_item * ITEM_COLUMNS + LIST_LENGTH) == 0):
         return
     i_list = i_item * tl.num_programs(0) + i_head
     step = tl.cdiv(n, COUNTED)
@@ -106,12 +110,12 @@ def _count_kernel(
 def _plan_kernel(
     p_items, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
     BUCKETS: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
-    MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr, ITEM_COLUMNS: tl.constexpr,
+    MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr,
 ):  # fmt: skip
     """Share the budget of a segment among the lists of SHARED heads; find what scores fill each."""
     i_item = tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
-    count = tl.load(p_items + i_item * ITEM_COLUMNS + 5)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
+    count = tl.load(p_items + i_item * ITEM_COLUMNS + LIST_LENGTH)
     first_head = tl.program_id(0) * SHARED
     o_h = first_head + tl.arange(0, SHARED_PAD)
     m_h = (tl.arange(0, SHARED_PAD) < SHARED) & (o_h < heads)
@@ -207,7 +211,7 @@ def _emit_kernel(
     stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
     PAGE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
-    NOT_LISTED: tl.constexpr, ITEM_COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    NOT_LISTED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write the slots of a list's tokens, and how many they became.
 
@@ -217,8 +221,8 @@ def _emit_kernel(
     """
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
-    row = tl.load(p_items + i_item * ITEM_COLUMNS).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + 4)
+    row = tl.load(p_items + i_item * ITEM_COLUMNS + ROW).to(tl.int64)
+    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
     i_list = i_item * tl.num_programs(0) + i_head
     count = tl.load(p_lengths + i_list)
     if count == 0:
@@ -371,11 +375,11 @@ def select(
         lengths.zero_()
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
-    shape = {"CHUNK": space.chunk, "TIERS": tiers, "ITEM_COLUMNS": COLUMNS}
+    shape = {"CHUNK": space.chunk, "TIERS": tiers}
     _count_kernel[(heads, work.num_items)](
         space.scores, work.items, space.bounds, space.counts, space.ranges, *strides, space.chunks,
         CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
-        CHUNKS_PAD=triton.next_power_of_2(space.chunks), ITEM_COLUMNS=COLUMNS,
+        CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         num_warps=8 if split else 4, enable_fp_fusion=False,
     )  # fmt: skip
     # Fused, a threshold is rounded once and not twice: equal scores on it would be listed here and
@@ -384,7 +388,7 @@ def select(
     _plan_kernel[(triton.cdiv(heads, shared), work.num_items)](
         work.items, space.counts, space.ranges, lengths, space.thresholds, work.target_error, heads,
         BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
-        MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers, ITEM_COLUMNS=COLUMNS,
+        MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers,
         num_warps=min(max(4, pad), 32), enable_fp_fusion=False,  # levels of all lists in registers
     )  # fmt: skip
     programs = triton.cdiv(work.max_history, space.chunk) if split else 1

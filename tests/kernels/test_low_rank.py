@@ -94,7 +94,8 @@ def test_chosen_rows_have_the_largest_images(ranked):
     batch, work, space, _ = ranked
     for _, item, _, chosen in each_item(work, space):
         images = rows_of(batch, item) @ space.fit.a[:, :, : basis.RANK].float()
-        wanted = basis.scored_rows(images, 1)
+        share = batch.query.shape[1] // batch.kv_cache.shape[1]
+        wanted = basis.scored_rows(images, 1, share)
         assert chosen.shape == wanted.shape
         assert (chosen.diff() > 0).all(), "each once, in their order"
         size = images.square().sum(-1)
