@@ -144,27 +144,21 @@ def fit_span(
     return fit(queries, keys, scale, rank)
 
 
-def scored_rows(rows: torch.Tensor, group: int, share: int) -> torch.Tensor:
+def scored_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return which rows of a segment are scored: one in ``ROW_STEP``.
 
-    Half of them are spread over queries and heads. The other half have the largest images: in
-    coordinates where queries have unit moments such a query is unlike the others.
+    They are farthest from the mean image, in coordinates where queries have unit moments: the
+    queries that are least like the others. What many want, the nearest of these want, too.
 
     Args:
-        rows: images of all rows, ``[bases, n, r]``, the heads of a query one after the other.
-        group: heads of a query that share a basis.
-        share: bases of a KV head: their even rows are not all of the same queries. Nothing beyond
-            a KV head may count: ranks of a model have others.
+        rows: images of all rows, ``[bases, n, r]``.
 
     Returns:
         int64 ``[bases, ceil(n / ROW_STEP)]``, ascending.
     """
-    size = rows.float().square().sum(-1)
-    number = torch.arange(size.shape[-1], device=size.device)
-    phase = (torch.arange(size.shape[0], device=size.device) % share)[:, None]
-    always = (number // group + number % group + phase) % (2 * ROW_STEP) == 0
-    order = size.masked_fill(always, float("inf")).argsort(dim=-1, descending=True, stable=True)
-    return order[..., : -(-size.shape[-1] // ROW_STEP)].sort(-1).values
+    distance = (rows.float() - rows.float().mean(-2, keepdim=True)).square().sum(-1)
+    order = distance.argsort(dim=-1, descending=True, stable=True)
+    return order[..., : -(-distance.shape[-1] // ROW_STEP)].sort(-1).values
 
 
 def query_images(

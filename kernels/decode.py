@@ -248,7 +248,7 @@ def decode(
     head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
     group = heads // kv_heads
     append(kv_cache, block_table, rows, space)
-    choose_rows(query, work, space, share=1, row_step=1, block=CHOSEN_BLOCK)
+    choose_rows(query, work, space, row_step=1, block=CHOSEN_BLOCK)
     shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,

@@ -4,8 +4,8 @@ A token's score in a list is the largest log-probability that any scored row of 
 it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
 query cannot see keys that single queries want; this can. Rows are queries x heads of a group, and
 each head has a basis of its own: what one head looks for lies in directions that others lack. One
-row in ``ROW_STEP`` is scored: half of them evenly spread, the other half those with the largest
-images, the queries that are least like others.
+row in ``ROW_STEP`` is scored: those whose images are farthest from the segment's mean. What many
+queries want, the nearest of these want, too.
 """
 
 from collections.abc import Callable
@@ -172,19 +172,18 @@ def low_rank_scores(
     """
     if work.max_fit_tokens == 0:
         return
-    share = space.rows.shape[1] // kv_cache.shape[1]
     if work.first_of_chunk:
         take_moments(query, kv_cache, block_table, work.row, work.chunk, space.fit)
         with beside:  # of the bases, which fill a quarter of a card
             meanwhile()
         find_bases(space.fit, scale=scale)
         with beside:  # of the keys' images, which wait for memory
-            choose_rows(query, work, space, share)
+            choose_rows(query, work, space)
         project_keys(kv_cache, block_table, work.row, work.max_fit_tokens, space)
         beside.join()
     if work.max_history == 0:
         return
     if not work.first_of_chunk:
-        choose_rows(query, work, space, share)
+        choose_rows(query, work, space)
     shift_rows(query, work, space)
     score_rows(work, scores, bounds, space, query.shape[1] // space.rows.shape[1], chunk=chunk)

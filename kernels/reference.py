@@ -118,7 +118,7 @@ def low_rank_scores(
         if n == 0:
             continue
         queries = segment_queries(query, item, heads).flatten(1, 2)
-        scored = basis.scored_rows(queries @ own.a, 1, heads // kv_heads)  # [heads, rows]
+        scored = basis.scored_rows(queries @ own.a)  # [heads, rows]
         if chosen is not None:
             scored = chosen[number, :, : scored.shape[1]].long()
         by_head = row_scores(queries, scored, item, own, images, dtype)

@@ -51,26 +51,35 @@ def _project_block(
 
 @triton.jit
 def _choose(
-    p_q, p_a, p_size, p_chosen, rows, kept, phase, o_basis, stride_q_token, stride_q_head,
+    p_q, p_a, p_size, p_chosen, rows, kept, o_basis, stride_q_token, stride_q_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the numbers of the rows that are scored: evenly spread ones, and the largest others."""
+    """Write the numbers of the rows that are scored: those farthest from the mean image."""
     o_b = tl.arange(0, BLOCK)
+    mean = tl.zeros([WIDTH], tl.float32)
     for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
         o_row = i * BLOCK + o_b
         image = _project_block(
             p_q, p_a, tl.minimum(o_row, rows - 1), o_basis,
             stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
         )  # fmt: skip
+        mean += tl.sum(tl.where((o_row < rows)[:, None], image, 0.0), 0)
+    mean /= rows
+    for i in tl.range(0, tl.cdiv(rows, BLOCK), num_stages=1):
+        o_row = i * BLOCK + o_b
+        image = _project_block(
+            p_q, p_a, tl.minimum(o_row, rows - 1), o_basis,
+            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
+        )  # fmt: skip
+        image -= mean[None, :]
         tl.store(p_size + o_row, tl.sum(image * image, 1), o_row < rows)
     # By memory to threads that each have a few of them. As integers, which sizes that are not
-    # negative order like. Rows that are always chosen have the largest number.
+    # negative order like.
     tl.debug_barrier()
     number = tl.arange(0, BLOCKS * BLOCK)
     size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
-    always = (number // GROUP + number % GROUP + phase) % (2 * ROW_STEP) == 0
-    size = tl.where(number < rows, tl.where(always, 0x7FFFFFFF, size), -1)
+    size = tl.where(number < rows, size, -1)
     # The largest number that so many sizes reach, by four bits at a time: to count is a round of
     # messages between warps, for one number or for sixteen. The last round has three bits to
     # tell; a fourth would be the last of the round before, which has found it too large.
@@ -92,7 +101,7 @@ def _project_rows_kernel(
     p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr, SHARE: tl.constexpr, BY_FIT: tl.constexpr,
+    PRECISION: tl.constexpr, BY_FIT: tl.constexpr,
 ):  # fmt: skip
     """Choose which rows of a segment and KV head are scored; write their images without shift.
 
@@ -115,9 +124,8 @@ def _project_rows_kernel(
     kept = tl.cdiv(rows, ROW_STEP)
     if ROW_STEP > 1:
         _choose(
-            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept,
-            i_head % SHARE, o_basis, stride_q_token, stride_q_head,
-            GROUP, D, D_PAD, WIDTH, ROW_STEP, BLOCK, BLOCKS, PRECISION,
+            p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, o_basis,
+            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, BLOCK, BLOCKS, PRECISION,
         )  # fmt: skip
     for first in tl.range(0, kept, BLOCK, num_stages=1):
         o_row = first + o_b
@@ -244,7 +252,6 @@ def choose_rows(
     query: torch.Tensor,
     work: WorkList,
     space: "LowRankWorkspace | DecodeWorkspace",
-    share: int,
     row_step: int = ROW_STEP,
     block: int = CHOSEN_BLOCK,
 ) -> None:
@@ -254,7 +261,6 @@ def choose_rows(
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
         space: bases, of decode indexed by an item's fit; written to.
-        share: bases of a KV head.
         row_step: one row of so many is scored.
         block: rows that are projected at a time.
     """
@@ -264,7 +270,7 @@ def choose_rows(
         query.stride(0), query.stride(1), kept,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
         BLOCKS=triton.next_power_of_2(-(-kept * row_step // block)),
-        PRECISION=input_precision(query.dtype), SHARE=share, **_shape(query, space, row_step),
+        PRECISION=input_precision(query.dtype), **_shape(query, space, row_step),
     )  # fmt: skip
 
 

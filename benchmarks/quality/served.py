@@ -47,7 +47,7 @@ class Served(Method):
         tiles = []
         for start in range(0, segment.length, unit.queries):
             queries = segment.q[:, start : start + unit.queries].float()
-            scored = basis.scored_rows(queries @ fitted.a, 1, segment.group)
+            scored = basis.scored_rows(queries @ fitted.a)
             queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
             visible = torch.arange(segment.length) <= start + scored[..., None]
             rows = basis.query_images(queries, fitted, seen, beside, visible, torch.float8_e4m3fn)

@@ -147,17 +147,13 @@ def test_the_sample_of_a_long_history_is_bounded(device, monkeypatch, context):
     assert (scores - unbounded)[0].abs().mean() > 3 * ATOL[batch.query.dtype] / 10
 
 
-def test_scored_rows_are_spread_and_have_the_largest_images():
-    sizes = torch.tensor([3.0, 1.0, 4.0, 1.0, 0.1, 5.0, 9.0, 1.0, 2.0])
-    rows = sizes[:, None] * torch.nn.functional.normalize(torch.randn(2, 9, 8), dim=-1)
-    # Of the first basis 0, 4 and 8 always, of the second 3 and 7.
-    both = [[0, 4, 5, 6, 8], [2, 3, 5, 6, 7]]
-    assert basis.scored_rows(rows, 1, 2).tolist() == both
-    four = basis.scored_rows(torch.cat([rows, rows]), 1, 2)
-    assert four.tolist() == 2 * both, "the same whichever KV heads a rank has"
-    # Of three heads' rows always those whose query and head add up to 0 or 4: 0, 8 and 10.
-    spread = torch.zeros(1, 12, 3)
-    assert basis.scored_rows(spread, 3, 1).tolist() == [[0, 1, 2, 3, 8, 10]], (
+def test_scored_rows_are_the_farthest_from_their_mean():
+    rows = torch.zeros(2, 9, 4)
+    rows[..., 0] = 7.0  # which all have in common
+    rows[0, :, 1] = torch.tensor([3.0, -1.0, 4.0, 1.0, 0.1, -5.0, 9.0, -9.0, -2.0])
+    rows[1, :, 2] = -rows[0, :, 1]
+    assert basis.scored_rows(rows).tolist() == 2 * [[0, 2, 5, 6, 7]]
+    assert basis.scored_rows(torch.zeros(1, 6, 3)).tolist() == [[0, 1, 2]], (
         "the first of equal ones"
     )
 
