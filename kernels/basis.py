@@ -3,8 +3,9 @@
 Scoring every query against every key in full would cost half of dense attention. A low-rank
 image of q·k keeps what matters: with Cq the second moment of the queries and Ck the covariance
 of the keys, the best one is spanned by the leading eigenvectors of Ck·Cq. It is fitted anew for
-every ``FIT_QUERIES`` queries against the history they see, so nothing is stored beside the KV
-cache: prefix-cache hits, preemption and block reuse need no care.
+every chunk of queries against the history they see, so nothing is stored beside the KV cache:
+prefix-cache hits, preemption and block reuse need no care. Prefill has a basis of each query head:
+heads of a group that share one lose what single queries look for.
 
 Two things keep the fit cheap: two steps of subspace iteration from random directions are about
 as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
