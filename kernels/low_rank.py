@@ -2,7 +2,7 @@
 
 A token's score in a list is the largest log-probability that any scored row of the segment gives
 it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
-query cannot see keys that single queries want; this can. Rows are queries x heads of a group, and
+query cannot see keys that single queries want; this can. Rows are queries x heads of a group;
 each head has a basis of its own: what one head looks for lies in directions that others lack. One
 row in ``ROW_STEP`` is scored: those whose images are farthest from the segment's mean. What many
 queries want, the nearest of these want, too.

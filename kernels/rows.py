@@ -1,6 +1,7 @@
 """The scored rows of a segment: which they are, their images, and the shift that these end with.
 
-Rows are queries x heads of a group, query by query; see :mod:`low_rank` and :mod:`basis` (ours).
+Rows are queries x the heads that share a basis: in prefill each head has its own, in decode a group
+has one. See :mod:`low_rank` and :mod:`basis` (ours).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def _project_rows_kernel(
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
     PRECISION: tl.constexpr, BY_FIT: tl.constexpr,
 ):  # fmt: skip
-    """Choose which rows of a segment and KV head are scored; write their images without shift.
+    """Choose which rows of a segment and basis are scored; write their images without shift.
 
     One stage in its loops: Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
