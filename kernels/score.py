@@ -38,6 +38,16 @@ def image_room(tokens: int) -> int:
     return -(-tokens // BLOCK_N) * BLOCK_N
 
 
+def bases_together(share: int, most: int) -> int:
+    """Return how many of a KV head's ``share`` bases one pass takes: the fewest that are repeated.
+
+    A pass takes one, two or four, ``most`` at most; the last one repeats the last basis.
+    """
+    if share == 1:
+        return 1
+    return min((n for n in (2, 4) if n <= most), key=lambda n: (-(-share // n) * n, -n))
+
+
 @triton.jit
 def _load_rows(
     p_rows, p_items, first_item, last_item, i_basis, bases, first_row, max_rows, o_r,
@@ -191,7 +201,7 @@ def score_rows(
         space.rows, images, work.items, scores, bounds,
         images.stride(0), images.stride(-3), scores.stride(0), scores.stride(1),
         rows, bounds.shape[1], work.num_items,
-        SHARE=share, TOGETHER=min(triton.next_power_of_2(share), together), GROUP=group,
+        SHARE=share, TOGETHER=bases_together(share, together), GROUP=group,
         ROW_STEP=row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items, BLOCK_M=block_m,
         BLOCK_N=min(BLOCK_N, chunk), WIDTH=basis.WIDTH, CHUNK=chunk,
         FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",

@@ -20,7 +20,7 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
 )
 from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.score import image_room, score_rows
+from s2o_vllm.kernels.score import bases_together, image_room, score_rows
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
@@ -174,6 +174,20 @@ def test_neighbours_that_share_loads_score_as_single_ones(device, segment, share
                 assert own.tolist() == [float(part.max()), float(part.min())]
     torch.testing.assert_close(shared_scores, scores, atol=0, rtol=0, equal_nan=True)
     torch.testing.assert_close(shared_bounds, bounds, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_pass_repeats_as_few_bases_as_it_can():
+    assert [bases_together(share, 4) for share in (1, 2, 3, 4, 5, 6, 7, 8)] == [
+        1,
+        2,
+        4,
+        4,
+        2,
+        2,
+        4,
+        4,
+    ]
+    assert [bases_together(share, 2) for share in (1, 2, 3, 8)] == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
