@@ -179,7 +179,6 @@ class DecodeTable:
             first_of_chunk=False,
             fits=self._none,
             fit_span=1,
-            max_fit_queries=1,
             max_fit_tokens=0,
             items=self.items[:items],
             groups=self._none,

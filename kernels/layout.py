@@ -15,8 +15,8 @@ FIT = tl.constexpr(plan.FIT)
 ITEM_COLUMNS = tl.constexpr(plan.COLUMNS)
 
 # A line of `WorkList.fits`: a `plan.Span`.
-SPAN_QUERIES = tl.constexpr(1)
-SPAN_TOKENS = tl.constexpr(2)
+SPAN_QUERIES = tl.constexpr(plan.Span._fields.index("queries"))
+SPAN_TOKENS = tl.constexpr(plan.Span._fields.index("tokens"))
 SPAN_COLUMNS = tl.constexpr(len(plan.Span._fields))
 
 # A line of what decode appends.

@@ -214,7 +214,6 @@ class WorkList:
             chunk: first query, queries, tokens that their last segment sees (its own among
             them; 0 if it ranks none).
         fit_span: tokens at whose multiples in the sequence the fits are cut.
-        max_fit_queries: most queries of a row of ``fits``.
         max_fit_tokens: most tokens of a row of ``fits``.
         items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit in the
@@ -236,7 +235,6 @@ class WorkList:
     first_of_chunk: bool
     fits: torch.Tensor
     fit_span: int
-    max_fit_queries: int
     max_fit_tokens: int
     items: torch.Tensor
     groups: torch.Tensor
@@ -376,7 +374,6 @@ def chunk_lists(
                 first_of_chunk=not lists,
                 fits=table,
                 fit_span=span,
-                max_fit_queries=max(queries for _, queries, _ in fits),
                 max_fit_tokens=max(tokens for *_, tokens in fits),
                 items=to_device(items, device),
                 groups=to_device(ranked_together(len(items)), device),

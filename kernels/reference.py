@@ -197,7 +197,7 @@ def attend(
     block_table: torch.Tensor,
     work: WorkList,
     lists: Lists,
-    regions: Regions | None,
+    regions: Regions,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -212,10 +212,10 @@ def attend(
     """Attend to every segment's own tokens and to its list; see :func:`attend.attend`.
 
     ``queries_per_tile`` is the number of queries that stop together (the tile's rows over
-    the heads that share a list).
+    the GQA group).
     """
-    heads, page, head_dim = lists.lengths.shape[1], kv_cache.shape[2], query.shape[2]
-    sharing = query.shape[1] // heads
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group = query.shape[1] // kv_heads
 
     def scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         s = torch.einsum("hgqd,hnd->hgqn", queries, keys) * scale
@@ -226,13 +226,13 @@ def attend(
         history, dense_start = item[HISTORY], item[DENSE_START]
         lengths = lists.lengths[number]
         listed = int(lengths.max())
-        queries = segment_queries(query, item, heads)
+        queries = segment_queries(query, item, kv_heads)
         device = query.device
 
         # Pass 1: dense and causal, from dense_start on.
         positions = torch.arange(dense_start, history + count, device=device)
         k_own, v_own = load_tokens(
-            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim, heads
+            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim
         )
         s_own = scores(queries, k_own)
         own = torch.arange(history, history + count, device=device)
@@ -241,39 +241,35 @@ def attend(
         # Pass 2: the listed slots, visible to every query, in the list's order.
         place = torch.arange(listed, device=device)
         slots = lists.slots[number, :, :listed] * (place < lengths[:, None])
-        k_list, v_list = load_tokens(kv_cache, slots, head_dim, heads)
+        k_list, v_list = load_tokens(kv_cache, slots, head_dim)
         s_list = scores(queries, k_list)
         s_list = s_list.masked_fill(place >= lengths[:, None, None, None], float("-inf"))
         visited = visited_tokens(
             s_own, s_list, lengths, queries_per_tile, stop_threshold, stop_step,
             order[number, :, :count].long() if order is not None else None,
-        )  # fmt: skip  # [heads, queries]
+        )  # fmt: skip  # [kv_heads, queries]
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
-        logits, values = [s_own, s_list], [v_own, v_list]
-        means = query.new_empty(heads, 0, 2 * head_dim)
-        if regions is not None:  # what was not visited, as means of whole regions
-            means = regions.of(item[FIT], dense_start).float()
-            means = means.repeat_interleave(heads // means.shape[0], 0)
+        # What was not visited, as means of whole regions.
+        means = regions.of(item[FIT], dense_start).float()
+        k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
+        missing = regions.tokens * (1 - visited / max(dense_start, 1))[:, None]
         if means.shape[1]:
-            assert regions is not None
-            per_head = heads // kv_cache.shape[1]
-            spread = regions.spreads[item[FIT]].float().repeat_interleave(per_head, 0)[:, None]
-            slope = regions.slopes[item[FIT]].float().repeat_interleave(per_head, 0)
-            missing = regions.tokens * (1 - visited / max(dense_start, 1))[:, None]
+            spread = regions.spreads[item[FIT]].float()[:, None]
             missing = missing * region_weight(queries, spread, scale)
-            logits.append(scores(queries, means[..., :head_dim]) + missing.log()[..., None])
-            values.append(means[..., head_dim:])
-        p = torch.softmax(torch.cat(logits, -1), -1)
-        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat(values, 1))
+        s_mean = scores(queries, k_mean) + missing.log()[..., None]
+
+        p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
+        values = torch.cat([v_own, v_list, v_mean], 1)
+        result = torch.einsum("hgqn,hnd->hgqd", p, values)
         if means.shape[1]:
             lean = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
-            result += torch.einsum("hgqd,hde->hgqe", lean, slope)
+            result += torch.einsum("hgqd,hde->hgqe", lean, regions.slopes[item[FIT]].float())
         result *= v_scale
-        result = result.permute(2, 0, 1, 3).reshape(count, heads * sharing, head_dim)
+        result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[item[QUERY_START] : start + count] = result.to(out.dtype)
 
-        dense = (history - dense_start) * count * heads
+        dense = (history - dense_start) * count * kv_heads
         tiles = -(-count // queries_per_tile)
         stopped = (
             visited[:, ::queries_per_tile]
@@ -282,9 +278,9 @@ def attend(
         )
         counters += torch.tensor(
             [
-                (int(visited.sum()) + dense) * sharing,
-                history * count * heads * sharing,
-                tiles * heads,
+                (int(visited.sum()) + dense) * group,
+                history * count * kv_heads * group,
+                tiles * kv_heads,
                 int((stopped < lengths[:, None]).sum()),
                 0,
                 0,
@@ -293,11 +289,11 @@ def attend(
         )
         if number % ESTIMATE_EVERY:
             continue
-        counters[SAMPLED] += count * heads * sharing
+        counters[SAMPLED] += count * kv_heads * group
         if dense_start > 0:
             sample = sample_positions(dense_start, device)
             k, _ = load_tokens(
-                kv_cache, physical_slots(sample, block_table[item[ROW]], page), head_dim, heads
+                kv_cache, physical_slots(sample, block_table[item[ROW]], page), head_dim
             )
             places = lists.samples[number // ESTIMATE_EVERY, :, None, : len(sample)]
             skipped = (places >= visited[..., None]) | (visited[..., None] == 0)

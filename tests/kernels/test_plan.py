@@ -62,7 +62,7 @@ def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
     (one,) = build_work_lists(rows, 32, 0, CPU, MANY)
     assert int(one.fits[0, 0]) == 5
     assert one.fits.tolist() == [[5, 64, 2048], [69, 2048, 4096], [2117, 64, 4160]]
-    assert (one.max_fit_queries, one.max_fit_tokens) == (2048, 4160)
+    assert (max(span.queries for span in one.spans), one.max_fit_tokens) == (2048, 4160)
     for item in one.items.tolist():
         first, queries, tokens = one.fits[item[plan.FIT]].tolist()
         assert first <= item[plan.QUERY_START] < first + queries
