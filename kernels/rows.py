@@ -51,6 +51,28 @@ def _project_block(
 
 
 @triton.jit
+def _farthest(size, number, rows, kept):
+    """Return which ``kept`` of some rows have the largest sizes, and their places in that order.
+
+    Sizes are not negative; of equal ones the first rows are taken.
+    """
+    # As integers, which such numbers order like.
+    size = tl.where(number < rows, size.to(tl.int32, bitcast=True), -1)
+    # The largest number that so many sizes reach, by four bits at a time: to count is a round of
+    # messages between warps, for one number or for sixteen. The last round has three bits to
+    # tell; a fourth would be the last of the round before, which has found it too large.
+    least = 0
+    for i in range(8):
+        higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))
+        reach = tl.sum((size[:, None] >= higher[None, :]).to(tl.int32), 0)
+        least = tl.max(tl.where(reach >= kept, higher, 0))
+    equal = (size == least).to(tl.int32)
+    room = kept - tl.sum((size > least).to(tl.int32))
+    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
+    return chosen, tl.cumsum(chosen.to(tl.int32)) - 1
+
+
+@triton.jit
 def _choose(
     p_q, p_a, p_size, p_chosen, rows, kept, o_basis, stride_q_token, stride_q_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -75,26 +97,33 @@ def _choose(
         )  # fmt: skip
         image -= mean[None, :]
         tl.store(p_size + o_row, tl.sum(image * image, 1), o_row < rows)
-    # By memory to threads that each have a few of them. As integers, which sizes that are not
-    # negative order like.
+    # By memory to threads that each have a few of them.
     tl.debug_barrier()
     number = tl.arange(0, BLOCKS * BLOCK)
-    size = tl.load(p_size + number, number < rows, 0.0).to(tl.int32, bitcast=True)
-    size = tl.where(number < rows, size, -1)
-    # The largest number that so many sizes reach, by four bits at a time: to count is a round of
-    # messages between warps, for one number or for sixteen. The last round has three bits to
-    # tell; a fourth would be the last of the round before, which has found it too large.
-    least = 0
-    for i in range(8):
-        higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))
-        reach = tl.sum((size[:, None] >= higher[None, :]).to(tl.int32), 0)
-        least = tl.max(tl.where(reach >= kept, higher, 0))
-    equal = (size == least).to(tl.int32)
-    room = kept - tl.sum((size > least).to(tl.int32))
-    chosen = (size > least) | ((equal > 0) & (tl.cumsum(equal) <= room))
-    place = tl.cumsum(chosen.to(tl.int32)) - 1
+    size = tl.load(p_size + number, number < rows, 0.0)
+    chosen, place = _farthest(size, number, rows, kept)
     tl.store(p_chosen + place, number, chosen)
     tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
+def _project_chosen(
+    p_q, p_a, p_chosen, p_rows, rows, kept, o_basis, stride_q_token, stride_q_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Choose among the rows of one block, and write the numbers and images of the chosen ones."""
+    o_b, o_r = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    image = _project_block(
+        p_q, p_a, tl.minimum(o_b, rows - 1), o_basis,
+        stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, PRECISION,
+    )  # fmt: skip
+    mean = tl.sum(tl.where((o_b < rows)[:, None], image, 0.0), 0) / rows
+    far = image - mean[None, :]
+    chosen, place = _farthest(tl.sum(far * far, 1), o_b, rows, kept)
+    tl.store(p_chosen + place, o_b, chosen)
+    image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT).to(p_rows.dtype.element_ty)
+    tl.store(p_rows + place[:, None] * WIDTH + o_r[None, :], image, chosen[:, None])
 
 
 @triton.jit
@@ -123,6 +152,12 @@ def _project_rows_kernel(
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
     o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
     kept = tl.cdiv(rows, ROW_STEP)
+    if ROW_STEP > 1 and BLOCKS == 1:
+        _project_chosen(
+            p_q, p_a, p_chosen + o_list, p_rows + o_list * WIDTH, rows, kept, o_basis,
+            stride_q_token, stride_q_head, GROUP, D, D_PAD, WIDTH, BLOCK, LIMIT, PRECISION,
+        )  # fmt: skip
+        return
     if ROW_STEP > 1:
         _choose(
             p_q, p_a, p_sizes + o_list * ROW_STEP, p_chosen + o_list, rows, kept, o_basis,
@@ -177,76 +212,116 @@ def _minus_rough_exp2(s, zero, FUSED: tl.constexpr):
 
 
 @triton.jit
+def _own_mass(
+    p_images, q, query, history, n, queries, o_r, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Running maximum and mass of rows over the keys of one item's dense pass that they see."""
+    m = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    mass = tl.zeros([q.shape[0]], tl.float32)
+    end = tl.where(n > 0, history - n + queries, 0)
+    p_own = p_images + n.to(tl.int64) * WIDTH
+    for o in tl.range(0, end, BLOCK_N, num_stages=1):
+        o_n = o + tl.arange(0, BLOCK_N)
+        k = tl.load(p_own + tl.minimum(o_n, end - 1)[:, None] * WIDTH + o_r[None, :])
+        seen = o_n[None, :] <= history - n + query[:, None]
+        s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
+        m, mass = _add_mass(s, m, mass)
+    return m, mass
+
+
+@triton.jit
+def _sampling(n, SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr):
+    """Stride and number of the samples of a history, and what is equal where both strides are.
+
+    A history shorter than its stride has a sample of its own.
+    """
+    step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
+    return step, tl.maximum(n // step, 1), tl.where(n < step, -n, step)
+
+
+@triton.jit(do_not_specialize=["items"])
 def _shift_kernel(
-    p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept,
+    p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept, items,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
-    SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr,
+    SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr, ITEMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr, LIMIT: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
     BY_FIT: tl.constexpr,
 ):  # fmt: skip
     """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
-    Of the history a sample stands for all; of the dense pass every key counts.
+    Of the history a sample stands for all; of the dense pass every key counts. Rows are those of
+    ITEMS neighbouring segments of a request, one or two: what a row gets does not depend on which.
 
     A launch of its own that stores the shift's parts alone. One stage, as for the moments in
     :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
     i_block, i_head = tl.program_id(0), tl.program_id(1)
-    i_item = tl.program_id(2).to(tl.int64)
-    p_item = p_items + i_item * ITEM_COLUMNS
-    queries = tl.load(p_item + NUM_QUERIES)
-    rows = tl.cdiv(queries * GROUP, ROW_STEP)
+    first = tl.program_id(2) * ITEMS
+    EACH: tl.constexpr = BLOCK_M // ITEMS
+    o_m = tl.arange(0, BLOCK_M)
+    o_item, o_row = first + o_m // EACH, i_block * EACH + o_m % EACH
+    p_item = p_items + tl.minimum(o_item, items - 1) * ITEM_COLUMNS
+    rows = tl.cdiv(tl.load(p_item + NUM_QUERIES) * GROUP, ROW_STEP)
     n = tl.load(p_item + DENSE_START)
-    between = tl.load(p_item + HISTORY) - n  # tokens of the dense pass before the own ones
-    if (i_block * BLOCK_M >= rows) | (n == 0):
+    m_row = (o_row < rows) & (n > 0) & (o_item < items)
+    if tl.max(m_row.to(tl.int32)) == 0:
         return
-    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_r = tl.arange(0, WIDTH)
-    o_list = (i_item * tl.num_programs(1) + i_head) * max_kept
-    query = tl.load(p_chosen + o_list + tl.minimum(o_row, rows - 1)) // GROUP
-    p_rows += o_list * WIDTH
+    o_list = (tl.minimum(o_item, items - 1).to(tl.int64) * tl.num_programs(1) + i_head) * max_kept
+    o_list += tl.minimum(o_row, rows - 1)
+    query = tl.load(p_chosen + o_list, m_row, 0) // GROUP
     p_images += i_head.to(tl.int64) * stride_images_head
     if BY_FIT:
-        p_images += tl.load(p_item + FIT).to(tl.int64) * stride_images_fit
+        fit = tl.load(p_items + first * ITEM_COLUMNS + FIT)
+        p_images += fit.to(tl.int64) * stride_images_fit
     # An image that has no shift yet ends with zeros, which the factors in a key's image meet.
-    q = tl.load(p_rows + tl.minimum(o_row, rows - 1)[:, None] * WIDTH + o_r[None, :])
-    step = tl.maximum(SHIFT_STEP, tl.cdiv(n, SHIFT_SAMPLES))
-    samples = tl.maximum(n // step, 1)
+    o_r = tl.arange(0, WIDTH)
+    q = tl.load(p_rows + o_list[:, None] * WIDTH + o_r[None, :], m_row[:, None], 0.0)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    p_own = p_images + n.to(tl.int64) * WIDTH
-    for o in tl.range(0, between + queries, BLOCK_N, num_stages=1):
-        o_n = o + tl.arange(0, BLOCK_N)
-        own = tl.minimum(o_n, between + queries - 1)
-        k = tl.load(p_own + own[:, None] * WIDTH + o_r[None, :])
-        seen = o_n[None, :] <= between + query[:, None]
-        s = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
-        m, mass = _add_mass(s, m, mass)
+    for i in tl.static_range(ITEMS):
+        p_own = p_items + tl.minimum(first + i, items - 1) * ITEM_COLUMNS
+        m_own, mass_own = _own_mass(
+            p_images, q, query, tl.load(p_own + HISTORY), tl.load(p_own + DENSE_START),
+            tl.load(p_own + NUM_QUERIES), o_r, WIDTH, BLOCK_N,
+        )  # fmt: skip
+        own = o_m // EACH == i
+        m, mass = tl.where(own, m_own, m), tl.where(own, mass_own, mass)
     # The rest in units of that, by exponentials so rough that they cost less than a maximum.
     rest = tl.zeros([BLOCK_M], tl.float32)
     zero = (ROUGH_ZERO - m) * ROUGH_SHARE
-    full = samples // BLOCK_N * BLOCK_N
-    for o in tl.range(0, full, BLOCK_N, num_stages=1):
-        number = o + tl.arange(0, BLOCK_N)
-        position = number * step + stratum_offset(number, step)
-        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)
-    if full < samples:
-        o_n = full + tl.arange(0, BLOCK_N)
-        position = tl.minimum(o_n * step + stratum_offset(o_n, step), n - 1)
-        k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
-        s = _minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED)
-        rest += tl.sum(tl.where((o_n < samples)[None, :], s, 0.0), 1)
+    _, samples, kind_of_row = _sampling(n, SHIFT_STEP, SHIFT_SAMPLES)
+    before = 0
+    for i in tl.static_range(ITEMS):
+        # Neighbours mostly have one stride: then the first pass is for both.
+        longest = tl.load(p_items + tl.minimum(first + i, items - 1) * ITEM_COLUMNS + DENSE_START)
+        step, _, kind = _sampling(longest, SHIFT_STEP, SHIFT_SAMPLES)
+        alike = m_row & (kind_of_row == kind) & ((i == 0) | (kind != before))
+        most = tl.max(tl.where(alike, samples, 0))
+        full = tl.min(tl.where(alike, samples, tl.where(m_row, 0, most)))
+        full = full // BLOCK_N * BLOCK_N
+        for o in tl.range(0, full, BLOCK_N, num_stages=1):
+            number = o + tl.arange(0, BLOCK_N)
+            position = number * step + stratum_offset(number, step)
+            k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+            rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)
+        for o in tl.range(full, most, BLOCK_N, num_stages=1):
+            number = o + tl.arange(0, BLOCK_N)
+            position = tl.minimum(number * step + stratum_offset(number, step), longest - 1)
+            k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+            s = _minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED)
+            counts = alike[:, None] & (number[None, :] < samples[:, None])
+            rest += tl.sum(tl.where(counts, s, 0.0), 1)
+        before = kind
     rest *= -ROUGH_UNIT * (n.to(tl.float32) / samples.to(tl.float32))
     left = m + tl.log2(mass + rest)
-    kind: tl.constexpr = p_rows.dtype.element_ty
+    kind_of_number: tl.constexpr = p_rows.dtype.element_ty
     for place in tl.static_range(3):
         factor = FACTOR_0 if place == 0 else (FACTOR_1 if place == 1 else FACTOR_2)
-        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind)
+        part = tl.minimum(tl.maximum(left / factor, -LIMIT), LIMIT).to(kind_of_number)
         left -= part.to(tl.float32) * factor
-        minus = (-part.to(tl.float32)).to(kind)
-        tl.store(p_rows + o_row * WIDTH + RANK + place, minus, o_row < rows)
+        minus = (-part.to(tl.float32)).to(kind_of_number)
+        tl.store(p_rows + o_list * WIDTH + RANK + place, minus, m_row)
 
 
 def choose_rows(
@@ -292,8 +367,12 @@ def shift_rows(
         block_n: keys that a shift is told from at a time.
     """
     images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
-    _shift_kernel[(-(-kept // SHIFT_BLOCK), kv_heads, work.num_items)](
+    by_fit = images.dim() == 4
+    items = 2 if 2 * kept <= SHIFT_BLOCK and not by_fit else 1
+    grid = (-(-kept * items // SHIFT_BLOCK), kv_heads, -(-work.num_items // items))
+    _shift_kernel[grid](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(-3), kept,
+        work.num_items, ITEMS=items,
         RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
         BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],

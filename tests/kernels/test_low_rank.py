@@ -3,13 +3,14 @@
 `test_rank.py` compares the end with the reference; here a step that goes wrong is named.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
-from s2o_vllm.kernels import basis, low_rank, reference
+from s2o_vllm.kernels import basis, low_rank, reference, rows
 from s2o_vllm.kernels.fit import find_bases, take_moments
 from s2o_vllm.kernels.plan import (
     DENSE_START,
@@ -126,6 +127,42 @@ def test_shifts_of_rows(ranked):
         got = -(rows[..., basis.RANK :] @ factors)
         # Rough exponentials have up to 6 % too much, images of shifts are rounded.
         torch.testing.assert_close(got, mass.log2().float(), atol=0.1, rtol=0)
+
+
+def test_a_shift_does_not_depend_on_the_segment_it_shares_a_tile_with(device, monkeypatch):
+    """Neighbours of one sampling stride and of two, one without a neighbour, one that is dense."""
+    monkeypatch.setattr(basis, "SHIFT_SAMPLES", 8)
+    monkeypatch.setattr(rows, "SHIFT_BLOCK", 16)  # two segments of 16, half of whose rows count
+    row = PrefillRow(0, 0, 150, 48, 0.1)
+    (work,) = build_work_lists([row], 16, 64, device, Limits(16, 2**20))
+    items, bases, kept = work.num_items, 2, 8
+    histories = work.items[:, DENSE_START].tolist()
+    assert items % 2 == 0
+    assert [history > 0 for history in histories[-2:]] == [True, False]
+    steps = [max(basis.SHIFT_STEP, -(-history // 8)) for history in histories]
+    pairs = set(zip(steps[::2], steps[1::2], strict=True))
+    assert {one == other for one, other in pairs} == {True, False}
+    kind = basis.image_dtype(device)
+    images = torch.randn(bases, image_room(256), basis.WIDTH, device=device)
+    images[..., basis.RANK :] = torch.tensor(basis.SHIFT_FACTORS, device=device)
+    drawn = torch.randn(items, bases, kept, basis.WIDTH, device=device)
+    drawn[..., basis.RANK :] = 0
+    chosen = (2 * torch.arange(kept, device=device)).int().expand(items, bases, -1).contiguous()
+    spaces = [
+        SimpleNamespace(images=images.to(kind), rows=drawn.to(kind), chosen=chosen)
+        for _ in range(2)
+    ]
+    query = torch.empty(150, bases, 64, device=device)
+    rows.shift_rows(query, work, spaces[0], block_n=16)
+    for number in range(items):
+        one = replace(work, items=work.items[number : number + 1])
+        space = SimpleNamespace(**vars(spaces[1]))
+        space.rows, space.chosen = space.rows[number:], space.chosen[number:]
+        rows.shift_rows(query, one, space, block_n=16)
+    together, alone = spaces[0].rows.float(), spaces[1].rows.float()
+    assert (together[1:-1, ..., basis.RANK :] != 0).any(-1).all(), "of whole segments"
+    # NumPy sums rows in another order by where they are.
+    torch.testing.assert_close(together, alone, atol=0 if ON_GPU else 1e-4, rtol=0)
 
 
 def test_scores_are_the_largest_products(ranked):

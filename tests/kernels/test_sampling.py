@@ -7,7 +7,7 @@ from s2o_vllm.kernels.sampling import stratified
 from s2o_vllm.kernels.strata import stratum_offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "room"])
 def _positions_kernel(p_out, step, room, N: tl.constexpr):
     number = tl.arange(0, N)
     tl.store(p_out + number, number * step + stratum_offset(number, room))
