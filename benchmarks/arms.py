@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from s2o_vllm.cli.demo import ServerError
+from s2o_vllm.config import S2OConfig
 
 from .serving import (
     add_options,
@@ -74,6 +75,10 @@ def add_arm_options(parser: argparse.ArgumentParser, port: int, out: str) -> Non
     add_options(parser, port, out)
     parser.add_argument("--chunk", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--min-budget-tokens", type=int, default=S2OConfig().min_budget_tokens, metavar="TOKENS",
+        help="that a query may visit however small the budget (default: %(default)s)",
+    )  # fmt: skip
 
 
 @functools.cache
@@ -127,6 +132,7 @@ def server(
     if arm == "s2o":
         flags += ["--attention-backend", "s2o", "--s2o-min-context", str(args.min_context)]
         flags += ["--s2o-sparsity-budget", str(max(args.budgets))]
+        flags += ["--s2o-min-budget-tokens", str(args.min_budget_tokens)]
         flags += getattr(args, "s2o_args", [])
     port = args.port + (arm == "s2o")
     return starting(model, port, flags, folder / f"{arm}.log")

@@ -91,7 +91,9 @@ def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dic
                 dense_mode = Sparse(prompt, ranking, 1.0, segment, context + 1)
                 dense["dense_mode_ms"] = milliseconds(dense_mode.run)
                 for budget in budgets:
-                    sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
+                    sparse = Sparse(
+                        prompt, ranking, budget, segment, args.min_context, args.min_budget_tokens
+                    )
                     yield {
                         "shape": name,
                         "context": context,
@@ -100,6 +102,7 @@ def measure(args: argparse.Namespace, card: Mapping[str, float]) -> Iterator[dic
                         "ranking": ranking,
                         "segment": segment,
                         "budget": budget,
+                        "min_budget_tokens": args.min_budget_tokens,
                         **columns(timed(sparse, sparse.visits(first)), card),
                         **dense,
                         "relative_mse": None,
@@ -135,7 +138,9 @@ def measure_real(
                     gates[ranking] |= check_dense(prompt, ranking, args, truth)
             for ranking, budget in settings:
                 segment = args.segment or RANKINGS[ranking]
-                sparse = Sparse(prompt, ranking, budget, segment, args.min_context)
+                sparse = Sparse(
+                    prompt, ranking, budget, segment, args.min_context, args.min_budget_tokens
+                )
                 visits = sparse.visits(first)
                 errors[ranking, budget].add(own, sparse.out, truth, first)
                 times[ranking, budget].append(timed(sparse, visits, REAL_REPEAT_MS))
@@ -158,6 +163,7 @@ def measure_real(
                 "ranking": ranking,
                 "segment": args.segment or RANKINGS[ranking],
                 "budget": budget,
+                "min_budget_tokens": args.min_budget_tokens,
                 **columns(mean_times(times[ranking, budget]), card),
                 "fa3_paged_ms": statistics.fmean(paged_ms),
                 **dense,
@@ -256,6 +262,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", choices=SHAPES, default=["llama-3.1-8b"], metavar="NAME")
     add("--contexts", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
     add("--budgets", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2], metavar="B")
+    add("--min-budget-tokens", type=int, default=S2OConfig().min_budget_tokens, metavar="TOKENS",
+        help="that a query may visit however small the budget (default: %(default)s)")  # fmt: skip
     add("--rankings", nargs="+", choices=RANKINGS, default=list(RANKINGS), metavar="R")
     add("--inputs", nargs="+", choices=(RANDOM, REAL), metavar="KIND",
         help=f"{RANDOM}, {REAL} (default: both with a --model, else {RANDOM})")  # fmt: skip

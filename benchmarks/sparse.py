@@ -167,7 +167,10 @@ def against_ceilings(
 class Sparse:
     """The operator over a whole prompt, its two halves callable on their own."""
 
-    def __init__(self, prompt: Prompt, ranking: str, budget: float, segment: int, min_context: int):
+    def __init__(
+        self, prompt: Prompt, ranking: str, budget: float, segment: int, min_context: int,
+        min_tokens: int = 0,
+    ):  # fmt: skip
         tokens, heads, head_dim = prompt.query.shape
         self.prompt = prompt
         self.operator = SparsePrefill(
@@ -175,7 +178,7 @@ class Sparse:
             prompt.query.dtype, prompt.query.device, scale=prompt.scale,
         )  # fmt: skip
         self.waves = build_work_lists(
-            [PrefillRow(0, 0, tokens, 0, budget)], segment, min_context,
+            [PrefillRow(0, 0, tokens, 0, budget, min_tokens=min_tokens)], segment, min_context,
             prompt.query.device, self.operator.shape.limits,
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)

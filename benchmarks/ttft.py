@@ -41,6 +41,7 @@ def measure(args: argparse.Namespace, pair: Pair, context: int) -> list[dict[str
             "chunk": args.chunk,
             "backend": name,
             "budget": 1.0 if budget is None else budget,
+            "min_budget_tokens": args.min_budget_tokens,
             "dtype": args.dtype,
             "ttft_s": statistics.median(t.ttft_s for t in timings[name, budget]),
             "tpot_ms": statistics.median(t.tpot_ms() for t in timings[name, budget]),
