@@ -49,8 +49,8 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention
 	$(PY) -P -m s2o_vllm.cli bench ttft
 	$(PY) -P -m s2o_vllm.cli bench decode
-	$(PY) -P -m s2o_vllm.benchmarks.decode_budget
-	$(PY) -P -m s2o_vllm.benchmarks.decode_sparse
+	$(PY) -P -m s2o_vllm.benchmarks.speed.decode_budget
+	$(PY) -P -m s2o_vllm.benchmarks.speed.decode_sparse
 	$(PY) -P -m s2o_vllm.cli bench profile
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report

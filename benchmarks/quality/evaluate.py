@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
 
-from ..report import commit, local_device
+from ..result_file import commit, local_device
 from .attention import Segment
 from .capture import DTYPES, CaptureError, CaptureSpec, capture, check, load
 from .measure import Errors, early_stop, measure

@@ -16,7 +16,7 @@ import pytest
 
 from asking import ask, grown, post, tracebacks
 from models import VOCABULARY
-from s2o_vllm.benchmarks.serving import (
+from s2o_vllm.benchmarks.speed.serving import (
     kv_cache_bytes,
     llama_shape,
     prompt,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from asking import tracebacks
-from s2o_vllm.benchmarks.arms import ask
-from s2o_vllm.benchmarks.serving import (
+from s2o_vllm.benchmarks.speed.arms import ask
+from s2o_vllm.benchmarks.speed.serving import (
     kv_cache_bytes,
     llama_shape,
     prompt,

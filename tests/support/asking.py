@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import openai
 
-from s2o_vllm.benchmarks.serving import completion
+from s2o_vllm.benchmarks.speed.serving import completion
 from s2o_vllm.cli.demo import metric, read
 
 
