@@ -14,17 +14,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s2o_vllm.cli.demo import ServerError
+from s2o_vllm.cli.server_process import ServerError, starting
 
-from .serving import (
-    add_options,
-    completion,
-    kv_cache_bytes,
-    model_of,
-    prompt,
-    starting,
-    vocabulary_of,
-)
+from .serving import add_options, completion, kv_cache_bytes, model_of, prompt, vocabulary_of
 
 OUTPUT_TOKENS = 32
 SPARE_TOKENS = 4096  # of the KV cache: blocks that are not full, vLLM's own
@@ -106,7 +98,7 @@ def ask(
 def server(
     args: argparse.Namespace, arm: str, model: Path, folder: Path, longest: int, held: int
 ) -> AbstractContextManager[Callable[[], str]]:
-    """Start the `vllm serve` of one arm, see :func:`serving.starting`.
+    """Start the `vllm serve` of one arm, see :func:`server_process.starting`.
 
     Args:
         args: of the command line; S2O's budget is the largest of ``args.budgets``, and

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.cli.demo import ServerError, measured_density, read
+from s2o_vllm.cli.server_process import ServerError, measured_density, read
 
 from ..result_file import header, save
 from . import arms

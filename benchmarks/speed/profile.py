@@ -23,18 +23,10 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s2o_vllm.cli.demo import ServerError
+from s2o_vllm.cli.server_process import ServerError, vllm_server
 
 from ..result_file import header, save
-from .serving import (
-    add_options,
-    model_of,
-    parse,
-    prompt,
-    run_and_report,
-    vllm_server,
-    vocabulary_of,
-)
+from .serving import add_options, model_of, parse, prompt, run_and_report, vocabulary_of
 
 REQUEST_LIMIT = 600  # seconds for an answer
 TRACE_LIMIT = 60  # seconds for the trace to be complete after the profiler has stopped
@@ -187,7 +179,7 @@ def profiler_flags(traces: Path) -> list[str]:
 def server(
     args: argparse.Namespace, backend: str, model: Path, folder: Path, traces: Path
 ) -> AbstractContextManager[str]:
-    """Return the `vllm serve` of one backend, see :func:`serving.vllm_server`."""
+    """Return the `vllm serve` of one backend, see :func:`server_process.vllm_server`."""
     flags = [
         "--no-enable-prefix-caching", "--max-model-len", str(max(args.contexts) + 1),
         "--max-num-batched-tokens", str(args.chunk), "--load-format", args.load_format,

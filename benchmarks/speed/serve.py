@@ -46,14 +46,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.cli.demo import ServerError, density, metric, read
+from s2o_vllm.cli.server_process import ServerError, density, metric, read, vllm_server
 from s2o_vllm.loadtest import report
 from s2o_vllm.loadtest.arms import Arm, LoadTestError
 from s2o_vllm.loadtest.server import check_budget_is_honoured, inspect
 
 from ..result_file import save
 from . import mix
-from .serving import HIGHEST_ID, add_options, model_of, parse, vllm_server, vocabulary_of
+from .serving import HIGHEST_ID, add_options, model_of, parse, vocabulary_of
 
 SHORTEST = 1024  # tokens of a prompt
 IDLE_LIMIT = 60  # seconds that the server may take to end what clients gave up

@@ -1,18 +1,15 @@
-"""What benchmarks of a whole server share: a model without weights, prompts, the server itself."""
+"""What benchmarks of a whole server share: options, a model without weights, prompts."""
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.cli.demo import ServerError, read, stop, wait_until_healthy
+from s2o_vllm.cli.server_process import ServerError
 
 Row = dict[str, Any]
 
@@ -139,63 +136,3 @@ def kv_cache_bytes(model: Path, tokens: int) -> int:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     per_layer = 2 * config.get("num_key_value_heads", heads) * head_dim * 2
     return config["num_hidden_layers"] * per_layer * tokens
-
-
-@contextmanager
-def starting(
-    model: Path,
-    port: int,
-    flags: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str] | None = None,
-) -> Iterator[Callable[[], str]]:
-    """Start `vllm serve` on this machine; stop it and its workers in the end.
-
-    Yields:
-        A function that waits until the server is healthy and returns its URL; several servers
-        can start at once.
-
-    Args:
-        model: the model's folder.
-        port: where it listens, on the loopback interface alone.
-        flags: of `vllm serve`.
-        log: file for what the server prints.
-        environment: variables beside those of this process.
-
-    Raises:
-        ServerError: if the port is taken, or the server ends or is not healthy in time.
-    """
-    url = f"http://127.0.0.1:{port}"
-    if read(f"{url}/health") is not None:
-        raise ServerError(f"port {port} is taken: choose another with --port")
-    command = [
-        sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--port", str(port), "--host", "127.0.0.1", *flags,
-    ]  # fmt: skip
-    variables = os.environ | dict(environment or {})
-
-    def healthy() -> str:
-        wait_until_healthy(process, url, log)
-        return url
-
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, env=variables
-        )
-        try:
-            yield healthy
-        finally:
-            stop(process)
-
-
-@contextmanager
-def vllm_server(
-    model: Path,
-    port: int,
-    flags: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str] | None = None,
-) -> Iterator[str]:
-    """Start `vllm serve`, wait until it is healthy and yield its URL; see :func:`starting`."""
-    with starting(model, port, flags, log, environment) as healthy:
-        yield healthy()

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.cli.demo import measured_density, read
+from s2o_vllm.cli.server_process import measured_density, read
 
 from ..result_file import header, save
 from . import arms

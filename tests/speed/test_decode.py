@@ -3,7 +3,7 @@ import json
 import pytest
 
 from s2o_vllm.benchmarks.speed import arms, decode
-from s2o_vllm.cli.demo import ServerError
+from s2o_vllm.cli.server_process import ServerError
 
 SMALL = ["--context", "64", "--batches", "1", "16", "--repeat", "4", "--ttft-contexts", "128",
          "--ttft-repeat", "3"]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from s2o_vllm import cli, kernels
 from s2o_vllm.benchmarks.speed import profile
-from s2o_vllm.cli.demo import ServerError
+from s2o_vllm.cli.server_process import ServerError
 
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT"
 FLASH = "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...> > >"
