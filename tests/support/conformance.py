@@ -11,8 +11,8 @@ from cases import dense_attention, relative_error
 from s2o_vllm import compat
 from s2o_vllm.kernels import decode_plan
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
-from s2o_vllm.metadata import DENSE_TAIL
 from s2o_vllm.requests import RequestInfo
+from s2o_vllm.step_plan import DENSE_TAIL
 
 BATCHES = {
     "one decode": [decode(77)],

@@ -58,7 +58,7 @@ class DecodeSlots:
         """Return the rows of a batch that decode sparsely, and why others do not that could.
 
         The slots of the rows cover their queries' own tokens from now on. Arguments are those of
-        :func:`metadata.split_rows`, and each row's request.
+        :func:`step_plan.split_rows`, and each row's request.
         """
         rows: list[DecodeRow] = []
         reasons: list[str] = []
