@@ -1,6 +1,10 @@
-"""README's table of results, from result files: what S2O buys, and what it costs."""
+"""The table of results, from result files: what S2O buys, and what it costs.
+
+The whole table stands in docs/benchmarks.md. README has the part that decides whether to use S2O.
+"""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +24,11 @@ AT = 0.05  # the density at which methods are compared
 OF_QUALITY = (
     "quality", "quality_needles", "ruler", "ruler_h200", "fidelity", "perplexity"
 )  # fmt: skip
+# Files that README's table is of, and how many lines of each subject.
+IN_README = {
+    "ttft_h200": 2, "ruler_h200": 2, "fidelity": 1, "quality_needles": 1, "attention": 2,
+    "decode": 1, "decode_sparse": 2,
+}  # fmt: skip
 Results = Mapping[str, Result | None]
 
 
@@ -60,19 +69,21 @@ def about(share: float) -> str:
 
 
 class Line(NamedTuple):
-    """A line of README's table.
+    """A line of the table.
 
     Attributes:
-        what: was measured.
-        found: what was found.
+        what: the quantity that was measured.
+        found: its value.
         name: of the result file.
-        commit: that it is of, where rows of the file are of several.
+        commit: of the measurement, where rows of the file are of several commits.
+        subject: the text that was read, where a file has several.
     """
 
     what: str
     found: str
     name: str
     commit: str = ""
+    subject: str = ""
 
 
 def card(device: str) -> str:
@@ -81,8 +92,14 @@ def card(device: str) -> str:
     return f", {found[1]}" if found else ""
 
 
-def headline(results: Results) -> str:
-    """Return README's table of results."""
+def headline(results: Results, *, short: bool = False, root: str = "") -> str:
+    """Return the table of results.
+
+    Args:
+        results: content of each result file, None where there is none.
+        short: only the lines of ``IN_README``.
+        root: from the page that holds the table to the repository's root, such as ``../``.
+    """
     lines = [
         *(faithful_lines(results) or task_lines(results)),
         *needle_lines(results),
@@ -92,13 +109,18 @@ def headline(results: Results) -> str:
         *served_lines(results),
     ]
     rows = []
-    for what, found, name, commit in lines:
+    taken: Counter[tuple[str, str]] = Counter()
+    for what, found, name, commit, subject in lines:
+        taken[name, subject] += 1
+        if short and taken[name, subject] > IN_README.get(name, 0):
+            continue
         result = results[name]
         assert result is not None
         quality = name in OF_QUALITY
-        where = f"[`{name}.json`](benchmarks/{'QUALITY' if quality else 'SPEED'}.md)"
+        page = f"{root}benchmarks/{'QUALITY' if quality else 'SPEED'}.md"
         on = "" if quality else card(str(result.get("device")))
-        rows.append([what, found, f"{where} at {str(commit or result.get('commit'))[:7]}{on}"])
+        age = str(commit or result.get("commit"))[:7]
+        rows.append([what, found, f"[`{name}.json`]({page}) at {age}{on}"])
     return table(["", "", "from"], rows).replace("---:", "---")
 
 
@@ -151,6 +173,7 @@ def far_lines(results: Results) -> list[Line]:
             f"context, {row['context']:,} tokens, budget {setting_of(row)}",
             f"{row['value']:+.3f} nats lost [{row['low']:+.3f}, {row['high']:+.3f}]",
             "fidelity",
+            subject=row["what"],
         )
         for row in rows_of(results, "fidelity")
         if row.get("distance") == ALL and row["value"] is not None
@@ -183,6 +206,7 @@ def needle_lines(results: Results) -> list[Line]:
                 f"**{about(shares['served'] or 0.0)}**; the best of other methods, {best}, "
                 f"{about(others[best])}; PBS-Attn {about(others.get('pbs', 0.0))}",
                 "quality_needles",
+                subject=text,
             )
         )
     return lines

@@ -1,7 +1,8 @@
-"""``s2o bench report``: benchmarks/SPEED.md, and README's table of results, from the result files.
+"""``s2o bench report``: benchmarks/SPEED.md and the tables of results, from the result files.
 
-What is not there is "not measured". Every number of either stands in a result file; README's table
-is what lies between its two marks, and is left alone where these are not.
+The tables are the short one of README and the whole one of docs/benchmarks.md: what lies between
+two marks, left alone where these are not. What has no file is "not measured", and every number
+stands in a result file.
 """
 
 import argparse
@@ -311,7 +312,7 @@ def report(results: Results) -> str:
 
 
 def renewed(text: str, made: str) -> str:
-    """Return a README with its table of results replaced, if it has a place for one."""
+    """Return a page with its table of results replaced, if it has the marks of one."""
     if BEGIN not in text or END not in text:
         return text
     before, rest = text.split(BEGIN, 1)
@@ -334,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("benchmarks/SPEED.md"), metavar="FILE",
         help="default: %(default)s")  # fmt: skip
     add("--readme", type=Path, default=Path("README.md"), metavar="FILE",
-        help="whose table is renewed (default: %(default)s)")  # fmt: skip
+        help="whose short table is renewed (default: %(default)s)")  # fmt: skip
+    add("--page", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE",
+        help="whose whole table is renewed (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         if not args.results.is_dir():
@@ -344,9 +347,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"s2o bench report: {error}", file=sys.stderr)
         return 2
     args.out.write_text(report(results), encoding="utf-8")
-    if args.readme.exists():
-        text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(renewed(text, headline(results)), encoding="utf-8")
+    tables = {
+        args.readme: headline(results, short=True),
+        args.page: headline(results, root="../"),
+    }
+    for page, made in tables.items():
+        if page.exists():
+            text = page.read_text(encoding="utf-8")
+            page.write_text(renewed(text, made), encoding="utf-8")
     missing = [f"{name}.json" for name, result in results.items() if result is None]
     print(f"report: {args.out}" + (f" (not measured: {', '.join(missing)})" if missing else ""))
     return 0

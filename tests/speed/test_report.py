@@ -1,4 +1,4 @@
-"""The speed report and README's table, from result files small enough to be checked by eye."""
+"""The speed report and the tables of results, from result files that the eye can check."""
 
 import json
 from pathlib import Path
@@ -253,7 +253,7 @@ def test_only_what_lies_between_the_marks_is_renewed():
 def test_the_command(tmp_path, capsys):
     (tmp_path / "ttft.json").write_text(json.dumps(result()))
     options = ["--results", str(tmp_path), "--out", str(tmp_path / "S.md")]
-    options += ["--readme", str(tmp_path / "none.md")]
+    options += ["--readme", str(tmp_path / "none.md"), "--page", str(tmp_path / "none.md")]
     assert main(options) == 0
     assert "not measured: attention.json" in capsys.readouterr().out
     assert (tmp_path / "S.md").read_text().startswith("# Speed")
@@ -262,11 +262,34 @@ def test_the_command(tmp_path, capsys):
     assert "ttft.json is not a result file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/SPEED.md"])
+TABLES = {
+    "README.md": {"short": True},
+    "docs/benchmarks.md": {"root": "../"},
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, "benchmarks/SPEED.md"])
 def test_what_is_written_is_what_the_files_say(name):
     """`s2o bench report` was run after the last result: no number is typed in by hand."""
     results = {name: read_result(ROOT / f"benchmarks/results/{name}.json") for name in NAMES}
     text = (ROOT / name).read_text(encoding="utf-8")
-    made = report(results) if name.endswith("SPEED.md") else renewed(text, headline(results))
-    assert text == made
-    assert speed_report.BEGIN in text or name.endswith("SPEED.md")
+    if name in TABLES:
+        assert speed_report.BEGIN in text
+        assert text == renewed(text, headline(results, **TABLES[name]))
+    else:
+        assert text == report(results)
+
+
+def test_readme_has_few_lines_of_a_file_and_one_of_each_text():
+    row = {"what": "far_tokens_code", "context": 4096, "setting": "", "samples": 9,
+           "distance": "all", "value": 0.04, "low": -0.01, "high": 0.09}  # fmt: skip
+    rows = [row | {"budget": budget} for budget in (0.1, 0.05)]
+    rows += [row | {"budget": 0.1, "what": "far_tokens_text"}]
+    error = {"context": 7, "budget": 0.1, "perplexity": 12.3, "difference": 0.01}
+    results = nothing() | {"fidelity": result(*rows), "perplexity": result(error)}
+    code, text = headline(results, short=True).splitlines()[2:]
+    assert "tokens of code" in code
+    assert "budget 0.1 |" in code
+    assert "tokens of text" in text
+    assert len(headline(results).splitlines()[2:]) == 4
+    assert "(../benchmarks/QUALITY.md)" in headline(results, root="../").splitlines()[2]
