@@ -68,3 +68,12 @@ def test_the_table_of_settings_has_every_one_with_its_default():
 def test_the_table_of_metrics_has_every_one():
     table = (ROOT / "docs/settings.md").read_text()
     assert set(re.findall(r"(s2o:\w+)_total", table)) == set(METRICS)
+
+
+def test_the_logs_contents_name_every_section():
+    text = (ROOT / "benchmarks/quality/LOG.md").read_text()
+    heads = [head for head in re.findall(r"^## (.+)$", text, re.M) if head != "Contents"]
+    linked = re.findall(r"\]\(#([^)]+)\)", text)
+    anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+    assert [one for one in anchors if one not in linked] == ["how-to-read-the-figures"]
+    assert [one for one in linked if one not in anchors] == []
