@@ -1,7 +1,5 @@
 """What each baseline selects on a case that can be followed by hand."""
 
-import math
-
 import pytest
 import torch
 
@@ -160,4 +158,10 @@ def test_a_group_can_share_a_list_in_several_ways(make_segment, reduce, first):
     k[0, 0, 0], k[0, 1], k[0, 2] = 6.0, torch.tensor([0, 5.5, 0, 0]), torch.tensor([5.7, 4.0, 0, 0])
     segment = make_segment(heads=2, kv_heads=1, history=16, length=32, dim=4, q=q, k=k)
     assert first_list(segment, f"mean_query:unit=32xkv,reduce={reduce}", 1 / 16) == [first]
-    assert math.isfinite(float(parse("mean_query:unit=32xkv").ranking(segment).scores.sum()))
+
+
+def test_a_group_scores_by_the_largest_log_probability_of_a_heads_mean_query(make_segment):
+    segment = make_segment(heads=2, kv_heads=1, history=16, length=32, dim=4)
+    logits = segment.q.mean(1) @ segment.k[0].T * segment.scale
+    (scores,) = parse("mean_query:unit=32xkv").ranking(segment).scores
+    torch.testing.assert_close(scores, logits.log_softmax(1).amax(0))
