@@ -1,4 +1,4 @@
-"""Which requests decode sparsely: slots for what the end of their prompts was ranked with."""
+"""Which requests decode sparsely: slots that keep the ranking of the end of their prompts."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,16 +18,16 @@ class DecodeSlots:
 
     Args:
         settings: of the server.
-        alive: tells whether a request, by its name, is still there.
+        alive: maps a request's name to whether the request still exists.
     """
 
     def __init__(self, settings: S2OConfig, alive: Callable[[str], bool]):
         self.settings, self.alive = settings, alive
         self._owners: list[str | None] = [None] * settings.decode_requests
-        self._covered = [0] * settings.decode_requests  # tokens whose images a slot holds
+        self._covered = [0] * settings.decode_requests  # tokens whose projected keys a slot holds
 
     def take(self, name: str, covered: int) -> int | None:
-        """Return a request's slot, which from now on covers so many tokens; None if all are taken.
+        """Return a request's slot, which then covers ``covered`` tokens; None if all are taken.
 
         Its own, if it has one: a prompt that is computed again fills it again.
         """
@@ -88,8 +88,8 @@ class DecodeSlots:
     ) -> dict[int, Kept]:
         """Take slots for the rows of a step whose prompt comes to its end.
 
-        A chunk that begins just before it may have too few queries to tell of those to come: then
-        what the chunk before left is better.
+        A chunk that begins just before the end may have too few queries to fit a basis for decode:
+        then the snapshot of the chunk before it stays.
 
         Args:
             work: lists of the sparse rows.
@@ -98,7 +98,7 @@ class DecodeSlots:
             tail: tokens at the end of a prompt that are not prefilled sparsely.
 
         Returns:
-            What is kept of work lists, by their numbers: the first ones of chunks.
+            The snapshots to keep, by the number of the work list: the first one of a chunk.
         """
         kept = {}
         for number, one in enumerate(work):

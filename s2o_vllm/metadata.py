@@ -60,7 +60,7 @@ class SparseBuilder:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
     def decode_sparsely(self, shape: DecodeShape, rows: int, device: torch.device) -> None:
-        """Make what steps of sparse decode need, for batches of so many rows."""
+        """Make slots and tables of sparse decode, for batches of up to ``rows`` rows."""
         assert self.s2o is not None
         self.s2o_slots = DecodeSlots(self.s2o, compat.requests.alive)
         self.s2o_table = DecodeTable(shape, rows, device)
@@ -125,15 +125,15 @@ class SparseBuilder:
         return plan
 
     def decode_list(self, rows: Sequence[DecodeRow], count: int) -> DecodeList:
-        """Return the work list of the sparse ones among so many rows."""
+        """Return the work list of the sparse rows of a batch of ``count`` rows."""
         assert self.s2o_table is not None
         return self.s2o_table.fill(rows, min(count, self.s2o_table.shape.requests))
 
     def decode_plan(self, common: Any, rows: list[DecodeRow]) -> StepPlan:
         """Return the plan of a step of decode alone; it looks the same whichever rows are sparse.
 
-        A graph may hold it: the parent attends to every row, and finds in device memory that of
-        the sparse ones there is one token.
+        A CUDA graph may hold it: the parent attends to every row, and reads from device memory
+        that the sparse rows have one token.
         """
         decode = self.decode_list(rows, common.num_reqs)
         common = compat.with_lengths(common, self.shortened(common.seq_lens))
@@ -142,7 +142,7 @@ class SparseBuilder:
         return StepPlan([], [], [whole], decode)
 
     def shortened(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Return the lengths of the rows that the parent is to see, where they always are."""
+        """Return the row lengths that the parent reads, always at the same address."""
         assert self.s2o_table is not None
         assert self.s2o_lengths is not None
         own = self.s2o_lengths[: len(seq_lens)]

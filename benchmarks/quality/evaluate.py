@@ -168,7 +168,7 @@ def run_judge(
     argv: Sequence[str] | None,
     **defaults: Any,
 ) -> int:
-    """Run :func:`judge_all` as a command, of what is served if not told otherwise."""
+    """Run :func:`judge_all` as a command; the default method is the one that serves."""
     parser = build_parser()
     parser.set_defaults(**{"methods": ["served"]} | defaults)
     return run(name, parser.parse_args(argv), partial(judge_all, judge=judge, name=name))

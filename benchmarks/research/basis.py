@@ -1,7 +1,7 @@
 """Bases: the few directions of a chunk of keys that matter to q·k (ours).
 
 With Cq the second moment of the queries and Ck the covariance of the keys, the best rank-r
-image of q·(k − mean) projects on the leading eigenvectors of Ck·Cq. A basis is fixed when its
+projection of q·(k − mean) is on the leading eigenvectors of Ck·Cq. A basis is fixed when its
 chunk of keys is written: it sees that chunk's keys and queries only.
 """
 
@@ -18,7 +18,7 @@ RIDGE = 1e-5  # added to a matrix before Cholesky, relative to its mean diagonal
 
 
 class Basis(NamedTuple):
-    """A rank-r image of q·k: q·mean + (q A)·((k − mean) B).
+    """A rank-r approximation of q·k: q·mean + (q A)·((k − mean) B).
 
     Attributes:
         a: projection of queries [D, r].

@@ -1,4 +1,4 @@
-"""How well a sample of the tokens that were skipped tells the softmax mass that was dropped.
+"""How well a sample of the skipped tokens estimates the dropped softmax mass.
 
 ``python -m s2o_vllm.benchmarks.research.dropped_mass`` takes the options of ``s2o eval attention``.
 A list leaves out few large probabilities and many small ones, so a few hundred of the skipped

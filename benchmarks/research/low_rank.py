@@ -42,7 +42,7 @@ def all_query_scores(
 
 @dataclass(frozen=True)
 class LowRank(Method):
-    """Every query against a low-rank image of the keys, one basis a chunk of keys (ours).
+    """Every query against projected keys, one basis for each chunk of keys (ours).
 
     Attributes:
         rank: directions of a basis.
@@ -79,7 +79,7 @@ class LowRank(Method):
 
 
 class LowRankScores:
-    """Scores of queries of one head against the image of the history."""
+    """Scores of queries of one head against the projected history."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ bf16 PyTorch (within a factor).
 Each row of `benchmarks/results/decode_budget.json`: `context`, `batch`, `budget` (the share listed)
 and milliseconds a layer: `fa3_paged_ms`; `operator_ms`, and `gain`, the first over the second;
 `kernels_us`, the operator's kernels by name, in microseconds, with caches as they come;
-`kv_bytes_ms`, all keys and values at the copy rate, and `image_bytes_ms`, the images of all keys
+`kv_bytes_ms`, all keys and values at the copy rate, and `image_bytes_ms`, all projected keys
 likewise. A copy also writes: what only reads may take less.
 """
 
@@ -87,7 +87,7 @@ def make_batch(
 def operator(
     batch: Batch, budget: float, chunk: int = CHUNK
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """Return sparse decode as a step runs it, and its counters; slots hold images of all keys."""
+    """Return sparse decode as a step runs it, and its counters; slots hold all projected keys."""
     (size, heads, head_dim), kv_heads = batch.query.shape, batch.kv_cache.shape[1]
     device, dtype = batch.query.device, batch.query.dtype
     shape = DecodeShape(heads, kv_heads, head_dim, batch.context, size, budget)

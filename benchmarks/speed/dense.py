@@ -87,7 +87,7 @@ def paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Prompt
 def quantised(prompt: Prompt) -> Prompt:
     """Return the prompt with an fp8 (e4m3) cache, as vLLM serves it.
 
-    The query is what is left of it after vLLM has quantised it as well. The contiguous keys and
+    The query is quantised and read back, as vLLM does it. The contiguous keys and
     values stay as they are.
     """
     query = to_fp8(prompt.query).to(prompt.query.dtype) * FP8_STEP

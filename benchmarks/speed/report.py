@@ -121,7 +121,7 @@ def attention_seconds(row: Row, attention: Result | None, name: str) -> float | 
     Args:
         row: of ttft.json.
         attention: attention.json of the same card; one prompt, one layer.
-        name: of the kernel's time there. Attention is quadratic: a context nearby tells it.
+        name: of the kernel's time there. Attention is quadratic: a context nearby stands for it.
     """
     shape, layers = LAYERS.get(row["model"], ("", 0))
     rows = attention["rows"] if attention else []
@@ -188,7 +188,7 @@ def operator_table(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     head = [
         "requests x tokens, budget", "FA3, ms", "S2O, ms", "faster",
-        "all keys and values copied, ms", "all images copied, ms",
+        "all keys and values copied, ms", "all projected keys copied, ms",
     ]  # fmt: skip
     return table(head, lines)
 

@@ -130,7 +130,7 @@ def completion(
 
 
 def kv_cache_bytes(model: Path, tokens: int) -> int:
-    """Return the bytes that the keys and values of so many tokens take in 16 bits."""
+    """Return the bytes that the keys and values of ``tokens`` tokens take in 16 bits."""
     config = json.loads((model / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
