@@ -1,12 +1,13 @@
 # make serve      start a server on a small model and ask it one long question
-# make test       every test that needs no GPU, real servers included
+# make test       tests that need no GPU, real servers included: ten minutes at most on two cores
+# make test-all   the longest ones, too, and random inputs that no run has had before
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
 # make clean      remove what these made (the model in the user's cache stays)
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
-# make test ARGS="-m 'not gpu and not e2e'"   any arguments of pytest
+# make test ARGS="-m 'not gpu and not e2e'"   any arguments of pytest; --seed N repeats its inputs
 # make test-gpu PY=python3               in an environment that is there already, with the dev extra
 
 VENV := .venv
@@ -24,7 +25,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test lint test-gpu bench-gpu clean
+.PHONY: serve test test-all lint test-gpu bench-gpu clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -33,9 +34,13 @@ test: $(INSTALLED_DEV)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else  # servers bind themselves to the cores that other tests would be using
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not e2e"
-	$(PY) -m pytest -m "not gpu and e2e"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not e2e and not slow"
+	$(PY) -m pytest -m "not gpu and e2e and not slow"
 endif
+
+test-all: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --seed fresh -m "not gpu and not e2e"
+	$(PY) -m pytest --seed fresh -m "not gpu and e2e"
 
 test-gpu: $(INSTALLED_DEV)
 ifdef ARGS
@@ -49,8 +54,8 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention
 	$(PY) -P -m s2o_vllm.cli bench ttft
 	$(PY) -P -m s2o_vllm.cli bench decode
-	$(PY) -P -m s2o_vllm.benchmarks.decode_budget
-	$(PY) -P -m s2o_vllm.benchmarks.decode_sparse
+	$(PY) -P -m s2o_vllm.benchmarks.speed.decode_budget
+	$(PY) -P -m s2o_vllm.benchmarks.speed.decode_sparse
 	$(PY) -P -m s2o_vllm.cli bench profile
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report

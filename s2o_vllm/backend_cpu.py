@@ -19,7 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .forward import SparseImpl, as_numbers
-from .metadata import SparseBuilder, StepPlan
+from .metadata import SparseBuilder
+from .step_plan import StepPlan
 
 
 class CacheLayout:

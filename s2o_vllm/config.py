@@ -121,7 +121,7 @@ class S2OConfig:
         return asdict(self) | {"dense_layers": list(self.dense_layers)}
 
     def for_layers(self, count: int) -> "S2OConfig":
-        """Return the settings for a model of so many layers: ``dense_layers`` from 0, in order.
+        """Return the settings for a model of ``count`` layers: ``dense_layers`` from 0, in order.
 
         Raises:
             ConfigError: if the model has no such layer.

@@ -1,4 +1,4 @@
-"""The files through which workers tell the API process what they counted.
+"""The files through which workers report their counters to the API process.
 
 Workers count and the API process answers ``/metrics``. A worker's file is written through a memory
 map: its space is reserved before, for where a disk is full such a write kills the process.

@@ -10,7 +10,7 @@ from .kernels.decode_operator import SparseDecode
 from .kernels.decode_plan import DecodeShape
 from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS, Limits
-from .metadata import StepPlan
+from .step_plan import StepPlan
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
 FP8 = ("fp8", "fp8_e4m3")  # and of the quantised ones that the kernels read

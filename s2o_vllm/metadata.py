@@ -1,114 +1,18 @@
-"""A step's plan: which rows go sparse, which go to the parent backend, and why."""
+"""The metadata builder: attaches to the parent's metadata the plan of a step."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import compat, metrics, support
 from .config import S2OConfig
-from .decode import DecodeSlots
-from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept
-from .kernels.plan import Limits, PrefillRow, WorkList, build_work_lists
-from .requests import RequestBudget, budget_of
-
-# The last tokens of a prompt attend to all of it: they ask, and the very last gives the answer's
-# first token. One row of one head may want what no list holds that serves many (ours).
-DENSE_TAIL = 64
-
-
-@dataclass
-class DensePart:
-    """Adjacent rows that the parent backend attends to; of the first perhaps only the end.
-
-    Attributes:
-        rows: first and last (exclusive) row of the batch.
-        tokens: first and last (exclusive) query token.
-        metadata: the parent's metadata for these rows alone.
-    """
-
-    rows: tuple[int, int]
-    tokens: tuple[int, int]
-    metadata: Any
-
-
-@dataclass
-class StepPlan:
-    """What the forward of every layer does in one step.
-
-    Attributes:
-        work: segments of the sparse rows, one list a wave.
-        sparse_rows: their rows in the batch.
-        dense: the other rows.
-        decode: queries of decode that are sparse, or None. The rows of ``dense`` may hold them,
-            too: what these find of one token is written over.
-        kept: what decode slots keep of the ranking of work lists, by number.
-    """
-
-    work: list[WorkList]
-    sparse_rows: list[PrefillRow]
-    dense: list[DensePart]
-    decode: DecodeList | None = None
-    kept: dict[int, Kept] = field(default_factory=dict)
-
-
-def split_rows(
-    starts: list[int],
-    seq_lens: list[int],
-    prefilling: list[bool],
-    spending: list[RequestBudget],
-    min_context: int,
-    decoding: Collection[int] = (),
-) -> tuple[list[PrefillRow], list[tuple[int, int, int]], list[str]]:
-    """Split a batch into sparse rows and runs of dense rows.
-
-    The end of a prompt, ``DENSE_TAIL`` tokens, is dense: of the chunk that holds it the rest.
-
-    Args:
-        starts: first query token of each row, and the end of the last one.
-        seq_lens: tokens of each row including this chunk.
-        prefilling: whether a row is still reading its prompt.
-        spending: what each row may visit.
-        min_context: a row none of whose segments has that much history is dense.
-        decoding: rows that decode sparsely.
-
-    Returns:
-        The sparse rows, the dense runs (first row, last row exclusive, first query token), and for
-        each dense *prefill* row the reason. Empty rows (padding) belong to neither, nor do
-        those of ``decoding``.
-    """
-    sparse: list[PrefillRow] = []
-    runs: list[tuple[int, int, int]] = []
-    reasons: list[str] = []
-    for row, total in enumerate(seq_lens):
-        count = starts[row + 1] - starts[row]
-        if count == 0 or row in decoding:
-            continue
-        own, context = spending[row], total - count
-        end = min(total, max(context, own.prompt - DENSE_TAIL)) if own.prompt else total
-        reason = None
-        if not prefilling[row] or count == 1:
-            reason = ""  # decode
-        elif own.sparsity_budget >= 1:
-            reason = "budget_is_one"
-        elif end == context:
-            reason = "end_of_prompt"
-        elif end <= max(min_context, own.min_budget_tokens, 1):
-            reason = "short_history"
-        if reason is None:
-            what = (own.sparsity_budget, own.target_error, own.min_budget_tokens)
-            sparse.append(PrefillRow(row, starts[row], end - context, context, *what))
-            if end < total:
-                runs.append((row, row + 1, starts[row] + end - context))
-            continue
-        if reason:
-            reasons.append(reason)
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1, runs[-1][2])
-        else:
-            runs.append((row, row + 1, starts[row]))
-    return sparse, runs, reasons
+from .decode_slots import DecodeSlots
+from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
+from .kernels.plan import Limits, build_work_lists
+from .requests import budget_of
+from .step_plan import DENSE_TAIL, DensePart, StepPlan, split_rows
 
 
 class SparseBuilder:
@@ -156,7 +60,7 @@ class SparseBuilder:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
     def decode_sparsely(self, shape: DecodeShape, rows: int, device: torch.device) -> None:
-        """Make what steps of sparse decode need, for batches of so many rows."""
+        """Make slots and tables of sparse decode, for batches of up to ``rows`` rows."""
         assert self.s2o is not None
         self.s2o_slots = DecodeSlots(self.s2o, compat.requests.alive)
         self.s2o_table = DecodeTable(shape, rows, device)
@@ -221,15 +125,15 @@ class SparseBuilder:
         return plan
 
     def decode_list(self, rows: Sequence[DecodeRow], count: int) -> DecodeList:
-        """Return the work list of the sparse ones among so many rows."""
+        """Return the work list of the sparse rows of a batch of ``count`` rows."""
         assert self.s2o_table is not None
         return self.s2o_table.fill(rows, min(count, self.s2o_table.shape.requests))
 
     def decode_plan(self, common: Any, rows: list[DecodeRow]) -> StepPlan:
         """Return the plan of a step of decode alone; it looks the same whichever rows are sparse.
 
-        A graph may hold it: the parent attends to every row, and finds in device memory that of
-        the sparse ones there is one token.
+        A CUDA graph may hold it: the parent attends to every row, and reads from device memory
+        that the sparse rows have one token.
         """
         decode = self.decode_list(rows, common.num_reqs)
         common = compat.with_lengths(common, self.shortened(common.seq_lens))
@@ -238,7 +142,7 @@ class SparseBuilder:
         return StepPlan([], [], [whole], decode)
 
     def shortened(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Return the lengths of the rows that the parent is to see, where they always are."""
+        """Return the row lengths that the parent reads, always at the same address."""
         assert self.s2o_table is not None
         assert self.s2o_lengths is not None
         own = self.s2o_lengths[: len(seq_lens)]

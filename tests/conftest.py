@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -27,19 +28,51 @@ def tiny_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="session")
-def fresh_seed():
-    """Draw a new seed; it is printed when a test fails."""
+# Compiling for an architecture takes 10 to 20 s; `make test` does so for the one that is tuned.
+ARCHITECTURES, TUNED = "test_compile.py::test_compiles_and_fits[", "(90, 'bfloat16')"
 
-    def draw():
-        seed = int.from_bytes(os.urandom(4), "little")
-        torch.manual_seed(seed)
-        print(f"seed {seed}")
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed", default="0", help="of random inputs: a number (default: 0), or fresh to draw one"
+    )
+
+
+def pytest_configure(config):
+    given = getattr(config, "workerinput", {})  # of pytest-xdist: all processes share one seed
+    if "seed" in given:
+        config.option.seed = given["seed"]
+    elif config.option.seed == "fresh":
+        config.option.seed = str(int.from_bytes(os.urandom(4), "little"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_report_header(config):
+    return f"inputs: --seed {config.option.seed}"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if ARCHITECTURES in item.nodeid and TUNED not in item.nodeid:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def fresh_seed(pytestconfig):
+    """Seed random inputs by the run's seed and a name; both are told when a test fails."""
+
+    def draw(name=""):
+        torch.manual_seed(zlib.crc32(f"{pytestconfig.option.seed} {name}".encode()))
+        print(f"inputs: --seed {pytestconfig.option.seed}")
 
     return draw
 
 
 @pytest.fixture(autouse=True)
-def _fresh_inputs(fresh_seed):
-    """New random inputs in every run."""
-    fresh_seed()
+def _inputs_of_its_own(fresh_seed, request):
+    """A test's random inputs depend on the seed and its name, and on no other test."""
+    fresh_seed(request.node.nodeid)

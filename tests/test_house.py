@@ -33,3 +33,28 @@ def test_kernels_name_the_columns_of_tables():
     files = sorted((ROOT / "kernels").glob("*.py"))
     assert any("p_item + HISTORY" in path.read_text() for path in files), "the pattern still fits"
     assert [path.name for path in files if BY_NUMBER.search(path.read_text())] == []
+
+
+def test_one_module_knows_of_research():
+    """A wheel has no `benchmarks/research`: what it holds must do without."""
+    others = [
+        ROOT / "s2o_vllm",
+        ROOT / "deploy",
+        ROOT / "benchmarks/speed",
+        ROOT / "benchmarks/quality",
+    ]
+    files = [path for folder in others for path in folder.rglob("*.py")]
+    knowing = {
+        path.name for path in files if re.search(r"import.*research|\.research ", path.read_text())
+    }
+    assert knowing == {"methods.py"}
+
+
+def test_one_module_starts_servers():
+    own = ROOT / "s2o_vllm/cli/server_process.py"
+    folders = [ROOT / "s2o_vllm", ROOT / "benchmarks", ROOT / "deploy", ROOT / "tests"]
+    files = [path for folder in folders for path in folder.rglob("*.py") if path.parts[-2] != "cli"]
+    starting = re.compile(r"Popen\(|wait_until_\w+\(server, url|\"--port\", str\(port\)")
+    assert starting.search(own.read_text()), "the pattern still fits"
+    allowed = {"test_counter_files.py", "test_house.py"}  # the first starts no server
+    assert {path.name for path in files if starting.search(path.read_text())} - allowed == set()

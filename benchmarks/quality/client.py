@@ -218,7 +218,7 @@ def ask_all(
 
 @contextmanager
 def counting(target: Target, samples: Samples, where: Row, active: bool = True) -> Iterator[None]:
-    """Keep how much history S2O visits meanwhile, where the server says; needs it undisturbed."""
+    """Record the density of what runs inside, from the server's counters: nothing else may run."""
     active = active and target.backend == "s2o"
     # The counters appear on the server's page with the first sparse prefill.
     before = (active and history_counters(target.arm)) or {"visited": 0.0, "eligible": 0.0}

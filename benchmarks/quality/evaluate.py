@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
 
-from ..report import commit, local_device
+from ..result_file import commit, local_device
 from .attention import Segment
 from .capture import DTYPES, CaptureError, CaptureSpec, capture, check, load
 from .measure import Errors, early_stop, measure
@@ -168,7 +168,7 @@ def run_judge(
     argv: Sequence[str] | None,
     **defaults: Any,
 ) -> int:
-    """Run :func:`judge_all` as a command, of what is served if not told otherwise."""
+    """Run :func:`judge_all` as a command; the default method is the one that serves."""
     parser = build_parser()
     parser.set_defaults(**{"methods": ["served"]} | defaults)
     return run(name, parser.parse_args(argv), partial(judge_all, judge=judge, name=name))

@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report import save
+from ..result_file import save
 from . import agreement, client, far_tokens
 from .samples import DENSE, EvalError, Row, Samples, dense_of
 from .tables import fidelity_tables

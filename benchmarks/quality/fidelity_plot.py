@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..report import REAL, inputs_of
+from ..result_file import REAL, inputs_of
 from .plots import COLOURS, MARKERS, shape_of
 from .ruler_questions import START
 from .samples import DENSE, Row

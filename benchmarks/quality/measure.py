@@ -19,7 +19,7 @@ class Errors(NamedTuple):
     """What a selection costs and misses.
 
     Attributes:
-        density: share of the history that is visited, averaged over rows; a stand-in for skipped
+        density: share of the history that is visited, averaged over rows; a summary of skipped
             tokens counts as a token.
         relative_mse: ‖Ô−O‖² / ‖O‖² over all rows of the segment.
         dropped_mass: share of softmax mass not visited, averaged over rows.

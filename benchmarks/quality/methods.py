@@ -1,72 +1,40 @@
-"""Every method by name, and the specs that name one with its settings."""
+"""Every method by name, and the specs that name one with its settings.
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+The methods that serve are always there. Baselines, oracles and ablations are in
+`benchmarks/research`, which a checkout has and a wheel leaves out.
+"""
 
-from .baselines.blocks import BlockMean, FlashPrefill, FlexPrefill
-from .baselines.oracles import BlockOracle, TokenOracle
-from .baselines.pbs import PBS
-from .baselines.token import S2OPaper, VecAttention
-from .baselines.xattention import XAttention
-from .ranking import LowRank, MeanQuery, Method
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from typing import Any
+
+from .ranking import MeanQuery, Method
 from .served import Served
 
-
-@dataclass(frozen=True)
-class S2O(LowRank):
-    """Our method with the settings that `LOG.md` ends with: where the kernels are to go.
-
-    One list for 32 queries of a GQA group; a rank-32 basis of the whole history, fitted to the
-    last 2,048 queries by two steps of subspace iteration; no exponential per element.
-    """
-
-    unit: str = "32xkv"
-    chunk: int = 0
-    queries: int = 2048
-    basis: str = "random2"
-    reduce: str = "max-max16"
-
-    name: ClassVar[str] = "s2o"
+RESEARCH = "s2o_vllm.benchmarks.research"
 
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        Served,
-        S2O,
-        S2OPaper,
-        PBS,
-        BlockMean,
-        FlexPrefill,
-        XAttention,
-        VecAttention,
-        FlashPrefill,
-        BlockOracle,
-        TokenOracle,
-        MeanQuery,
-        LowRank,
-    )
-}
-DEFAULTS = (
-    "served",
-    "s2o",
-    "s2o_paper",
-    "pbs",
-    "block_mean",
-    "flexprefill",
-    "xattention",
-    "vecattention",
-    "flashprefill",
-    "block_oracle",
-    "token_oracle",
-)
+def _research() -> tuple[tuple[type[Method], ...], tuple[type[Method], ...]]:
+    """Return the methods of `benchmarks/research`, and those of them that are compared."""
+    if find_spec(RESEARCH) is None:
+        return (), ()
+    from ..research import methods
+
+    return methods.METHODS, methods.COMPARED
+
+
+_OTHERS, _COMPARED = _research()
+_ALL: tuple[type[Method], ...] = (Served, MeanQuery, *_OTHERS)
+METHODS = {method.name: method for method in _ALL}
+DEFAULTS = (Served.name, *(method.name for method in _COMPARED))
 
 
 def parse(spec: str) -> Method:
     """Build a method from ``name`` or ``name:setting=value,setting=value``."""
     name, _, rest = spec.partition(":")
     if name not in METHODS:
-        raise ValueError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
+        where = "" if _OTHERS else " (baselines need a checkout with benchmarks/research)"
+        raise ValueError(f"There is no method {name!r}; there are {', '.join(METHODS)}{where}.")
     method = METHODS[name]
     types: dict[str, Any] = {field.name: type(field.default) for field in fields(method)}
     settings: dict[str, Any] = {}

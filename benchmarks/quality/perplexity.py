@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..report import save
+from ..result_file import save
 from . import client
 from .intervals import mean_student
 from .samples import EvalError, Row, Samples, dense_of

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..report import RANDOM, inputs_of
+from ..result_file import RANDOM, inputs_of
 from .samples import Row
 from .tables import Result
 

@@ -1,9 +1,9 @@
 """Reductions: from scores of every query to one number per (block of queries, token).
 
 ``mean`` is the mean softmax probability and needs an exponential per element. ``max`` is the
-largest (score − row shift) and needs none, except what the row shift needs; a shift common to
-all rows of a unit changes nothing, so only its variation between rows counts. ``peak`` takes
-the maximum inside a block of queries and the mean of its exponential over blocks: one
+largest log-probability (score − row log-sum-exp) and needs none, except for the log-sum-exp; an
+error common to all rows of a unit changes nothing, only its variation between rows counts. ``peak``
+takes the maximum inside a block of queries and the mean of its exponential over blocks: one
 exponential per block. All ours.
 """
 

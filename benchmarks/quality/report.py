@@ -104,9 +104,14 @@ def chosen_rows(quality: Result | None) -> tuple[list[str], list[Row]]:
 
 
 def of_method(rows: Sequence[Row], spec: str) -> list[Row]:
-    """Return the rows of a method at the settings of its spec, without an early stop."""
-    from .methods import parse, settings
+    """Return the rows of a method at the settings of its spec, without an early stop.
 
+    None where `benchmarks/research` is not there and the method is one of its.
+    """
+    from .methods import METHODS, parse, settings
+
+    if spec.partition(":")[0] not in METHODS:
+        return []
     method = parse(spec)
     wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
     return [row for row in rows if "tau" not in row and wanted == {key: row[key] for key in wanted}]

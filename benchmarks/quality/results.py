@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import header
+from ..result_file import header
 
 Row = dict[str, Any]
 MEASURED = {

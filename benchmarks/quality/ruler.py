@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report import save
+from ..result_file import save
 from . import client
 from .intervals import Interval, mean_difference, mean_of, mean_share
 from .ruler_questions import END

@@ -31,15 +31,14 @@ TIER_BOUNDS = (2, 4, 8)  # skipped tokens are cut into tiers at these multiples 
 
 @dataclass
 class Pseudo:
-    """Stand-ins for skipped tokens (FlashPrefill V2's mean term; tiers and regions are ours).
+    """Summaries of skipped tokens (FlashPrefill V2's mean term; tiers and regions are ours).
 
     Attributes:
         k: mean keys [P, D].
         v: mean values [P, D].
         count: tokens that each stands for [P].
-        slope: how their values follow a query's scaled product with it [D, D], or None.
-        spread: the covariance of keys [D, D] that says how much more they count for a query, or
-            None.
+        slope: value-key covariance [D, D], by which a mean value follows the query, or None.
+        spread: key covariance [D, D], by which a query weighs the summaries, or None.
     """
 
     k: Tensor
@@ -56,7 +55,7 @@ class Selection:
     Attributes:
         rows: the units.
         tokens: history positions per unit, most important first.
-        pseudo: stand-ins for the skipped tokens per unit, or None.
+        pseudo: summaries of the skipped tokens per unit, or None.
     """
 
     rows: Rows
@@ -241,7 +240,7 @@ class Selector:
         return Pseudo(k, v, count, *lean)
 
     def _covariances(self, kv: int) -> tuple[Tensor, Tensor]:
-        """Return the slope and the spread of a KV head's history, as a segment there has them."""
+        """Return the value-key and the key covariance that a segment has of its history."""
         history = self.segment.history
         known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(chunk_end(history + 1))
         positions = slope_positions(known, span, self.segment.k.device)

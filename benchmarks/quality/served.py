@@ -1,4 +1,4 @@
-"""What the kernels do today, through the very functions that serve."""
+"""The ranking that serves, through the functions of the kernels' references."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,12 +16,11 @@ from .units import Unit
 
 @dataclass(frozen=True)
 class Served(Method):
-    """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, images in fp8, maximum.
+    """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, projection to e4m3, maximum.
 
     One list for 64 queries of a GQA group; the basis of each head is fitted to its last
     ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of
-    a tile share its budget, see `selection.counts_heads`; means of regions stand for what is
-    skipped.
+    a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised by regions.
     """
 
     unit: str = "64xkv"

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.benchmarks.report import save
+from s2o_vllm.benchmarks.result_file import save
 
 from . import bench, plot, report
 from .arms import Arm, LoadTestError, parse_arms

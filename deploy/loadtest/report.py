@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.benchmarks.report import header as local_header
+from s2o_vllm.benchmarks.result_file import header as local_header
 
 from .arms import LoadTestError
 from .bench import ROW_KEY

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2o_vllm.cli.server_process import ELIGIBLE, VISITED, values
+
 from .arms import Arm, LoadTestError
 
 TIMEOUT = 30.0  # seconds; a server under load answers these late, but it answers
 REFUSED_BUDGET = 2.0  # no S2O server accepts it, and a stock server ignores it
-COUNTERS = {
-    "visited": "s2o:history_tokens_visited_total",
-    "eligible": "s2o:history_tokens_eligible_total",
-}
+COUNTERS = {"visited": VISITED, "eligible": ELIGIBLE}
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,8 @@ def history_counters(arm: Arm) -> dict[str, float] | None:
         _, text = fetch(arm.url + "/metrics")
     except OSError:
         return None
-    values = {}
-    for key, metric in COUNTERS.items():
-        found = re.findall(rf"^{metric}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-        if not found:
-            return None
-        values[key] = sum(map(float, found))
-    return values
+    found = {key: values(text, name) for key, name in COUNTERS.items()}
+    return {key: sum(own) for key, own in found.items()} if all(found.values()) else None
 
 
 def _json(arm: Arm, path: str) -> dict[str, Any]:

@@ -23,20 +23,22 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("doctor",): Command("s2o_vllm.cli.doctor", "say whether S2O would run here, and why not"),
     ("serve",): Command("s2o_vllm.cli.serve", "start vLLM's server with S2O on"),
-    ("bench", "attention"): Command("s2o_vllm.benchmarks.attention", "time attention alone"),
+    ("bench", "attention"): Command("s2o_vllm.benchmarks.speed.attention", "time attention alone"),
     ("bench", "decode"): Command(
-        "s2o_vllm.benchmarks.decode", "time what S2O leaves to vLLM: decode and short prompts"
+        "s2o_vllm.benchmarks.speed.decode", "time what S2O leaves to vLLM: decode and short prompts"
     ),
     ("bench", "profile"): Command(
-        "s2o_vllm.benchmarks.profile", "say where a long prompt's time goes on the GPU"
+        "s2o_vllm.benchmarks.speed.profile", "say where a long prompt's time goes on the GPU"
     ),
     ("bench", "report"): Command(
-        "s2o_vllm.benchmarks.speed_report", "write the speed report from the result files"
+        "s2o_vllm.benchmarks.speed.report", "write the speed report from the result files"
     ),
     ("bench", "serve"): Command(
-        "s2o_vllm.benchmarks.serve", "load a server with a mix of requests"
+        "s2o_vllm.benchmarks.speed.serve", "load a server with a mix of requests"
     ),
-    ("bench", "ttft"): Command("s2o_vllm.benchmarks.ttft", "time the first token of a server"),
+    ("bench", "ttft"): Command(
+        "s2o_vllm.benchmarks.speed.ttft", "time the first token of a server"
+    ),
     ("eval", "attention"): Command(
         "s2o_vllm.benchmarks.quality.evaluate", "measure the error of sparse attention"
     ),

@@ -4,25 +4,17 @@
 """
 
 import argparse
-import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-VISITED = "s2o:history_tokens_visited_total"
-ELIGIBLE = "s2o:history_tokens_eligible_total"
-START_LIMIT = 900.0  # seconds; the first start downloads and converts the model
-STOP_LIMIT = 30.0
-SETTLE_LIMIT = 8  # seconds for the workers' counters to reach the server's page
-LOG_LINES = 25
+from .server_process import ServerError, launch, measured_density, read, stop, wait_until_healthy
 
 WHO = "The gardener|My neighbour|A young teacher|The old sailor|Her cousin|The baker|Our guide"
 DID = "repaired|painted|borrowed|described|measured|carried|photographed|remembered|cleaned"
@@ -45,10 +37,6 @@ class Answer(NamedTuple):
     total: float
 
 
-class ServerError(Exception):
-    """The server did not do what the demo needs; the message is for the user."""
-
-
 def long_prompt(sentences: int = SENTENCES, seed: int = 7) -> str:
     """Return a long text with one fact in it, and a question about that fact at its end."""
     choose = random.Random(seed).choice
@@ -56,62 +44,6 @@ def long_prompt(sentences: int = SENTENCES, seed: int = 7) -> str:
     lines = [" ".join(choose(part) for part in parts) + "." for _ in range(sentences)]
     lines.insert(round(sentences * FACT_AT), FACT)
     return f"{' '.join(lines)}\n\nQuestion: {QUESTION}\nAnswer: {OPENING}"
-
-
-def metric(page: str, name: str) -> float:
-    """Return the sum of a counter's samples in a Prometheus page, 0 if it has none."""
-    total = 0.0
-    for line in page.splitlines():
-        sample, _, value = line.rpartition(" ")
-        if sample.split("{", 1)[0] == name:
-            total += float(value)
-    return total
-
-
-def density(before: str, after: str) -> float | None:
-    """Return the share of history visited between two Prometheus pages, None if there was none."""
-    visited, eligible = (metric(after, name) - metric(before, name) for name in (VISITED, ELIGIBLE))
-    return visited / eligible if eligible > 0 else None
-
-
-def read(url: str) -> str | None:
-    """Return a page of the server, or None while it does not answer."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as page:
-            return str(page.read().decode("utf-8"))
-    except (urllib.error.URLError, OSError):
-        return None
-
-
-def wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> float:
-    """Wait for the server, showing that it is alive; return the seconds it took.
-
-    Raises:
-        ServerError: with the server's last lines, if it ends or takes too long.
-    """
-    start = time.monotonic()
-    shown = 0
-    told = start
-    while time.monotonic() - start < START_LIMIT:
-        steps = [line for line in _lines(log) if line.startswith("s2o:")]
-        for step in steps[shown:]:
-            print(step, flush=True)
-        shown = len(steps)
-        if server.poll() is not None:
-            tail = "\n".join(_lines(log)[-LOG_LINES:])
-            raise ServerError(f"{tail}\nThe server ended with exit code {server.returncode}.")
-        if read(f"{url}/health") is not None:
-            return time.monotonic() - start
-        if time.monotonic() - told >= 10:
-            told = time.monotonic()
-            print(f"s2o: loading, {told - start:.0f} s so far", flush=True)
-        time.sleep(0.5)
-    tail = "\n".join(_lines(log)[-LOG_LINES:])
-    raise ServerError(f"{tail}\nThe server was not healthy within {START_LIMIT:.0f} s.")
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def ask(url: str, prompt: str) -> Answer:
@@ -141,17 +73,6 @@ def ask(url: str, prompt: str) -> Answer:
     return Answer("".join(pieces).strip(), prompt_tokens, first, time.perf_counter() - start)
 
 
-def measured_density(url: str, before: str) -> float | None:
-    """Return the density since ``before``; the workers publish their counters with a delay."""
-    last = page = before
-    for _ in range(SETTLE_LIMIT):
-        time.sleep(1)
-        last, page = page, read(f"{url}/metrics") or ""
-        if metric(last, ELIGIBLE) == metric(page, ELIGIBLE) > metric(before, ELIGIBLE):
-            break
-    return density(before, page)
-
-
 def report(url: str) -> None:
     """Ask the long question and print what came of it.
 
@@ -177,18 +98,6 @@ def report(url: str) -> None:
     else:
         print(f"Density:             {share:.3f} (history tokens visited / eligible)")
     print(flush=True)
-
-
-def stop(server: subprocess.Popen) -> None:
-    """End the server and its workers: gently first, at once if interrupted again."""
-    if server.poll() is not None:
-        return
-    server.send_signal(signal.SIGINT)
-    try:
-        server.wait(STOP_LIMIT)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        os.killpg(server.pid, signal.SIGKILL)  # it leads a session of its own
-        server.wait()
 
 
 def run(server: subprocess.Popen, url: str, log: Path, *, once: bool) -> int:
@@ -221,24 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="s2o-demo-") as folder:
         log = Path(folder) / "server.log"
-        with log.open("wb") as output:
-            server = start(words, args.port, output)
-            try:
-                return run(server, url, log, once=args.once)
-            except ServerError as error:
-                print(f"{error}", file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                print("\ns2o: stopping the server", flush=True)
-                return 0
-            finally:
-                stop(server)
-
-
-def start(words: Sequence[str], port: int, output: IO[bytes]) -> subprocess.Popen:
-    """Start ``s2o serve`` in a session of its own, so that only ``stop`` interrupts it."""
-    command = [sys.executable, "-P", "-m", "s2o_vllm.cli", "serve", *words, "--port", str(port)]
-    return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        own = ["-m", "s2o_vllm.cli", "serve", *words, "--port", str(args.port)]
+        server = launch([sys.executable, "-P", *own], log)
+        try:
+            return run(server, url, log, once=args.once)
+        except ServerError as error:
+            print(f"{error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\ns2o: stopping the server", flush=True)
+            return 0
+        finally:
+            stop(server)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from s2o_vllm.benchmarks.report import save
+from s2o_vllm.benchmarks.result_file import save
 from s2o_vllm.loadtest import bench, cli, main, plot, report, server
 from s2o_vllm.loadtest.arms import Arm, LoadTestError, parse_arm, parse_arms
 

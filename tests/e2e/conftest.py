@@ -2,16 +2,16 @@
 
 import os
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-START_SECONDS = 600
+from s2o_vllm.cli import server_process
+from s2o_vllm.cli.server_process import ServerError, wait_until_healthy
+
+START_SECONDS = 600.0  # less than a test's own limit
 FIRST_PORT = int(os.environ.get("S2O_TEST_PORT", "18311"))
 PORTS = iter(range(FIRST_PORT, FIRST_PORT + 90))
 
@@ -25,15 +25,16 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics by name with labels."""
-        with urllib.request.urlopen(self.url + "/metrics") as response:
-            lines = response.read().decode().splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
+        return server_process.samples(self.page())
+
+    def page(self) -> str:
+        page = server_process.read(self.url + "/metrics")
+        assert page is not None, f"{self.url} does not answer"
+        return page
 
     def total(self, metric: str) -> float:
         """A counter's value, summed over its labels."""
-        name = metric + "_total"
-        return sum(value for key, value in self.metrics().items() if key.split("{")[0] == name)
+        return server_process.metric(self.page(), metric + "_total")
 
     def settled(self, counters: tuple[str, ...], changed_from: list[float] | None = None):
         """Counters' values, once the last layer's have arrived.
@@ -53,41 +54,26 @@ class Server:
 def begin(folder: Path, name: str, model: str, *flags: str, **variables: str) -> Server:
     port = next(PORTS)
     log = folder / f"{name}.log"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model,
-        "--port", str(port), "--host", "127.0.0.1", "--load-format", "dummy",
-        "--enforce-eager", "--max-model-len", "4096", "--max-num-batched-tokens", "512", *flags,
-    ]  # fmt: skip
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    environment |= variables
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    own = ("--load-format", "dummy", "--enforce-eager", "--max-model-len", "4096",
+           "--max-num-batched-tokens", "512")  # fmt: skip
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | variables
+    command = server_process.vllm_serve(model, port, [*own, *flags])
+    process = server_process.launch(command, log, environment)
     return Server(f"http://127.0.0.1:{port}", model, process, log)
 
 
 def ready(server: Server) -> Server:
-    """Wait until a server answers."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            pytest.fail(f"server ended:\n{server.log.read_text()[-4000:]}")
-        try:
-            urllib.request.urlopen(server.url + "/health", timeout=2)
-            return server
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    server.process.kill()
-    pytest.fail(f"server not ready in {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")
+    """Wait until a server answers; end it where it does not."""
+    try:
+        wait_until_healthy(server.process, server.url, server.log, START_SECONDS)
+    except ServerError:
+        stop(server)
+        raise
+    return server
 
 
 def stop(*servers: Server) -> None:
-    for server in servers:
-        server.process.terminate()
-    for server in servers:
-        try:
-            server.process.wait(60)
-        except subprocess.TimeoutExpired:
-            server.process.kill()
+    server_process.stop(*(server.process for server in servers))
 
 
 @pytest.fixture(scope="session")

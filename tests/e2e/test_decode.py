@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from models import write_model, write_weights
-from s2o_vllm.benchmarks.serving import prompt
+from s2o_vllm.benchmarks.speed.serving import prompt
 
 pytestmark = pytest.mark.e2e
 

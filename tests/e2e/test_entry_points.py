@@ -11,7 +11,7 @@ import pytest
 from asking import ask
 from models import write_model
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 CLI = ("-m", "vllm.entrypoints.cli.main")
 S2O = ("--attention-backend", "s2o", "--s2o-sparsity-budget", "0.6", "--s2o-min-context", "256",

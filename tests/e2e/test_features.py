@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from models import TINY_LLAMA, write_model, write_weights
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 FLAGS = (
     "--attention-backend", "s2o", "--s2o-min-context", "256", "--s2o-segment-size", "128",

@@ -7,7 +7,7 @@ import pytest
 
 from models import write_model, write_weights
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 FLAGS = (
     "--attention-backend", "s2o", "--s2o-min-context", "256", "--s2o-segment-size", "128",

@@ -9,8 +9,8 @@ import pytest
 
 from asking import ask, grown, tracebacks
 from models import VOCABULARY
-from s2o_vllm.benchmarks.serving import kv_cache_bytes, prompt, starting
-from s2o_vllm.cli.demo import measured_density, read
+from s2o_vllm.benchmarks.speed.serving import kv_cache_bytes, prompt
+from s2o_vllm.cli.server_process import measured_density, read, starting
 
 pytestmark = pytest.mark.e2e
 

@@ -16,14 +16,8 @@ import pytest
 
 from asking import ask, grown, post, tracebacks
 from models import VOCABULARY
-from s2o_vllm.benchmarks.serving import (
-    kv_cache_bytes,
-    llama_shape,
-    prompt,
-    starting,
-    vllm_server,
-)
-from s2o_vllm.cli.demo import measured_density, metric, read
+from s2o_vllm.benchmarks.speed.serving import kv_cache_bytes, llama_shape, prompt
+from s2o_vllm.cli.server_process import measured_density, metric, read, starting, vllm_server
 
 pytestmark = pytest.mark.e2e
 

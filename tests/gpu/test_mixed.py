@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from s2o_vllm.benchmarks import serve
+from s2o_vllm.benchmarks.speed import serve
 
 pytestmark = pytest.mark.e2e
 

@@ -17,10 +17,12 @@ from s2o_vllm.kernels import (
 from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     DENSE_START,
+    ELIGIBLE,
     HEADS_SHARED,
     LIST_LENGTH,
     NUM_COUNTERS,
     ROW,
+    VISITED,
     build_work_lists,
     list_places,
 )
@@ -115,7 +117,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("fp8", CACHES)
 def test_operator_runs_at_a_servers_sizes(ranking, fp8):
-    """32K of history, an 8K chunk, workspaces of a 128K server; every row finite."""
+    """32K of history, an 8K chunk, workspaces of a 128K server; every row a mean of many values."""
     batch = make_batch(
         torch.device("cuda"), chunks=((32768, 8192),), heads=32, kv_heads=8, head_dim=128,
         head_major=False, budget=0.05, fp8=fp8,
@@ -127,5 +129,8 @@ def test_operator_runs_at_a_servers_sizes(ranking, fp8):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device="cuda")
     for work in build_work_lists(batch.rows, shape.segment, 0, batch.query.device, shape.limits):
         operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters, **scales)
-    assert torch.isfinite(out).all()
-    assert counters[0] <= 0.05 * counters[1]
+    # Means of many random values: small beside one of them, and not nothing. 8K of history give
+    # 0.03 on a CPU, more tokens less.
+    values = batch.kv_cache[..., 128:].float().std() * batch.v_scale
+    assert 0.003 < out.float().std() / values < 0.1
+    assert 0.045 * counters[ELIGIBLE] < counters[VISITED] <= 0.05 * counters[ELIGIBLE]

@@ -13,15 +13,10 @@ import pytest
 import torch
 
 from asking import tracebacks
-from s2o_vllm.benchmarks.arms import ask
-from s2o_vllm.benchmarks.serving import (
-    kv_cache_bytes,
-    llama_shape,
-    prompt,
-    starting,
-    vllm_server,
-)
-from s2o_vllm.cli.demo import WHAT, WHERE, WHO, density, measured_density, read
+from s2o_vllm.benchmarks.speed.arms import ask
+from s2o_vllm.benchmarks.speed.serving import kv_cache_bytes, llama_shape, prompt
+from s2o_vllm.cli.demo import WHAT, WHERE, WHO
+from s2o_vllm.cli.server_process import density, measured_density, read, starting, vllm_server
 
 pytestmark = pytest.mark.e2e
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import openai
 
-from s2o_vllm.benchmarks.serving import completion
-from s2o_vllm.cli.demo import metric, read
+from s2o_vllm.benchmarks.speed.serving import completion
+from s2o_vllm.cli.server_process import metric, read
 
 
 class Answer(NamedTuple):

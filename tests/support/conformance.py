@@ -11,8 +11,8 @@ from cases import dense_attention, relative_error
 from s2o_vllm import compat
 from s2o_vllm.kernels import decode_plan
 from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
-from s2o_vllm.metadata import DENSE_TAIL
 from s2o_vllm.requests import RequestInfo
+from s2o_vllm.step_plan import DENSE_TAIL
 
 BATCHES = {
     "one decode": [decode(77)],
@@ -117,12 +117,13 @@ DECODE = {"decode_min_context": 0, "decode_requests": 2}
 def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 8) -> None:
     """An answer's tokens, each in a step of its own, after a prompt in two chunks.
 
-    With everything in the lists decode is dense attention, as in :func:`check_full`; with few
-    tokens in them it is what their budget allows.
+    With everything in the lists decode is dense attention, as in :func:`check_full`; with half of
+    the history in them it is nearer to it than with a random half.
     """
     step = ours.step([Row(prompt + tokens, prompt + tokens)])
     own = [RequestInfo({"sparsity_budget": 0.9999}, prompt, "request")]
     truth, torchs = dense_attention(step.batch), dense_attention(step.batch, step.batch.query.dtype)
+    errors = []
     with (
         patch.object(compat.requests, "of_rows", lambda *_: own),
         every_token() if full else nullcontext(),
@@ -141,10 +142,13 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
                 relative_error(x, truth[position : position + 1])
                 for x in (output, torchs[position : position + 1])
             )
-            floor = FLOOR[step.batch.query.dtype]
-            assert error <= (max(2 * usual, floor) if full else 1.0), position
-            if not full:
+            if full:
+                assert error <= max(2 * usual, FLOOR[step.batch.query.dtype]), position
+            else:
                 assert item[LIST_LENGTH] == int(0.5 * item[DENSE_START])
+            errors.append(error)
+    # Lists of half the history by random scores give some 0.87, these 0.55 to 0.75.
+    assert full or sum(errors) / len(errors) < 0.8, errors
 
 
 def every_token():

@@ -7,7 +7,7 @@ import torch
 
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl, layer_reason
-from s2o_vllm.metadata import DensePart, StepPlan
+from s2o_vllm.step_plan import DensePart, StepPlan
 
 
 class Parent:

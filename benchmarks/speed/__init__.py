@@ -1,0 +1,1 @@
+"""Time: of attention, of decode, of whole servers; and the report of it."""
