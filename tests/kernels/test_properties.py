@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from cases import (
@@ -39,7 +39,8 @@ from s2o_vllm.kernels.plan import (
 from s2o_vllm.kernels.tiles import attend_tile
 
 CPU = torch.device("cpu")
-SLOW = settings(max_examples=20)  # a kernel in the interpreter takes a second
+# A kernel in the interpreter takes a second: few examples, and no search for a smaller one.
+SLOW = settings(max_examples=20, phases=(Phase.explicit, Phase.generate))
 
 # -- work lists ------------------------------------------------------------------------------
 
