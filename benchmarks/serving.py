@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +180,7 @@ def starting(
         wait_until_healthy(process, url, log)
         return url
 
-    with log.open("wb") as output:
+    with log.open("wb") as output, ended_by_sigterm():
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env=variables
         )
@@ -186,6 +188,23 @@ def starting(
             yield healthy
         finally:
             stop(process)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind this process as an interruption does: its server must not outlive it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
