@@ -4,6 +4,7 @@
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
+# make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
 # make clean      remove what these made (the model in the user's cache stays)
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
@@ -25,7 +26,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu bench-gpu clean
+.PHONY: serve test test-all lint test-gpu bench-gpu soak clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -59,6 +60,9 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench profile
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report
+
+soak: $(INSTALLED_DEV)
+	$(PY) -P -m s2o_vllm.benchmarks.speed.soak $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(PY) -m ruff check .

@@ -81,7 +81,8 @@ def fit(
     gram = y.mT @ (cq @ y)
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + ridge * eye + 1e-30 * eye)
+    # Samples that are no numbers give a basis that is none: no error, which would be everybody's.
+    factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye + 1e-30 * eye)
     a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
     b = cq @ a
     unit = scale * LOG2E

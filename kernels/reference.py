@@ -242,6 +242,8 @@ def attend(
         place = torch.arange(listed, device=device)
         slots = lists.slots[number, :, :listed] * (place < lengths[:, None])
         k_list, v_list = load_tokens(kv_cache, slots, head_dim)
+        # Slot 0 is somebody else's, and may hold NaN.
+        v_list = v_list.masked_fill((place >= lengths[:, None])[..., None], 0.0)
         s_list = scores(queries, k_list)
         s_list = s_list.masked_fill(place >= lengths[:, None, None, None], float("-inf"))
         visited = visited_tokens(
@@ -300,7 +302,7 @@ def attend(
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
             lost += math.log(dense_start / max(len(sample), 1))
             mass = torch.cat([s_own, s_list], -1).logsumexp(-1)
-            dropped = float(torch.sigmoid(lost - mass).sum())
+            dropped = float(torch.sigmoid(lost - mass).nan_to_num(0.0).sum())
             counters[DROPPED] += round(dropped / DROPPED_UNIT)
 
 

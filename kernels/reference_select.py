@@ -25,6 +25,8 @@ from .plan import (
 )
 from .sampling import stratified
 
+LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
+
 
 def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
     """Translate token positions of one request to slots: block * block_size + offset."""
@@ -59,7 +61,8 @@ def select(
             continue
         step = -(-n // counted)
         table_row = block_table[item[ROW]]
-        of_item = scores[number, :, :n].float()
+        # What is no number is the worst of all: a request whose keys are none harms itself alone.
+        of_item = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
         pairs = of_item.split(shared)
         lengths = torch.cat(
             [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]

@@ -127,4 +127,6 @@ def dropped_mass(
             s = soft_cap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
     # Means may leave no mass of tokens in fp32.
-    return 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
+    share = 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
+    # NaN counts as none: the integer that it became would spoil the counter for good.
+    return tl.maximum(share, 0.0)

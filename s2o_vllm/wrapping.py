@@ -1,6 +1,7 @@
 """Replaces functions of another package, once, and finds what of it is loaded."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ def wrap(owner: Any, name: str, wrapper: Callable, *, static: bool = False) -> N
     """Replace ``owner.name`` by ``wrapper(original, ...)``, once.
 
     With ``static``, the original is a static or class method and is passed bound; the wrapper
-    of a class method still receives the class it was called on.
+    of a class method still receives the class it was called on. What a class inherits is replaced
+    in that class alone.
     """
-    original = owner.__dict__[name]
+    original = inspect.getattr_static(owner, name)
     function = getattr(original, "__func__", original)
     if getattr(function, "s2o_wrapped", False):
         return

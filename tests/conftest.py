@@ -3,10 +3,18 @@
 import os
 import zlib
 
+import hypothesis
 import pytest
 import torch
 
 from models import write_model
+
+# The same examples in every run, few of them; `HYPOTHESIS_PROFILE=fresh` draws others.
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, max_examples=100, deadline=None, database=None
+)
+hypothesis.settings.register_profile("fresh", max_examples=1000, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # Read when a kernel is defined, so set before anything imports one. bf16 dots are silently
 # wrong there: see tests/support/cases.py.

@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 VISITED = "s2o:history_tokens_visited_total"
 ELIGIBLE = "s2o:history_tokens_eligible_total"
@@ -180,7 +182,8 @@ def starting(
         return url
 
     try:
-        yield healthy
+        with ended_by_sigterm():
+            yield healthy
     finally:
         stop(process)
 
@@ -196,3 +199,20 @@ def vllm_server(
     """Start `vllm serve`, wait until it is healthy and yield its URL; see :func:`starting`."""
     with starting(model, port, flags, log, environment) as healthy:
         yield healthy()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind this process as an interruption does: its server must not outlive it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

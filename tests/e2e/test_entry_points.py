@@ -101,7 +101,7 @@ def test_a_batch_file_is_checked_line_by_line(tiny_model, tmp_path):
     beams = {"use_beam_search": True, "n": 2, "logprobs": False}
     lines = [
         budget(0.3), budget("lots"), beams | budget("lots"), {"s2o_sparsity_budget": 0.3},
-        beams | budget(1.0), beams | budget(0.9),
+        beams | budget(1.0), beams | budget(0.9), budget(True), beams | budget(True),
     ]  # fmt: skip
     source, result = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(batch_line(i, **line) for i, line in enumerate(lines)))
@@ -116,5 +116,7 @@ def test_a_batch_file_is_checked_line_by_line(tiny_model, tmp_path):
     for number in "12":
         assert "s2o_sparsity_budget is 'lots', must be a number" in found[number]
     assert "must be 's2o_sparsity_budget' in vllm_xargs" in found["3"]
+    for number in "67":
+        assert "s2o_sparsity_budget is True, must be a number" in found[number]
     for number in "45":
         assert "must be at most 0.7 on this server" in found[number]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from s2o_vllm.benchmarks.speed import serve
+from s2o_vllm.benchmarks.speed import serve, soak
 
 pytestmark = pytest.mark.e2e
 
@@ -26,6 +26,22 @@ def test_a_mixed_run_through_a_running_server(server, tmp_path):
     assert sum(row["requests"] for row in result["rows"]) == 18
     assert {row["prefix_hit"] for row in result["rows"]} == {True, False}
     assert all(row["ttft_p50_ms"] > 0 for row in result["rows"])
+
+
+def test_rounds_of_a_soak_through_a_running_server(server, tmp_path):
+    out = tmp_path / "soak.json"
+    assert soak.main([
+        "--url", server.url, "--vocabulary", "512", "--requests", "20", "--round", "10",
+        "--concurrency", "4", "--out", str(out),
+    ]) == 0  # fmt: skip
+    result = json.loads(out.read_text())
+    summary = result["summary"]
+    assert [summary[key] for key in ("answered", "aborted", "failed", "left_running")] == [
+        18, 2, 0, 0,
+    ]  # fmt: skip
+    assert [row["requests"] for row in result["rows"]] == [10, 20]
+    assert summary["growth"] is None, "its processes are not ours to see"
+    assert summary["density"] < 1
 
 
 def test_a_server_without_s2o_is_refused(stock_server, tmp_path, capsys):

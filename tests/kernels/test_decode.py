@@ -12,6 +12,7 @@ from cases import (
     ON_GPU,
     TOLERANCE,
     dense_attention,
+    far_away,
     make_batch,
     nan_like,
     relative_error,
@@ -227,6 +228,20 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     # None stops early, and no mass is estimated.
     assert counters[: STOPPED + 1].tolist() == counted[: STOPPED + 1].tolist()
     assert counters[STOPPED + 1 :].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("head_major", [True, False])
+def test_a_cache_beyond_32_bits_gives_the_same(device, head_major):
+    batch = make(device, head_major=head_major)
+    results = [
+        run(one, rows, space)
+        for one in (batch, far_away(batch))
+        for space, rows in [kept(one, by=by_kernels)]
+    ]
+    (out, counters), (far, counted) = results
+    assert torch.isfinite(far).all()
+    assert torch.equal(far, out)
+    assert torch.equal(counted, counters)
 
 
 def test_a_request_does_not_depend_on_its_neighbours(device):

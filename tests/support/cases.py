@@ -1,6 +1,6 @@
 """Batches over a shuffled paged cache, and dense attention in fp64 as the truth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -107,6 +107,27 @@ def make_batch(
         start += queries
     query = torch.randn(start, heads, head_dim, device=device, dtype=dtype)
     return Batch(query, kv_cache, table, rows, head_dim**-0.5, *scales)
+
+
+def far_away(batch: Batch) -> Batch:
+    """The same batch with its blocks at the end of a cache of more than 2^31 elements.
+
+    What is before them is reserved and never touched: it takes no memory on the CPU.
+    """
+    blocks, kv_heads, page, width = batch.kv_cache.shape
+    first = 2**31 // (kv_heads * page * width) + 1
+    inner = (kv_heads, page, width)
+    token_major = batch.kv_cache.stride(2) > batch.kv_cache.stride(1)
+    if token_major:
+        inner = (page, kv_heads, width)
+    cache = torch.empty(
+        (first + blocks, *inner), dtype=batch.kv_cache.dtype, device=batch.kv_cache.device
+    )
+    cache = cache.transpose(1, 2) if token_major else cache
+    cache[first:] = batch.kv_cache
+    assert cache.numel() - blocks * kv_heads * page * width > 2**31
+    table = torch.where(batch.block_table < 0, batch.block_table, batch.block_table + first)
+    return replace(batch, kv_cache=cache, block_table=table.int())
 
 
 def to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:

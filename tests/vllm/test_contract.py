@@ -100,7 +100,12 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "init_entrypoints_middleware(args, app, supported_tasks)",
         "build_app(args, supported_tasks, model_config)",
     ),
-    "vllm.entrypoints.launchers.run_batch": ("run_request(serving_engine_func, request, ...)",),
+    "vllm.entrypoints.launchers.run_batch": (
+        "run_request(serving_engine_func, request, ...)", *of("BatchRequestInput", "url", "body"),
+    ),
+    "vllm.entrypoints.generate.beam_search.offline": of(
+        "BeamSearchOfflineMixin", "beam_search(self, prompts, params, ...)"
+    ),
     "vllm.entrypoints.launchers.api_server.app_state": ("init_app_state(engine_client, ...)",),
     "vllm.exceptions": of("VLLMValidationError", "__init__(self, message, parameter, ...)"),
     # Which row of a step belongs to which request, in both model runners.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from s2o_vllm import compat
+from s2o_vllm import request_hooks
 from s2o_vllm.config import ConfigError, S2OConfig
 from s2o_vllm.http_check import RequestCheck, settings_in
 from s2o_vllm.requests import of_context
@@ -122,7 +122,7 @@ def test_parameters_that_an_endpoint_made_get_what_the_request_asked_for(extra):
     def run():
         of_context.set({"sparsity_budget": 0.4})
         processor = SimpleNamespace(vllm_config=config)
-        return compat._process_inputs(original, processor, "id", "prompt", made)
+        return request_hooks._process_inputs(original, processor, "id", "prompt", made)
 
     import contextvars
 

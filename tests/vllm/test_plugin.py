@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from s2o_vllm import compat, plugin
+from s2o_vllm import compat, plugin, request_hooks
 from s2o_vllm.config import ConfigError, S2OConfig
 
 
@@ -176,7 +176,7 @@ def processed():
     def process(extra_args):
         request = SimpleNamespace(cache_salt=None)
         params = SimpleNamespace(extra_args=extra_args)
-        return compat._process_inputs(lambda *_: request, processor, "id", "prompt", params)
+        return request_hooks._process_inputs(lambda *_: request, processor, "id", "prompt", params)
 
     return process
 

@@ -1,0 +1,85 @@
+"""A cache of more than 2^31 elements, as an H200 holds: every kernel finds what lies at its end.
+
+On the CPU the interpreter computes addresses in the widths that the kernels ask for, and the pages
+before the batch's are reserved, not touched.
+"""
+
+import pytest
+import torch
+
+from cases import CACHES, far_away, full_lists, make_batch, nan_like
+from s2o_vllm.kernels import attend, low_rank, rank, reference_regions, regions
+from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels.tiles import attend_tile
+
+REGION = 32
+
+
+def by_low_rank(batch, work):
+    """Basis, projections, row sums and scores of a history."""
+    heads, head_dim = batch.query.shape[1:]
+    space = low_rank.LowRankWorkspace(
+        heads, heads, head_dim, work.max_fit_tokens, work.num_items, 32, batch.query.dtype,
+        batch.query.device,
+    )  # fmt: skip
+    return scored(low_rank.low_rank_scores, batch, work, space)
+
+
+def by_mean_query(batch, work):
+    heads, head_dim = batch.query.shape[1:]
+    space = rank.RankWorkspace(
+        work.num_items, heads, head_dim, work.max_history, batch.query.dtype, batch.query.device
+    )
+    return scored(rank.mean_query_scores, batch, work, space)
+
+
+def scored(function, batch, work, space):
+    heads = batch.kv_cache.shape[1]
+    chunks = -(-work.max_history // CHUNK)
+    scores = torch.zeros(work.num_items, heads, chunks * CHUNK, device=batch.query.device).half()
+    bounds = torch.zeros(work.num_items * heads, chunks, 2, device=batch.query.device)
+    function(
+        batch.query, batch.kv_cache, batch.block_table, work, scores, bounds, space,
+        scale=batch.scale,
+    )  # fmt: skip
+    return scores
+
+
+def by_regions(batch, work):
+    kv_heads, _, width = batch.kv_cache.shape[1:]
+    space = regions.workspace(
+        kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, batch.query.device, REGION
+    )
+    for part in (space.means, space.slopes, space.spreads):
+        part.zero_()
+    regions.average(batch.kv_cache, batch.block_table, work, space)
+    return torch.cat([part.float().flatten() for part in (space.means, space.slopes)])
+
+
+def by_attention(batch, work):
+    """The dense pass, lists, what was not visited, and the estimate of its mass."""
+    torch.manual_seed(1)
+    ((_, lists),) = full_lists(batch)
+    out = nan_like(batch.query)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
+    attend.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, lists,
+        reference_regions.average(
+            batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
+        ),
+        out, counters, scale=batch.scale, v_scale=batch.v_scale,
+        tile=attend_tile(batch.query.shape[2], out.device),
+    )  # fmt: skip
+    return torch.cat([out.float().flatten(), counters.float()])
+
+
+@pytest.mark.parametrize("kernel", [by_low_rank, by_mean_query, by_regions, by_attention])
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize("fp8", CACHES)
+def test_a_cache_beyond_32_bits_gives_the_same(device, kernel, head_major, fp8):
+    batch = make_batch(device, chunks=((150, 40),), head_major=head_major, fp8=fp8)
+    far = far_away(batch)
+    (work,) = batch.work()
+    wanted, got = kernel(batch, work), kernel(far, work)
+    assert torch.isfinite(wanted).all()
+    assert torch.equal(got, wanted)
