@@ -40,6 +40,26 @@ STEPS = 2
 RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
 
 
+class Precision(NamedTuple):
+    """How closely a ranking estimates scores.
+
+    Attributes:
+        width: numbers of a projected key or query, a multiple of 32.
+        row_step: one query row in so many is scored, see :func:`scored_rows`.
+    """
+
+    width: int = WIDTH
+    row_step: int = ROW_STEP
+
+    @property
+    def rank(self) -> int:
+        """Directions; the other numbers hold a row's log-sum-exp."""
+        return self.width - len(SHIFT_FACTORS)
+
+
+SERVED = Precision()
+
+
 class Basis(NamedTuple):
     """A rank-r image of scaled q·k in base-2 units: up to a constant of q, (q A)·(k B − offset).
 
@@ -146,21 +166,22 @@ def fit_span(
     return fit(queries, keys, scale, rank)
 
 
-def scored_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Return which rows of a segment are scored: one in ``ROW_STEP``.
+def scored_rows(rows: torch.Tensor, row_step: int = ROW_STEP) -> torch.Tensor:
+    """Return which rows of a segment are scored: one in ``row_step``.
 
     They are farthest from the mean image, in coordinates where queries have unit moments: the
     queries that are least like the others. What many want, the nearest of these want, too.
 
     Args:
         rows: images of all rows, ``[bases, n, r]``.
+        row_step: see :class:`Precision`.
 
     Returns:
-        int64 ``[bases, ceil(n / ROW_STEP)]``, ascending.
+        int64 ``[bases, ceil(n / row_step)]``, ascending.
     """
     distance = (rows.float() - rows.float().mean(-2, keepdim=True)).square().sum(-1)
     order = distance.argsort(dim=-1, descending=True, stable=True)
-    return order[..., : -(-distance.shape[-1] // ROW_STEP)].sort(-1).values
+    return order[..., : -(-distance.shape[-1] // row_step)].sort(-1).values
 
 
 def query_images(
@@ -175,7 +196,7 @@ def query_images(
 
     Args:
         queries: ``[..., n, head_dim]``; leading dimensions are those of the basis.
-        basis: of at most ``RANK`` directions.
+        basis: the directions.
         history: images of the history, as :func:`key_images` returns them.
         own: images of the segment's own keys.
         visible: which own keys a query sees, bool ``[..., n, own]``.

@@ -147,7 +147,10 @@ class DecodeWorkspace:
         rows: their images.
         regions: what stands for what is not visited, of the history that the prompt's end saw.
         known: how many regions of each slot are set.
+        row_step: 1, all rows are scored.
     """
+
+    row_step = 1
 
     def __init__(
         self,
@@ -248,11 +251,11 @@ def decode(
     head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
     group = heads // kv_heads
     append(kv_cache, block_table, rows, space)
-    choose_rows(query, work, space, row_step=1, block=CHOSEN_BLOCK)
-    shift_rows(query, work, space, row_step=1, block_n=SHIFT_BLOCK_N)
+    choose_rows(query, work, space, block=CHOSEN_BLOCK)
+    shift_rows(query, work, space, block_n=SHIFT_BLOCK_N)
     score_rows(
         work, selection.scores, selection.bounds, space, group,
-        row_step=1, chunk=selection.chunk, shared=False,
+        chunk=selection.chunk, shared=False,
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
     attend(

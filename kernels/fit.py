@@ -225,17 +225,21 @@ def _basis_kernel(
 
 
 class FitWorkspace:
-    """Moments of some queries and keys, and their bases, ``padded`` to ``basis.WIDTH``.
+    """Moments of some queries and keys, and their bases, padded to ``width`` numbers.
 
     Args:
         bases: heads, for a basis of each, or KV heads, for one that a group shares.
         head_dim: size of a head.
         dtype: of queries.
         device: where it is.
+        width: see :class:`basis.Precision`.
     """
 
-    def __init__(self, bases: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        pad, width = triton.next_power_of_2(head_dim), basis.WIDTH
+    def __init__(
+        self, bases: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+        width: int = basis.WIDTH,
+    ):  # fmt: skip
+        pad, self.rank = triton.next_power_of_2(head_dim), basis.Precision(width).rank
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(bases, *shape, dtype=dtype, device=device)
@@ -243,8 +247,8 @@ class FitWorkspace:
         self.moments = empty(2, pad, pad)
         self.means = empty(pad)
         self.y = empty(2, pad, width)
-        extra = (0, width - basis.RANK, 0, pad - head_dim)
-        start = torch.nn.functional.pad(basis.start(head_dim, basis.RANK), extra)
+        extra = (0, width - self.rank, 0, pad - head_dim)
+        start = torch.nn.functional.pad(basis.start(head_dim, self.rank), extra)
         self.start = start.float().to(device)
         self.a = empty(head_dim, width, dtype=dtype)
         self.b = empty(head_dim, width, dtype=dtype)
@@ -284,12 +288,12 @@ def take_moments(
 
 def find_bases(space: FitWorkspace, *, scale: float) -> None:
     """Find the bases that the moments in ``space`` tell of; see :func:`basis.fit_span`."""
-    bases, head_dim, _ = space.a.shape
+    bases, head_dim, width = space.a.shape
     _basis_kernel[(bases,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
         scale * basis.LOG2E,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=basis.WIDTH, RANK=basis.RANK,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=width, RANK=space.rank,
         STEPS=basis.STEPS, SPREAD=SPREAD, RIDGE=RIDGE,
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=4,
+        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=width // 8,
     )  # fmt: skip

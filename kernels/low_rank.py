@@ -4,7 +4,7 @@ A token's score in a list is the largest log-probability that any scored row of 
 it, in the image; a row's mass is told by a sample of its history and by its own segment. A mean
 query cannot see keys that single queries want; this can. Rows are queries x heads of a group;
 each head has a basis of its own: what one head looks for lies in directions that others lack. One
-row in ``ROW_STEP`` is scored: those whose images are farthest from the segment's mean. What many
+row in ``row_step`` is scored: those whose images are farthest from the segment's mean. What many
 queries want, the nearest of these want, too.
 """
 
@@ -17,14 +17,14 @@ import triton.language as tl
 from . import basis
 from .beside import IN_TURN, Beside
 from .fit import FitWorkspace, find_bases, take_moments
-from .plan import CHUNK, ROW_STEP, WorkList
+from .plan import CHUNK, WorkList
 from .rows import choose_rows, shift_rows
 from .score import image_room, score_rows
 from .tiles import input_precision
 
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512
-BASES_TOGETHER = 4  # of a KV head's heads, whose columns one product has
+COLUMNS = 128  # of one product, which the bases of several heads of a KV head fill
 
 
 @triton.jit
@@ -90,10 +90,11 @@ class LowRankWorkspace:
 
     Attributes:
         fit: the bases.
-        images: ``[bases, >= max_history, WIDTH]``, of keys.
+        row_step: see :class:`basis.Precision`.
+        images: ``[bases, >= max_history, width]``, of keys.
         sizes: float32 ``[items, bases, rows of a segment]``, of their images.
         chosen: int32 ``[items, bases, scored rows]``, which they are.
-        rows: ``[items, bases, scored rows, WIDTH]``, their images.
+        rows: ``[items, bases, scored rows, width]``, their images.
     """
 
     def __init__(
@@ -107,15 +108,17 @@ class LowRankWorkspace:
         dtype: torch.dtype,
         device: torch.device,
         image_dtype: torch.dtype | None = None,
+        precision: basis.Precision = basis.SERVED,
     ):
         kind = image_dtype or basis.image_dtype(device)
-        self.fit = FitWorkspace(bases, head_dim, dtype, device)
-        shape = (bases, image_room(max_history), basis.WIDTH)
+        width, self.row_step = precision
+        self.fit = FitWorkspace(bases, head_dim, dtype, device, width)
+        shape = (bases, image_room(max_history), width)
         self.images = torch.empty(shape, dtype=kind, device=device)
-        rows = -(-segment * (heads // bases) // ROW_STEP)
-        self.sizes = torch.empty(items, bases, rows * ROW_STEP, device=device)
+        rows = -(-segment * (heads // bases) // self.row_step)
+        self.sizes = torch.empty(items, bases, rows * self.row_step, device=device)
         self.chosen = torch.empty(items, bases, rows, dtype=torch.int32, device=device)
-        self.rows = torch.empty(items, bases, rows, basis.WIDTH, dtype=kind, device=device)
+        self.rows = torch.empty(items, bases, rows, width, dtype=kind, device=device)
 
 
 def project_keys(
@@ -125,13 +128,13 @@ def project_keys(
     """Project the first keys of a row of the block table by the fitted bases."""
     fitted = space.fit
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
-    share = space.images.shape[0] // kv_heads
-    together = min(triton.next_power_of_2(share), BASES_TOGETHER)
+    share, width = space.images.shape[0] // kv_heads, space.images.shape[2]
+    together = min(triton.next_power_of_2(share), COLUMNS // width)
     _project_keys_kernel[(-(-tokens // KEYS_SPAN), kv_heads, -(-share // together))](
         kv_cache, block_table, fitted.b, fitted.offset, space.images, row,
         tokens, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), space.images.stride(0), SHARE=share, TOGETHER=together,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=basis.WIDTH,
+        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=width,
         BLOCK=KEYS_BLOCK, SPAN=KEYS_SPAN, LIMIT=torch.finfo(space.images.dtype).max,
         PRECISION=input_precision(fitted.b.dtype),
     )  # fmt: skip

@@ -91,7 +91,7 @@ def low_rank_scores(
     work: WorkList,
     *,
     scale: float,
-    rank: int = basis.RANK,
+    precision: basis.Precision = basis.SERVED,
     chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`.
@@ -106,7 +106,9 @@ def low_rank_scores(
     if work.max_history == 0:
         return scores.half()
     heads = query.shape[1]
-    own = basis.fit_span(query, kv_cache, block_table, work.row, work.chunk, heads, scale, rank)
+    own = basis.fit_span(
+        query, kv_cache, block_table, work.row, work.chunk, heads, scale, precision.rank
+    )
     positions = torch.arange(work.max_fit_tokens, device=query.device)
     keys, _ = load_tokens(
         kv_cache, physical_slots(positions, block_table[work.row], page), head_dim, heads
@@ -118,7 +120,7 @@ def low_rank_scores(
         if n == 0:
             continue
         queries = segment_queries(query, item, heads).flatten(1, 2)
-        scored = basis.scored_rows(queries @ own.a)  # [heads, rows]
+        scored = basis.scored_rows(queries @ own.a, precision.row_step)  # [heads, rows]
         if chosen is not None:
             scored = chosen[number, :, : scored.shape[1]].long()
         by_head = row_scores(queries, scored, item, own, images, dtype)

@@ -19,7 +19,7 @@ from .layout import (
     NUM_QUERIES,
     QUERY_START,
 )
-from .plan import ROW_STEP, WorkList
+from .plan import WorkList
 from .strata import stratum_offset
 from .tiles import input_precision
 
@@ -328,7 +328,6 @@ def choose_rows(
     query: torch.Tensor,
     work: WorkList,
     space: "LowRankWorkspace | DecodeWorkspace",
-    row_step: int = ROW_STEP,
     block: int = CHOSEN_BLOCK,
 ) -> None:
     """Choose and project the rows of a work list's segments; the bases must be fitted.
@@ -337,7 +336,6 @@ def choose_rows(
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
         space: bases, of decode indexed by an item's fit; written to.
-        row_step: one row of so many is scored.
         block: rows that are projected at a time.
     """
     head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
@@ -345,8 +343,8 @@ def choose_rows(
         query, space.fit.a, work.items, space.sizes, space.chosen, space.rows,
         query.stride(0), query.stride(1), kept,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
-        BLOCKS=triton.next_power_of_2(-(-kept * row_step // block)),
-        PRECISION=input_precision(query.dtype), **_shape(query, space, row_step),
+        BLOCKS=triton.next_power_of_2(-(-kept * space.row_step // block)),
+        PRECISION=input_precision(query.dtype), **_shape(query, space),
     )  # fmt: skip
 
 
@@ -354,7 +352,6 @@ def shift_rows(
     query: torch.Tensor,
     work: WorkList,
     space: "LowRankWorkspace | DecodeWorkspace",
-    row_step: int = ROW_STEP,
     block_n: int = 64,
 ) -> None:
     """End the chosen rows' images with their shifts; the keys must be projected.
@@ -363,7 +360,6 @@ def shift_rows(
         query: ``[tokens, heads, head_dim]``.
         work: the segments.
         space: images of keys, of decode indexed by an item's fit, and of rows; written to.
-        row_step: as they were chosen.
         block_n: keys that a shift is told from at a time.
     """
     images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
@@ -373,21 +369,20 @@ def shift_rows(
     _shift_kernel[grid](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(-3), kept,
         work.num_items, ITEMS=items,
-        RANK=basis.RANK, SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
+        RANK=images.shape[-1] - len(basis.SHIFT_FACTORS),
+        SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
         BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space, row_step),
+        FACTOR_2=basis.SHIFT_FACTORS[2], **_shape(query, space),
     )  # fmt: skip
 
 
-def _shape(
-    query: torch.Tensor, space: "LowRankWorkspace | DecodeWorkspace", row_step: int
-) -> dict[str, Any]:
+def _shape(query: torch.Tensor, space: "LowRankWorkspace | DecodeWorkspace") -> dict[str, Any]:
     """Return the constants that both kernels take."""
     return {
         "GROUP": query.shape[1] // space.rows.shape[1],
-        "WIDTH": basis.WIDTH,
-        "ROW_STEP": row_step,
+        "WIDTH": space.rows.shape[-1],
+        "ROW_STEP": space.row_step,
         "BY_FIT": space.images.dim() == 4,
         "LIMIT": torch.finfo(space.images.dtype).max,
     }

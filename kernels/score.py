@@ -20,7 +20,7 @@ from .layout import (
     NUM_QUERIES,
 )
 from .packed_f16 import folded
-from .plan import CHUNK, ROW_STEP, WorkList
+from .plan import CHUNK, WorkList
 
 if TYPE_CHECKING:
     from .decode import DecodeWorkspace
@@ -43,7 +43,7 @@ def bases_together(share: int, most: int) -> int:
 
     A pass takes one, two or four, ``most`` at most; the last one repeats the last basis.
     """
-    if share == 1:
+    if share == 1 or most == 1:
         return 1
     return min((n for n in (2, 4) if n <= most), key=lambda n: (-(-share // n) * n, -n))
 
@@ -174,7 +174,6 @@ def score_rows(
     space: "LowRankWorkspace | DecodeWorkspace",
     group: int,
     *,
-    row_step: int = ROW_STEP,
     chunk: int = CHUNK,
     shared: bool = True,
 ) -> None:
@@ -186,15 +185,15 @@ def score_rows(
         bounds: written to.
         space: rows of the segments, and images; of decode those are indexed by an item's fit.
         group: query heads that share a basis.
-        row_step: one row of so many is scored.
         chunk: history tokens of a program.
         shared: whether neighbouring segments share images, and so a program.
     """
     images, kv_heads = space.images, scores.shape[1]
-    bases, rows = space.rows.shape[1:3]
+    bases, rows, width = space.rows.shape[1:]
     share = bases // kv_heads
     # What a block holds at a time: images of fewer bytes leave room for more.
     columns, together = (256, 4) if images.element_size() == 1 else (128, 2)
+    together = max(1, together * basis.WIDTH // width)
     items = SHARING if shared else 1
     block_m = min(columns, max(triton.next_power_of_2(rows) * items, LEAST_COLUMNS))
     _score_kernel[(-(-work.max_history // chunk), kv_heads, -(-work.num_items // items))](
@@ -202,8 +201,9 @@ def score_rows(
         images.stride(0), images.stride(-3), scores.stride(0), scores.stride(1),
         rows, bounds.shape[1], work.num_items,
         SHARE=share, TOGETHER=bases_together(share, together), GROUP=group,
-        ROW_STEP=row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items, BLOCK_M=block_m,
-        BLOCK_N=min(BLOCK_N, chunk), WIDTH=basis.WIDTH, CHUNK=chunk,
+        ROW_STEP=space.row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items,
+        BLOCK_M=block_m,
+        BLOCK_N=min(BLOCK_N, chunk), WIDTH=width, CHUNK=chunk,
         FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
         BY_FIT=images.dim() == 4, STAGES=STAGES,
         num_warps=8 if block_m > 128 else 4, maxnreg=REGISTERS,

@@ -14,8 +14,8 @@ ENV_PREFIX = "S2O_"
 QUOTED = 100  # characters of a refused value that its sentence repeats
 
 # What ranks the history, and how many queries share a list by default: single queries against
-# low-rank keys, or the paper's mean query.
-RANKINGS = {"low_rank": 64, "mean_query": 512}
+# low-rank keys (the wide one by more directions and every query), or the paper's mean query.
+RANKINGS = {"low_rank": 64, "low_rank_wide": 64, "mean_query": 512}
 
 
 class ConfigError(ValueError):
@@ -145,8 +145,9 @@ HELP = {
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "ranking": "How the history is ranked: low_rank (single queries against low-rank keys) or "
-    "mean_query (the paper's). Default: low_rank.",
+    "ranking": "How the history is ranked: low_rank (single queries against low-rank keys), "
+    "low_rank_wide (all queries, twice the directions: nearly exact lists, slower) or mean_query "
+    "(the paper's). Default: low_rank.",
     "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from s2o_vllm.kernels import basis
+from s2o_vllm.kernels.operator import PRECISIONS
 from s2o_vllm.kernels.plan import FIT_QUERIES, FITS
 
 from .attention import Segment
@@ -28,6 +29,7 @@ class Served(Method):
     correction: str = REGIONS
 
     name: ClassVar[str] = "served"
+    precision: ClassVar[basis.Precision] = PRECISIONS["low_rank"]
 
     def ranking(self, segment: Segment) -> Ranking:
         """Score tokens; see `Method.ranking`."""
@@ -38,7 +40,7 @@ class Served(Method):
         keys, own_keys = (x.repeat_interleave(segment.group, 0) for x in (segment.k, segment.own_k))
         fitted = basis.fit(
             recent[:, :: -(-recent.shape[1] // basis.SAMPLES)],
-            keys[:, :: -(-segment.history // basis.SAMPLES)], segment.scale,
+            keys[:, :: -(-segment.history // basis.SAMPLES)], segment.scale, self.precision.rank,
         )  # fmt: skip
         seen, beside = (
             basis.key_images(keys, fitted, torch.float8_e4m3fn) for keys in (keys, own_keys)
@@ -46,10 +48,18 @@ class Served(Method):
         tiles = []
         for start in range(0, segment.length, unit.queries):
             queries = segment.q[:, start : start + unit.queries].float()
-            scored = basis.scored_rows(queries @ fitted.a)
+            scored = basis.scored_rows(queries @ fitted.a, self.precision.row_step)
             queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
             visible = torch.arange(segment.length) <= start + scored[..., None]
             rows = basis.query_images(queries, fitted, seen, beside, visible, torch.float8_e4m3fn)
             by_head = (rows @ seen.mT).amax(1)
             tiles.append(by_head.unflatten(0, (segment.kv_heads, segment.group)).amax(1))
         return Ranking(unit.rows(segment), torch.stack(tiles, 1).flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class ServedWide(Served):
+    """The ranking `low_rank_wide`: all queries, by twice the directions."""
+
+    name: ClassVar[str] = "served_wide"
+    precision: ClassVar[basis.Precision] = PRECISIONS["low_rank_wide"]

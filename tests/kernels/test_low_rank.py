@@ -12,6 +12,7 @@ import torch
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference, rows
 from s2o_vllm.kernels.fit import find_bases, take_moments
+from s2o_vllm.kernels.operator import PRECISIONS
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     NUM_QUERIES,
@@ -24,13 +25,15 @@ from s2o_vllm.kernels.sampling import stratified
 from s2o_vllm.kernels.score import bases_together, image_room, score_rows
 
 SHAPES = [
-    # heads, kv_heads, head_dim, segment, an fp8 cache: scored rows of a whole segment
-    (2, 2, 128, 32, False),  # 16
-    (4, 2, 64, 32, False),  # 32
-    (5, 1, 64, 64, False),  # 160
-    (6, 1, 96, 64, False),  # 192
-    (8, 2, 128, 64, False),  # 128
-    pytest.param((5, 1, 96, 64, True), marks=FP8_CARD),  # 160
+    # heads, kv_heads, head_dim, segment, an fp8 cache, precision: scored rows of a whole segment
+    (2, 2, 128, 32, False, basis.SERVED),  # 16
+    (4, 2, 64, 32, False, basis.SERVED),  # 32
+    (5, 1, 64, 64, False, basis.SERVED),  # 160
+    (6, 1, 96, 64, False, basis.SERVED),  # 192
+    (8, 2, 128, 64, False, basis.SERVED),  # 128
+    (4, 2, 64, 32, False, PRECISIONS["low_rank_wide"]),  # 64
+    (6, 1, 128, 64, False, PRECISIONS["low_rank_wide"]),  # 384
+    pytest.param((5, 1, 96, 64, True, basis.SERVED), marks=FP8_CARD),  # 160
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
 
@@ -39,14 +42,14 @@ ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, f
 def ranked(request, device, fresh_seed):
     """A batch of one request and what the kernels made of it; the tests only read it."""
     fresh_seed()
-    heads, kv_heads, head_dim, segment, fp8 = request.param
+    heads, kv_heads, head_dim, segment, fp8, precision = request.param
     batch = make_batch(
         device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         head_major=False, fp8=fp8,
     )  # fmt: skip
     (work,) = batch.work(segment=segment)
     space = low_rank.LowRankWorkspace(
-        heads, heads, head_dim, 850, work.num_items, segment, DTYPE, device
+        heads, heads, head_dim, 850, work.num_items, segment, DTYPE, device, precision=precision
     )
     for part in (space.images, space.rows):
         part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
@@ -63,7 +66,7 @@ def ranked(request, device, fresh_seed):
 def each_item(work, space):
     """Number, history and chosen rows of every segment, which all have one fit here."""
     for number, item in enumerate(work.items.tolist()):
-        kept = -(-item[NUM_QUERIES] // ROW_STEP)
+        kept = -(-item[NUM_QUERIES] // space.row_step)
         yield number, item, item[DENSE_START], space.chosen[number, :, :kept].long()
 
 
@@ -88,14 +91,14 @@ def test_images_of_keys(ranked):
     wanted = keys @ space.fit.b.float() - space.fit.offset[:, None]
     assert_rounded(space.images[:, :seen], wanted)
     factors = torch.tensor(basis.SHIFT_FACTORS, device=keys.device)
-    assert (space.images[:, :seen, basis.RANK :].float() == factors).all()
+    assert (space.images[:, :seen, space.fit.rank :].float() == factors).all()
 
 
 def test_chosen_rows_are_the_farthest_from_their_mean(ranked):
     batch, work, space, _ = ranked
     for _, item, _, chosen in each_item(work, space):
-        images = rows_of(batch, item) @ space.fit.a[:, :, : basis.RANK].float()
-        wanted = basis.scored_rows(images)
+        images = rows_of(batch, item) @ space.fit.a[:, :, : space.fit.rank].float()
+        wanted = basis.scored_rows(images, space.row_step)
         assert chosen.shape == wanted.shape
         assert (chosen.diff() > 0).all(), "each once, in their order"
         size = (images - images.mean(1, keepdim=True)).square().sum(-1)
@@ -107,9 +110,9 @@ def test_chosen_rows_are_the_farthest_from_their_mean(ranked):
 def test_images_of_rows(ranked):
     batch, work, space, _ = ranked
     for number, item, _, chosen in each_item(work, space):
-        images = rows_of(batch, item) @ space.fit.a[:, :, : basis.RANK].float()
-        wanted = images.gather(1, chosen[..., None].expand(-1, -1, basis.RANK))
-        assert_rounded(space.rows[number, :, : wanted.shape[1], : basis.RANK], wanted)
+        images = rows_of(batch, item) @ space.fit.a[:, :, : space.fit.rank].float()
+        wanted = images.gather(1, chosen[..., None].expand(-1, -1, space.fit.rank))
+        assert_rounded(space.rows[number, :, : wanted.shape[1], : space.fit.rank], wanted)
 
 
 def test_shifts_of_rows(ranked):
@@ -117,14 +120,14 @@ def test_shifts_of_rows(ranked):
     factors = torch.tensor(basis.SHIFT_FACTORS, device=batch.query.device)
     for number, item, history, chosen in each_item(work, space):
         rows = space.rows[number, :, : chosen.shape[1]].float()
-        images = space.images[..., : basis.RANK].float()
+        images = space.images[..., : space.fit.rank].float()
         places = stratified(history, basis.SHIFT_STEP).to(images.device)
-        scores = rows[..., : basis.RANK] @ images[:, places].mT
-        own = rows[..., : basis.RANK] @ images[:, history : history + item[2]].mT
+        scores = rows[..., : space.fit.rank] @ images[:, places].mT
+        own = rows[..., : space.fit.rank] @ images[:, history : history + item[2]].mT
         future = torch.arange(item[2], device=own.device) > chosen[..., None]
         own = own.masked_fill(future, float("-inf"))
         mass = scores.double().exp2().mean(-1) * history + own.double().exp2().sum(-1)
-        got = -(rows[..., basis.RANK :] @ factors)
+        got = -(rows[..., space.fit.rank :] @ factors)
         # Rough exponentials have up to 6 % too much, images of shifts are rounded.
         torch.testing.assert_close(got, mass.log2().float(), atol=0.1, rtol=0)
 
@@ -149,7 +152,7 @@ def test_a_shift_does_not_depend_on_the_segment_it_shares_a_tile_with(device, mo
     drawn[..., basis.RANK :] = 0
     chosen = (2 * torch.arange(kept, device=device)).int().expand(items, bases, -1).contiguous()
     spaces = [
-        SimpleNamespace(images=images.to(kind), rows=drawn.to(kind), chosen=chosen)
+        SimpleNamespace(images=images.to(kind), rows=drawn.to(kind), chosen=chosen, row_step=2)
         for _ in range(2)
     ]
     query = torch.empty(150, bases, 64, device=device)
@@ -189,6 +192,7 @@ def test_neighbours_that_share_loads_score_as_single_ones(device, segment, share
     space = SimpleNamespace(
         images=torch.randn(bases, image_room(3400), basis.WIDTH, device=device).to(kind),
         rows=torch.randn(items, bases, rows, basis.WIDTH, device=device).to(kind),
+        row_step=ROW_STEP,
     )
     results = []
     for shared in (False, True):
@@ -229,21 +233,23 @@ def test_a_pass_repeats_as_few_bases_as_it_can():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_fit_is_the_references_and_the_same_twice(device, shape):
-    heads, kv_heads, head_dim, segment, fp8 = shape
+    heads, kv_heads, head_dim, segment, fp8, precision = shape
     batch = make_batch(device, chunks=((700, 150),), heads=heads, kv_heads=kv_heads,
                        head_dim=head_dim, fp8=fp8)  # fmt: skip
     (work,) = batch.work(segment=segment)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work.row, work.chunk)
     spaces = []
     for _ in range(2):
-        space = low_rank.LowRankWorkspace(heads, heads, head_dim, 850, 4, segment, DTYPE, device)
+        space = low_rank.LowRankWorkspace(
+            heads, heads, head_dim, 850, 4, segment, DTYPE, device, precision=precision
+        )
         take_moments(*arguments, space.fit)
         find_bases(space.fit, scale=batch.scale)
         spaces.append(space.fit)
     one, other = spaces
     for name in ("moments", "means", "a", "b", "offset"):
         assert torch.equal(getattr(one, name), getattr(other, name)), f"{name} differs"
-    wanted = basis.fit_span(*arguments, heads, batch.scale)
+    wanted = basis.fit_span(*arguments, heads, batch.scale, precision.rank)
     product = one.a.float() @ one.b.float().mT
     truth = wanted.a @ wanted.b.mT
     assert float((product - truth).norm() / truth.norm()) < (0.05 if ON_GPU else 1e-3)

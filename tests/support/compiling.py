@@ -171,17 +171,22 @@ def compile_attend(
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
     from s2o_vllm.kernels import low_rank, plan, rank, regions, select
+    from s2o_vllm.kernels.operator import PRECISIONS
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
     sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
-    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
+    images, wide = (
+        low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability), precision)
+        for precision in PRECISIONS.values()
+    )
     selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
+        low_rank.low_rank_scores(q, kv, table, work, *results, wide, scale=0.1)
         for tiers in (plan.TIERS, plan.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
         means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)

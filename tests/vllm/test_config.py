@@ -33,8 +33,8 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("min_budget_tokens", 0.5, "whole number"),
         ("segment_size", 8, "16 to 4096"),
         ("segment_size", 5000, "16 to 4096"),
-        ("ranking", "best", "one of low_rank, mean_query"),
-        ("ranking", 3, "one of low_rank, mean_query"),
+        ("ranking", "best", "one of low_rank, low_rank_wide, mean_query"),
+        ("ranking", 3, "one of low_rank, low_rank_wide, mean_query"),
         ("permute_queries", "yes", "true or false"),
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),
@@ -104,7 +104,7 @@ def test_each_ranking_has_its_segment_size_and_a_kernel():
 
     assert tuple(config.RANKINGS) == operator.RANKINGS
     assert S2OConfig().ranking == "low_rank"
-    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 512]
+    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512
     assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 
