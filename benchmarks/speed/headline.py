@@ -26,7 +26,7 @@ OF_QUALITY = (
 )  # fmt: skip
 # Files that README's table is of, and how many lines of each subject.
 IN_README = {
-    "ttft_h200": 2, "ruler_h200": 2, "fidelity": 1, "quality_needles": 1, "attention": 2,
+    "ttft": 2, "ruler_h200": 2, "fidelity": 1, "quality_needles": 1, "attention": 2,
     "decode": 1, "decode_sparse": 2,
 }  # fmt: skip
 Results = Mapping[str, Result | None]
@@ -126,7 +126,7 @@ def headline(results: Results, *, short: bool = False, root: str = "") -> str:
 
 def faithful_lines(results: Results) -> list[Line]:
     """Return times to first token beside the task scores of the same commit and budget."""
-    speed, tasks = results.get("ttft_h200"), results.get("ruler_h200")
+    speed, tasks = results.get("ttft"), results.get("ruler_h200")
     if not speed or not tasks or str(speed["commit"])[:7] != str(tasks["commit"])[:7]:
         return []
     longest = max(row["context"] for row in speed["rows"])
@@ -143,7 +143,7 @@ def faithful_lines(results: Results) -> list[Line]:
                 f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}; "
                 f"RULER at {row['context']:,}, {row['tasks']} tasks, {row['paired']} prompts",
                 f"{sparse:.2f} s for stock's {stock:.2f}: **{stock / sparse:.2f}x**; {change}",
-                "ttft_h200",
+                "ttft",
             )
         )
     return lines
@@ -224,7 +224,7 @@ def attention_lines(results: Results) -> list[Line]:
 
 
 def real_lines(rows: Sequence[Row]) -> list[Line]:
-    """Return the served setting of every context; else the fastest whose error is small.
+    """Return the served setting of every context; where it was not timed, every budget.
 
     Errors are those of the very tensors that were timed.
     """
@@ -235,24 +235,30 @@ def real_lines(rows: Sequence[Row]) -> list[Line]:
             contexts.setdefault(row["context"], []).append(row)
     lines = []
     for context, own in sorted(contexts.items(), reverse=True):
-        of_default = [row for row in own if row["budget"] == served.sparsity_budget]
-        small = [row for row in own if row["relative_mse"] <= FEW_ERRORS]
-        if not (of_default or small):
-            continue
-        row = min(of_default or small, key=lambda row: row["total_ms"])
-        dropped = row.get("dropped_mass")
-        lines.append(
-            Line(
-                f"attention of {context:,} tokens, heads of {row['model']} on {row['text']} "
-                f"(budget {row['budget']:g}), ranking included",
-                f"{beside_dense(row)}; error of the same tensors {row['relative_mse']:.4f}, worst "
-                f"layer {row['relative_mse_worst_layer']:.4f}, worst hundredth of rows "
-                f"{row['row_error_p99']:.2f}"
-                + ("" if dropped is None else f", dropped mass {dropped:.3f}"),
-                "attention",
+        asked = (served.sparsity_budget, served.min_budget_tokens)
+        of_default = [row for row in own if asked_of(row) == asked]
+        for row in sorted(of_default or own, key=lambda row: row["total_ms"]):
+            dropped = row.get("dropped_mass")
+            least = asked_of(row)[1]
+            lines.append(
+                Line(
+                    f"attention of {context:,} tokens, heads of {row['model']} on {row['text']} "
+                    f"(budget {row['budget']:g}"
+                    + (f", at least {least:,} tokens" if least else "")
+                    + "), ranking included",
+                    f"{beside_dense(row)}; error of the same tensors {row['relative_mse']:.4f}, "
+                    f"worst layer {row['relative_mse_worst_layer']:.4f}, worst hundredth of rows "
+                    f"{row['row_error_p99']:.2f}"
+                    + ("" if dropped is None else f", dropped mass {dropped:.3f}"),
+                    "attention",
+                )
             )
-        )
     return lines
+
+
+def asked_of(row: Row) -> tuple[float, int]:
+    """Return the budget of a row of attention.json and the least tokens a query may visit."""
+    return row["budget"], row.get("min_budget_tokens", 0)
 
 
 def beside_dense(row: Row) -> str:

@@ -30,9 +30,8 @@ from .headline import (
 from .serving import LLAMA_8B
 
 BEGIN, END = "<!-- s2o bench report: begin -->", "<!-- s2o bench report: end -->"
-H200 = "_h200"  # the same of another card, in a file of its own
 NAMES = (
-    "attention", "attention_h200", "attention_shapes", "ttft", "ttft_h200", "profile", "decode",
+    "attention", "attention_shapes", "ttft", "profile", "decode",
     "decode_budget", "decode_sparse", "serve", "load", "quality", "ruler", "ruler_h200",
     "fidelity", "perplexity", "quality_needles",
 )  # fmt: skip
@@ -59,6 +58,12 @@ def attention_times(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
+def budget_of(row: Row) -> str:
+    """Return the budget of a row of attention.json, and the least tokens that a query visits."""
+    least = row.get("min_budget_tokens", 0)
+    return percent(row["budget"]) + (f" (at least {least:,})" if least else "")
+
+
 def attention_table(rows: Iterable[Row], known: Mapping[str, Mapping[tuple, float]]) -> str:
     """Return times of one layer's attention to random numbers, a table a shape."""
     shapes: dict[str, list[list[str]]] = {}
@@ -66,7 +71,7 @@ def attention_table(rows: Iterable[Row], known: Mapping[str, Mapping[tuple, floa
         error = known.get(row["ranking"], {}).get((row["context"], row["budget"]))
         setting = (
             f"{row['context']:,}, `{row['ranking']}`, {row.get('kv_dtype', 'bf16')}, "
-            f"{percent(row['budget'])}"
+            f"{budget_of(row)}"
         )
         line = [setting, number(error, 4), *attention_times(row)]
         shapes.setdefault(row["shape"], []).append(line)
@@ -83,7 +88,7 @@ def real_table(rows: Iterable[Row]) -> str:
             "tensors"
         )
         line = [
-            f"{row['context']:,}, `{row['ranking']}`, {percent(row['budget'])}",
+            f"{row['context']:,}, `{row['ranking']}`, {budget_of(row)}",
             number(row["relative_mse"], 4), number(row["relative_mse_worst_layer"], 4),
             number(row["row_error_p99"], 3), number(row.get("dropped_mass"), 3),
             *attention_times(row),
@@ -252,13 +257,11 @@ SECTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("attention", "Attention of one layer", "s2o bench attention",
      "One prompt, causal, ranking included, against dense attention of the same run. The error is "
      f"that of quality.json at the same context and budget ({MODEL}, {TEXT})."),
-    ("attention_h200", "On an H200", "s2o bench attention --out ...", ""),
     ("attention_shapes", "Other contexts", "s2o bench attention --contexts ...", ""),
     ("ttft", "Time to first token", "s2o bench ttft",
      "`vllm serve`, both servers on one card, one prompt at a time, random weights. The second "
      "table says what there is to gain: stock's time without its attention, as the card's "
      "attention.json has it, and with FlashAttention 2 instead, the paper's baseline."),
-    ("ttft_h200", "On an H200", "s2o bench ttft --out ...", ""),
     ("profile", "Where a long prompt's time goes", "s2o bench profile", ""),
     ("decode", "What S2O leaves alone", "s2o bench decode",
      "Decode and prompts below `min_context`, pair by pair of the same prompts; 95 % intervals."),
@@ -283,9 +286,9 @@ def body(name: str, results: Results) -> str:
         return "\n\n".join(filter(None, [real_table(real), attention_table(random, known)]))
     if name == "serve":
         return serve_table(result)
-    if name.startswith("ttft"):
-        attention = results.get("attention" + (H200 if name.endswith(H200) else ""))
-        return "\n\n".join(filter(None, [ttft_table(rows), bounds_table(rows, attention)]))
+    if name == "ttft":
+        parts = [ttft_table(rows), bounds_table(rows, results.get("attention"))]
+        return "\n\n".join(filter(None, parts))
     makers: dict[str, Callable[[Sequence[Row]], str]] = {
         "profile": profile_table, "decode": compared_table, "decode_sparse": compared_table,
         "decode_budget": operator_table, "load": load_table,
