@@ -14,7 +14,7 @@ from s2o_vllm.kernels import (
     reference_select,
     select,
 )
-from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
+from s2o_vllm.kernels.operator import PRECISIONS, RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     ELIGIBLE,
@@ -69,7 +69,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     A mean query's attention to random keys is so flat that one step of fp16 holds a tenth of a
     list: keys that are larger tell more tokens apart.
     """
-    spread = {"mean_query": 4.0, "low_rank": 1.0}[ranking]
+    spread = 4.0 if ranking == "mean_query" else 1.0
     batch = gpu_batch(heads=32, kv_heads=8, head_dim=128, budget=0.1, spread=spread, fp8=fp8)
     (heads, head_dim), device = batch.query.shape[1:], batch.query.device
     for work in batch.work(segment=64):
@@ -88,10 +88,12 @@ def test_lists_agree_with_the_reference(ranking, fp8):
         else:
             space = low_rank.LowRankWorkspace(
                 heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
-                batch.query.dtype, device,
+                batch.query.dtype, device, precision=PRECISIONS[ranking],
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
+            wanted = reference.low_rank_scores(
+                *arguments, scale=batch.scale, precision=PRECISIONS[ranking], chosen=space.chosen
+            )
         page = batch.kv_cache.shape[2]
         select.select(batch.block_table, work, page, selection)
         lists = reference_select.select(wanted, batch.block_table, work, page)
