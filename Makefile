@@ -53,6 +53,7 @@ endif
 
 bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention
+	$(PY) -P -m s2o_vllm.cli bench turns
 	$(PY) -P -m s2o_vllm.cli bench ttft
 	$(PY) -P -m s2o_vllm.cli bench decode
 	$(PY) -P -m s2o_vllm.benchmarks.speed.decode_budget

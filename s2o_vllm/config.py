@@ -43,6 +43,8 @@ class S2OConfig:
             of so short a history.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
+        dense_where_faster: on a GPU, chunks of so few new tokens that ranking costs more than it
+            saves stay dense (see :mod:`cost`), unless decode is sparse.
         ranking: how the history is ranked, one of ``RANKINGS``.
         segment_size: queries that are ranked together (S2O's segment); 0 takes what suits the
             ranking.
@@ -64,6 +66,7 @@ class S2OConfig:
     min_budget_tokens: int = 0
     stop_threshold: float = 0.0
     min_context: int = 8192
+    dense_where_faster: bool = True
     ranking: str = "low_rank"
     segment_size: int = 0
     permute_queries: bool = False
@@ -88,8 +91,9 @@ class S2OConfig:
             raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if not isinstance(self.ranking, str) or self.ranking not in RANKINGS:
             raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
-        if not isinstance(self.permute_queries, bool):
-            raise refusal("permute_queries", self.permute_queries, "true or false")
+        for key in ("dense_where_faster", "permute_queries"):
+            if not isinstance(getattr(self, key), bool):
+                raise refusal(key, getattr(self, key), "true or false")
         value = self.max_request_budget
         if not _number(value) or not 0 <= value <= 1:
             raise refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
@@ -145,6 +149,8 @@ HELP = {
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
+    "dense_where_faster": "On a GPU, leave chunks with few new tokens behind a long history dense "
+    "where that is faster (true or false). Default: true.",
     "ranking": "How the history is ranked: low_rank (single queries against low-rank keys), "
     "low_rank_wide (all queries, twice the directions: nearly exact lists, slower) or mean_query "
     "(the paper's). Default: low_rank.",

@@ -1,12 +1,12 @@
 """The metadata builder: attaches to the parent's metadata the plan of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import compat, metrics, support
+from . import compat, cost, metrics, support
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -31,6 +31,7 @@ class SparseBuilder:
     s2o_table: DecodeTable | None = None
     s2o_lengths: torch.Tensor | None = None  # of sequences, as the parent sees them there
     s2o_graphs: bool = False  # whether graphs hold whole steps of decode
+    s2o_least_new: Callable[[int], int] = staticmethod(lambda history: 0)  # see `cost`
 
     def prepare_s2o(self, layers: list[Any]) -> None:
         """Read the settings and what the layers of this group allow.
@@ -56,6 +57,10 @@ class SparseBuilder:
             if self.s2o is not None and self.s2o.decodes:
                 rows = compat.most_rows(self.vllm_config)  # type: ignore[attr-defined]
                 self.decode_sparsely(capable[0].s2o_decode_shape, rows, self.device)  # type: ignore[attr-defined]
+            elif self.s2o is not None and self.s2o.dense_where_faster:
+                # A prompt's last chunk, however short, leaves what sparse decode is ranked with.
+                heads = min(impl.s2o_heads for impl in capable)
+                self.s2o_least_new = cost.decision(heads, self.device)  # type: ignore[attr-defined]
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
 
@@ -95,8 +100,9 @@ class SparseBuilder:
             self.count(0, missed)
             return self.decode_plan(common, decoding) if decoding or self.s2o_graphs else None
         sparse, runs, reasons = split_rows(
-            starts, lengths, prefill, spending, settings.min_context, {one.row for one in decoding}
-        )
+            starts, lengths, prefill, spending, settings.min_context,
+            {one.row for one in decoding}, self.s2o_least_new,
+        )  # fmt: skip
         reasons += missed
         if dense_reason is not None:
             reasons += [dense_reason] * len(sparse)

@@ -1,6 +1,6 @@
 """A step's plan: which rows prefill sparsely, which go to the parent backend, and why."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ def split_rows(
     spending: list[RequestBudget],
     min_context: int,
     decoding: Collection[int] = (),
+    least_new: Callable[[int], int] = lambda history: 0,
 ) -> tuple[list[PrefillRow], list[tuple[int, int, int]], list[str]]:
     """Split a batch into sparse rows and runs of dense rows.
 
@@ -67,6 +68,7 @@ def split_rows(
         spending: what each row may visit.
         min_context: a row none of whose segments has that much history is dense.
         decoding: rows that decode sparsely.
+        least_new: new tokens that a chunk behind so long a history must have, see :mod:`cost`.
 
     Returns:
         The sparse rows, the dense runs (first row, last row exclusive, first query token), and for
@@ -91,6 +93,8 @@ def split_rows(
             reason = "end_of_prompt"
         elif end <= max(min_context, own.min_budget_tokens, 1):
             reason = "short_history"
+        elif end - context < least_new(context):
+            reason = "few_new_tokens"
         if reason is None:
             what = (own.sparsity_budget, own.target_error, own.min_budget_tokens)
             sparse.append(PrefillRow(row, starts[row], end - context, context, *what))

@@ -169,9 +169,12 @@ def baselines(prompt: Prompt) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 over pages: over an fp8 cache with queries in fp8, as vLLM does."""
+    """Return FlashAttention 3 over pages: over an fp8 cache with queries in fp8, as vLLM does.
+
+    Queries may be the last ones of a prompt alone.
+    """
     pages = prompt.kv_cache.transpose(1, 2).split(prompt.query.shape[2], -1)
-    used = torch.tensor([prompt.query.shape[0]], dtype=torch.int32, device="cuda")
+    used = torch.tensor([prompt.key.shape[0]], dtype=torch.int32, device="cuda")
     where: dict[str, Any] = {"seqused_k": used, "block_table": prompt.block_table}
     if prompt.kv_dtype == "fp8":
         unit = torch.full((1, prompt.kv_cache.shape[1]), prompt.unit, device="cuda")
@@ -191,12 +194,12 @@ def fa3(
     """Return FlashAttention 3 as vLLM calls it, over pages or contiguous keys and values."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    context, of_queries = prompt.query.shape[0], starts(prompt)
+    queries, keys, of_queries = prompt.query.shape[0], prompt.key.shape[0], starts(prompt)
 
     def run() -> torch.Tensor:
         return flash_attn_varlen_func(
-            q=prompt.query, k=key, v=value, cu_seqlens_q=of_queries, max_seqlen_q=context,
-            max_seqlen_k=context, softmax_scale=prompt.scale, causal=True, fa_version=3, **where,
+            q=prompt.query, k=key, v=value, cu_seqlens_q=of_queries, max_seqlen_q=queries,
+            max_seqlen_k=keys, softmax_scale=prompt.scale, causal=True, fa_version=3, **where,
         )  # fmt: skip
 
     return run

@@ -36,6 +36,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("bench", "serve"): Command(
         "s2o_vllm.benchmarks.speed.serve", "load a server with a mix of requests"
     ),
+    ("bench", "turns"): Command(
+        "s2o_vllm.benchmarks.speed.turns", "time short turns behind long histories"
+    ),
     ("bench", "ttft"): Command(
         "s2o_vllm.benchmarks.speed.ttft", "time the first token of a server"
     ),

@@ -54,6 +54,14 @@ def test_a_history_within_the_least_budget_is_dense():
     assert (row.min_tokens, reasons) == (1000, [])
 
 
+def test_a_chunk_of_few_new_tokens_is_dense():
+    spending = [RequestBudget(0.1, 0.0, 0, 0)] * 2
+    arguments = ([0, 63, 127], [1063, 1064], [True, True], spending, 100, ())
+    sparse, runs, reasons = split_rows(*arguments, lambda history: 64 * history // 1000)
+    assert ([row.row for row in sparse], runs) == ([1], [(0, 1, 0)])
+    assert reasons == ["few_new_tokens"]
+
+
 def test_the_end_of_a_prompt_is_dense():
     """A chunk that ends the prompt leaves its end to the parent, together with rows that follow."""
     sparse, runs, reasons = split(
@@ -179,10 +187,11 @@ def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
     assert counters.totals()["s2o:dense_rows", "alibi"] == 1
 
 
-def group(*dense_layers, rank=0):
+def group(*dense_layers, rank=0, device="cpu", **settings):
     """A builder whose group has the layers 0, 1 and 2, on one of two tensor ranks."""
     builder = Builder()
-    settings = S2OConfig(min_context=100, dense_layers=dense_layers)
+    builder.device = torch.device(device)
+    settings = S2OConfig(min_context=100, dense_layers=dense_layers, **settings)
     builder.vllm_config = SimpleNamespace(
         additional_config={"s2o": settings.as_dict()},
         parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2),
@@ -205,6 +214,23 @@ def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monke
     assert builder.build(0, common_metadata([130], [1130], [True])).s2o is not None
     assert counters.totals()["s2o:dense_rows", "dense_layer"] == 1
     assert counters.totals()["s2o:sparse_requests", ""] == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "sparse"),
+    [("cpu", {}, True), ("cuda", {}, False), ("cuda", {"dense_where_faster": False}, True)],
+)
+def test_a_short_turn_behind_a_long_history_is_dense_where_that_is_faster(
+    monkeypatch, device, settings, sparse
+):
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    monkeypatch.setattr("s2o_vllm.metadata.build_work_lists", lambda *arguments: [])
+    builder = group(device=device, **settings)
+    plan = builder.build(0, common_metadata([130], [20_130], [True])).s2o
+    assert (plan is not None) is sparse
+    name = ("s2o:sparse_requests", "") if sparse else ("s2o:dense_rows", "few_new_tokens")
+    assert counters.totals()[name] == 1
 
 
 def test_a_group_of_dense_layers_alone_is_dense(monkeypatch):
