@@ -196,10 +196,10 @@ def test_a_prompt_that_overflows_is_nobody_elses(servers, at):
 
 def test_a_worker_that_stands_still_goes_on_where_it_was(servers):
     server = servers["killed"]
-    alone = ask(server.url, prompt(4), 0.1, 200, cache_salt="alone")
+    alone = ask(server.url, prompt(4), 0.1, 1500, cache_salt="alone")
     (worker,) = [pid for pid, name in children(server.process.pid).items() if "Worker" in name]
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, server.url, prompt(4), 0.1, 200, cache_salt="stopped")
+        asked = pool.submit(ask, server.url, prompt(4), 0.1, 1500, cache_salt="stopped")
         assert wait_until(lambda: not idle(server))
         os.kill(worker, signal.SIGSTOP)
         time.sleep(3)
@@ -233,7 +233,6 @@ def loaded(server, pool, output_tokens, count=3, patience=120):
         for number in range(count)
     ]
     assert wait_until(lambda: server.metrics() and not idle(server))
-    time.sleep(1)
     return asked
 
 
@@ -260,6 +259,9 @@ def finish(answer):
     return answer[1]["choices"][0]["finish_reason"]
 
 
+ENDS = ("abort", "length")
+
+
 def test_a_server_told_to_end_under_load_ends(servers, folders):
     """Once its clients have left: vLLM may kill the engine before that says what it gave up."""
     server, folder = servers["small"], folders["small"]
@@ -270,21 +272,21 @@ def test_a_server_told_to_end_under_load_ends(servers, folders):
         server.process.send_signal(signal.SIGTERM)
         gone(server, pids, folder)
         told = [one.result() for one in asked]
-    for answer in told:  # a broken connection, what was said so far, or an error
-        assert answer is None or "error" in answer[1] or finish(answer) == "abort", answer
+    for answer in told:  # a broken connection, what was said so far or in time, or an error
+        assert answer is None or "error" in answer[1] or finish(answer) in ENDS, answer
 
 
 def test_a_server_with_patience_answers_before_it_ends(servers, folders):
     server, folder = servers["patient"], folders["patient"]
     pids = children(server.process.pid)
     with ThreadPoolExecutor(3) as pool:
-        asked = loaded(server, pool, 2000)
+        asked = loaded(server, pool, 2500)
         server.process.send_signal(signal.SIGTERM)
         assert not any(one.done() for one in asked), "they must still be under way"
         answers = [one.result() for one in asked]
         gone(server, pids, folder)
     assert [answer and answer[0] for answer in answers] == [200] * len(asked)
-    assert all(one["usage"]["completion_tokens"] == 2000 for _, one in answers)
+    assert all(one["usage"]["completion_tokens"] == 2500 for _, one in answers)
 
 
 def test_an_engine_that_is_killed_leaves_errors_of_openais_shape_and_nothing_else(
