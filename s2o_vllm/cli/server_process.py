@@ -175,17 +175,18 @@ def starting(
     url = f"http://127.0.0.1:{port}"
     if read(f"{url}/health") is not None:
         raise ServerError(f"port {port} is taken: choose another with --port")
-    process = launch(vllm_serve(model, port, flags), log, environment)
+    with ended_by_sigterm() as from_now_on:
+        process = launch(vllm_serve(model, port, flags), log, environment)
 
-    def healthy() -> str:
-        wait_until_healthy(process, url, log)
-        return url
+        def healthy() -> str:
+            wait_until_healthy(process, url, log)
+            return url
 
-    try:
-        with ended_by_sigterm():
+        try:
+            from_now_on()
             yield healthy
-    finally:
-        stop(process)
+        finally:
+            stop(process)
 
 
 @contextmanager
@@ -202,17 +203,32 @@ def vllm_server(
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind this process as an interruption does: its server must not outlive it."""
+def ended_by_sigterm() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM unwind this process as an interruption does: its server must not outlive it.
+
+    Yields:
+        A function that lets it: a signal that came before is acted on then, so that none falls
+        between the start of a server and the code that ends it.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+        yield lambda: None  # only the main thread may say what a signal does
         return
+    came: list[int] = []
+    acting = False
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        came.append(number)
+        if acting:
+            raise SystemExit(128 + number)
+
+    def from_now_on() -> None:
+        nonlocal acting
+        acting = True
+        if came:
+            raise SystemExit(128 + came[0])
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield from_now_on
     finally:
         signal.signal(signal.SIGTERM, before)
