@@ -1,5 +1,5 @@
 # make serve      start a server on a small model and ask it one long question
-# make test       tests that need no GPU, real servers included: ten minutes at most on two cores
+# make test       tests that need no GPU, real servers included: some 16 minutes on two cores
 # make test-all   the longest ones, too, and random inputs that no run has had before
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
