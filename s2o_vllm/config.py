@@ -124,6 +124,17 @@ class S2OConfig:
         """Return the settings as JSON types."""
         return asdict(self) | {"dense_layers": list(self.dense_layers)}
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """The settings that decide how fast and how close to dense attention a server is."""
+        return {
+            "ranking": self.ranking,
+            "budget": str(self.sparsity_budget),
+            "min_budget_tokens": str(self.min_budget_tokens),
+            "target_error": str(self.target_error),
+            "min_context": str(self.min_context),
+        }
+
     def for_layers(self, count: int) -> "S2OConfig":
         """Return the settings for a model of ``count`` layers: ``dense_layers`` from 0, in order.
 

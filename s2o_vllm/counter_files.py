@@ -21,6 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 PREFIX = "s2o-metrics-"
 LOCK = "lock"
 RESERVED = 1 << 20  # bytes of a worker's file; a time series takes some 400
+INFO_RESERVED = 1 << 16  # bytes of the file of `s2o:info`, one time series
 GRACE = 60.0  # seconds in which a new folder may have no lock yet
 
 
@@ -110,16 +111,19 @@ class CounterFile:
 
     Args:
         folder: an existing folder.
+        kind: of its metrics, in prometheus_client's words: "counter", or "gauge_max" for gauges of
+            which all workers' maximum is shown.
+        reserved: bytes.
 
     Raises:
         OSError: if there is no space, or no permission.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / f"counter_s2o{os.getpid()}.db"
+    def __init__(self, folder: Path, kind: str = "counter", reserved: int = RESERVED):
+        self.path = folder / f"{kind}_s2o{os.getpid()}.db"
         fresh = self.path.with_suffix(".new")
         try:
-            fresh.write_bytes(bytes(RESERVED))
+            fresh.write_bytes(bytes(reserved))
             fresh.rename(self.path)  # readers see it whole
         except OSError:
             with suppress(OSError):

@@ -22,7 +22,6 @@ class SparseImpl:
     Attributes:
         s2o_reason: why this layer cannot go sparse (a metric's label), or None.
         s2o_limits: what one launch of this layer handles.
-        s2o_heads: its query heads on this worker.
         s2o_decode_shape: what its sparse decode is built for.
         s2o_placed: whether the layer's name is known.
         s2o_layer: its number in the model, if its name has one.
@@ -34,7 +33,6 @@ class SparseImpl:
     _s2o_decode: Any = None  # a SparseDecode, once reserved where decode is sparse
     _s2o_published: Any = None  # where it is read
     s2o_limits: Limits = Limits(1, 0)
-    s2o_heads: int = 1
     s2o_placed: bool = False
     s2o_layer: int | None = None
     kv_cache_dtype: str = "auto"
@@ -52,7 +50,6 @@ class SparseImpl:
         if settings is not None and self.s2o_reason is None:
             self._s2o_shape = shape_of(self, vllm_config, settings)
             self.s2o_limits = self._s2o_shape.limits
-            self.s2o_heads = self._s2o_shape.heads
             self.s2o_decode_shape = decode_shape(self._s2o_shape, settings)
 
     def place(self, layer: Any) -> None:

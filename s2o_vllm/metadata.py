@@ -1,18 +1,21 @@
 """The metadata builder: attaches to the parent's metadata the plan of a step."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import compat, cost, metrics, support
+from . import __version__, compat, cost, metrics, support
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
 from .kernels.plan import Limits, build_work_lists
 from .requests import budget_of
-from .step_plan import DENSE_TAIL, DensePart, StepPlan, split_rows
+from .step_plan import DENSE_TAIL, DensePart, StepPlan, dense_work, split_rows
+
+logger = logging.getLogger("vllm.s2o")
 
 
 class SparseBuilder:
@@ -27,6 +30,7 @@ class SparseBuilder:
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
+    s2o_heads: int = 0  # query heads of this rank's layers with full attention, all together
     s2o_slots: DecodeSlots | None = None  # where decode is sparse
     s2o_table: DecodeTable | None = None
     s2o_lengths: torch.Tensor | None = None  # of sequences, as the parent sees them there
@@ -44,11 +48,15 @@ class SparseBuilder:
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
         if self.s2o is not None:
-            metrics.worker.start()  # before anything is counted: there must be space
+            self.announce(self.s2o)  # before anything is counted: there must be space
         for layer in layers:
             layer.impl.place(layer)
         impls = [layer.impl for layer in layers]
+        full = [impl for impl in impls if impl.s2o_reason not in support.NOT_FULL_ATTENTION]
+        self.s2o_heads = sum(impl.num_heads for impl in full)
         capable = [impl for impl in impls if impl.s2o_reason is None]
+        for impl in capable:
+            metrics.worker.expect(impl.s2o_layer)
         if capable:
             limits = zip(*(impl.s2o_limits for impl in capable), strict=True)
             self.s2o_limits = Limits(*map(min, limits))
@@ -59,10 +67,17 @@ class SparseBuilder:
                 self.decode_sparsely(capable[0].s2o_decode_shape, rows, self.device)  # type: ignore[attr-defined]
             elif self.s2o is not None and self.s2o.dense_where_faster:
                 # A prompt's last chunk, however short, leaves what sparse decode is ranked with.
-                heads = min(impl.s2o_heads for impl in capable)
+                heads = min(impl.num_heads for impl in capable)
                 self.s2o_least_new = cost.decision(heads, self.device)  # type: ignore[attr-defined]
         else:
             self.s2o_reason = impls[0].s2o_reason if impls else "no_layers"
+
+    def announce(self, settings: S2OConfig) -> None:
+        """Begin to publish this worker's counters, and log the settings once."""
+        first = metrics.worker.start({"version": __version__} | settings.summary)
+        if first and self.s2o_counts:
+            words = ", ".join(f"{key} {value}" for key, value in settings.summary.items())
+            logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)
 
     def decode_sparsely(self, shape: DecodeShape, rows: int, device: torch.device) -> None:
         """Make slots and tables of sparse decode, for batches of up to ``rows`` rows."""
@@ -96,12 +111,15 @@ class SparseBuilder:
         names = [one.name for one in asked]
         if slots is not None and dense_reason is None:
             decoding, missed = slots.step(starts, lengths, prefill, spending, names)
+        decoding_rows = {one.row for one in decoding}
+        attended = self.s2o_heads * dense_work(starts, lengths, prefill, decoding_rows)
+        metrics.worker.add("s2o:attention_tokens", attended)
         if decode_only:
             self.count(0, missed)
             return self.decode_plan(common, decoding) if decoding or self.s2o_graphs else None
         sparse, runs, reasons = split_rows(
-            starts, lengths, prefill, spending, settings.min_context,
-            {one.row for one in decoding}, self.s2o_least_new,
+            starts, lengths, prefill, spending, settings.min_context, decoding_rows,
+            self.s2o_least_new,
         )  # fmt: skip
         reasons += missed
         if dense_reason is not None:
@@ -162,7 +180,7 @@ class SparseBuilder:
             metrics.worker.add("s2o:sparse_requests", sparse)
             reasons = reasons + sparse * list(self.s2o_layer_reasons)
         for reason in reasons:
-            metrics.worker.add("s2o:dense_rows", 1, reason)
+            metrics.worker.add_dense(reason)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):
         """Build the parent's metadata and attach the plan as ``s2o``."""

@@ -9,12 +9,14 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .kernels.plan import DROPPED_UNIT
+from .kernels.plan import DROPPED_UNIT, ELIGIBLE, VISITED
+from .support import DENSE_REASONS
 
 logger = logging.getLogger("vllm.s2o")
 
@@ -30,10 +32,18 @@ METRICS = {
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
     "s2o:dense_rows": "Prefill chunks, and steps of decode where it is sparse, that took the stock "
     "path in all layers or some, by reason.",
+    "s2o:attention_tokens": "Tokens that all prefill (and sparse decode) would attend to densely, "
+    "summed over queries, heads and the layers with full attention.",
+    "s2o:attention_tokens_skipped": "Of these tokens, those that were not visited.",
 }
+INFO = "s2o:info"
+INFO_HELP = "1; its labels are the version of s2o-vllm and the server's settings."
 DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
 LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}
 UNITS = {"s2o:dropped_mass": DROPPED_UNIT}  # of one count; others count by one
+# Series that stand at 0 before anything is counted; `expect` adds those of a layer.
+ZEROS = {(metric, ""): 0 for metric in METRICS if metric not in LABELS}
+ZEROS |= {("s2o:dense_rows", reason): 0 for reason in DENSE_REASONS}
 DIRECTORY = "S2O_METRICS_DIR"
 PERIOD = 0.5  # seconds between two readings of the device counters
 
@@ -78,8 +88,11 @@ class WorkerCounters:
     def __init__(self, folder: str | None = None):
         self._folder = folder
         self._file: Any = None
+        self._info: dict[str, str] = {}
         self._layers: list[tuple[torch.Tensor, str]] = []
         self._host: Counter[tuple[str, str]] = Counter()
+        self._skipped = 0
+        self._zeros = ZEROS
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -100,15 +113,38 @@ class WorkerCounters:
         self._layers.append((published, "" if layer is None else str(layer)))
         return published
 
+    def expect(self, layer: int | None) -> None:
+        """Publish the series of a layer from now on, at 0 until it has run."""
+        label = "" if layer is None else str(layer)
+        of_layers = [metric for metric, name in LABELS.items() if name == "layer"]
+        self._zeros = self._zeros | {(metric, label): 0 for metric in of_layers}
+
     def add(self, metric: str, amount: int, label: str = "") -> None:
         """Count on the host."""
         with self._lock:
             self._host[metric, label] += amount
 
-    def start(self) -> None:
-        """Make the file, and begin to publish; without a file there are no counters."""
+    def add_dense(self, reason: str) -> None:
+        """Count a chunk that took the stock path; the first one of a reason is logged."""
+        with self._lock:
+            first = ("s2o:dense_rows", reason) not in self._host
+            self._host["s2o:dense_rows", reason] += 1
+        if first:
+            meaning = DENSE_REASONS.get(reason, "")
+            logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)
+
+    def start(self, info: Mapping[str, str] | None = None) -> bool:
+        """Make the file, and begin to publish; without a file there are no counters.
+
+        Args:
+            info: the labels of ``s2o:info``.
+
+        Returns:
+            Whether this is the first call.
+        """
         if self._thread is not None:
-            return
+            return False
+        self._info = dict(info or {})
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
         folder = (
             self._folder
@@ -117,12 +153,19 @@ class WorkerCounters:
         )
         if folder and Path(folder).is_dir() and self._open(Path(folder)):
             self._thread.start()
+        return True
 
     def _open(self, folder: Path) -> bool:
-        from .counter_files import CounterFile
+        from prometheus_client.mmap_dict import mmap_key
+
+        from .counter_files import INFO_RESERVED, CounterFile
 
         try:
             self._file = CounterFile(folder)
+            if self._info:
+                names, values = list(self._info), list(self._info.values())
+                info = CounterFile(folder, "gauge_max", INFO_RESERVED)
+                info.write(mmap_key(INFO, INFO, names, values, INFO_HELP), 1.0)
         except OSError as error:
             self._file = None
             warn(error)
@@ -130,16 +173,24 @@ class WorkerCounters:
 
     def _run(self) -> None:
         wait = threading.Event()
-        while self._file is not None and not wait.wait(PERIOD):
+        while self._file is not None:
             self.publish()
+            wait.wait(PERIOD)
 
     def totals(self) -> Counter[tuple[str, str]]:
         """Return all counts by metric and label ("" where there is none)."""
         with self._lock:
             totals = Counter(self._host)
+        skipped = 0
         for counters, layer in list(self._layers):
-            for metric, value in zip(DEVICE_METRICS, counters.tolist(), strict=True):
+            counts = counters.tolist()
+            for metric, value in zip(DEVICE_METRICS, counts, strict=True):
                 totals[metric, layer if metric in LABELS else ""] += value
+            skipped += counts[ELIGIBLE] - counts[VISITED]
+        # Half of a copy may have arrived: a counter that fell would look like a restart.
+        self._skipped = max(self._skipped, skipped)
+        if self._layers:
+            totals["s2o:attention_tokens_skipped", ""] = self._skipped
         return totals
 
     def publish(self) -> None:
@@ -148,7 +199,7 @@ class WorkerCounters:
             return
         from prometheus_client.mmap_dict import mmap_key
 
-        for (metric, label), value in self.totals().items():
+        for (metric, label), value in (self._zeros | self.totals()).items():
             names, values = ([LABELS[metric]], [label]) if label else ([], [])
             key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
             self._file.write(key, value * UNITS.get(metric, 1.0))

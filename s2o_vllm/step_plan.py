@@ -48,6 +48,26 @@ class StepPlan:
     kept: dict[int, Kept] = field(default_factory=dict)
 
 
+def dense_work(
+    starts: list[int],
+    seq_lens: list[int],
+    prefilling: list[bool],
+    decoding: Collection[int] = (),
+) -> int:
+    """Return the tokens that the queries of a batch would attend to densely, for one head.
+
+    A query at position ``p`` attends to ``p + 1`` tokens, however the prompt is cut into chunks.
+    Rows of prefill count, and those of ``decoding``; a prefill row of one token counts as decode.
+    Arguments are those of :func:`split_rows`.
+    """
+    tokens = 0
+    for row, total in enumerate(seq_lens):
+        count = starts[row + 1] - starts[row]
+        if (prefilling[row] and count > 1) or row in decoding:
+            tokens += count * (2 * total - count + 1) // 2
+    return tokens
+
+
 def split_rows(
     starts: list[int],
     seq_lens: list[int],

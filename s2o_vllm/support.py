@@ -4,6 +4,28 @@ from typing import Any
 
 from .config import S2OConfig
 
+# Why prefill, or a step of sparse decode, takes the stock path: the label `reason` of
+# `s2o:dense_rows`. `docs/metrics.md` says what to do about each.
+DENSE_REASONS = {
+    "short_history": "the history is shorter than min_context or min_budget_tokens",
+    "few_new_tokens": "the chunk has so few new tokens that ranking costs more than it saves",
+    "end_of_prompt": "the last tokens of a prompt attend to all of it",
+    "budget_is_one": "the request or the server has a sparsity budget of 1",
+    "no_decode_state": "no request state of sparse decode was free, or it does not fit",
+    "dense_layer": "dense_layers names the layer",
+    "sliding_window": "the layer attends to a sliding window",
+    "not_decoder": "the layer is no causal self-attention",
+    "alibi": "the layer has ALiBi slopes",
+    "attention_sinks": "the layer has attention sinks",
+    "quantized_kv_cache": "the KV cache has a format or scales that S2O does not read",
+    "head_dim": "no kernel has the layer's head_dim",
+    "no_layers": "the KV cache group has no attention layer",
+    "bidirectional_ranges": "image tokens of the step attend in both directions",
+    "reference_window": "the model adds a window to the tokens that it generates",
+}
+# Layers of these reasons have no full causal attention: they count in no dense work.
+NOT_FULL_ATTENTION = ("sliding_window", "not_decoder")
+
 # KV connectors that never hand a request what another budget computed, as vLLM 0.32 and 0.33 have
 # them: the first ones key their store by vLLM's block hashes, which hold the budget as a salt; the
 # others move blocks of the very request. Stores that are keyed by tokens alone do.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from s2o_vllm.config import S2OConfig
-from s2o_vllm.metrics import METRICS
+from s2o_vllm.metrics import INFO, METRICS
+from s2o_vllm.support import DENSE_REASONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md"])
@@ -66,8 +67,16 @@ def test_the_table_of_settings_has_every_one_with_its_default():
 
 
 def test_the_table_of_metrics_has_every_one():
-    table = (ROOT / "docs/settings.md").read_text()
+    table = (ROOT / "docs/metrics.md").read_text()
     assert set(re.findall(r"(s2o:\w+)_total", table)) == set(METRICS)
+    (labels,) = re.findall(rf"`{INFO}{{([^}}]+)}}`", table)
+    assert labels.split(", ") == ["version", *S2OConfig().summary]
+
+
+def test_the_table_of_reasons_has_every_one():
+    table = (ROOT / "docs/metrics.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", table, re.M)
+    assert rows == list(DENSE_REASONS)
 
 
 def test_the_logs_contents_name_every_section():

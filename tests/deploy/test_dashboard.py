@@ -1,17 +1,22 @@
-"""The dashboard: every metric it shows is one that the server has."""
+"""The dashboard and the alerts: every metric they read is one that the server has."""
 
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from s2o_vllm.metrics import METRICS
+from s2o_vllm.metrics import INFO, METRICS
+from s2o_vllm.support import DENSE_REASONS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/s2o.json").read_text())
+RULES = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
 NAME = re.compile(r"\b(?:vllm|s2o):[a-z0-9_]+")
 HISTOGRAM_PARTS = ("_bucket", "_count", "_sum")
 
@@ -41,7 +46,7 @@ def vllm_metrics() -> dict[str, str]:
 
 def exposed() -> set[str]:
     """Return every series name that the server's /metrics can have."""
-    series = {name + "_total" for name in METRICS}
+    series = {name + "_total" for name in METRICS} | {INFO}
     for name, kind in vllm_metrics().items():
         if kind == "counter":
             series.add(name.removesuffix("_total") + "_total")
@@ -54,6 +59,51 @@ def exposed() -> set[str]:
 
 def test_only_metrics_that_exist():
     assert names() - exposed() == set()
+
+
+def test_alerts_read_metrics_that_exist_or_are_recorded():
+    read = {name for rule in RULES for name in NAME.findall(rule["expr"])}
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    assert recorded < read
+    assert read - recorded - exposed() == set()
+
+
+def test_the_reasons_that_alerts_leave_out_exist():
+    text = (DEPLOY / "prometheus/rules.yml").read_text()
+    (named,) = re.findall(r'reason!~"([^"]+)"', text)
+    assert set(named.split("|")) < set(DENSE_REASONS)
+
+
+def test_every_alert_says_what_to_look_at_and_is_documented():
+    alerts = [rule for rule in RULES if "alert" in rule]
+    documented = re.findall(r"^\| `(S2O\w+)` \|", (DEPLOY / "README.md").read_text(), re.M)
+    assert documented == [rule["alert"] for rule in alerts]
+    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    for rule in alerts:
+        description = rule["annotations"]["description"]
+        assert not set(re.findall(r'"([A-Z][^"]+)"', description)) - set(titles)
+        assert "$labels.instance" in rule["annotations"]["summary"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (package prometheus)")
+@pytest.mark.parametrize(
+    "words", [("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")]
+)
+def test_rules_fire_when_they_should_and_not_otherwise(words: tuple[str, ...]):
+    done = subprocess.run(
+        ["promtool", *words], cwd=DEPLOY / "prometheus", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCESS" in done.stdout
+
+
+def test_compose_gives_prometheus_the_rules_that_it_loads():
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    volumes = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"][
+        "volumes"
+    ]
+    for name in config["rule_files"]:
+        assert f"./prometheus/{name}:/etc/prometheus/{name}:ro" in volumes
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -162,3 +162,34 @@ def test_mean_queries_do_not_depend_on_the_chunk(tiny_model, size):
     assert max(work.max_list for work in plan.work) > 100, "sparse"
     found = in_chunks(backend, step, size)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ranking", ["mean_query", "low_rank"])
+def test_the_share_of_all_work_does_not_depend_on_the_chunk(tiny_model, monkeypatch, ranking):
+    from s2o_vllm import metrics
+    from s2o_vllm.backend_cpu import S2OCPUBackend
+
+    def shares(size):
+        """Share of all work that was done, and density of the sparse path."""
+        monkeypatch.setattr(metrics, "worker", metrics.WorkerCounters())
+        backend = Backend(
+            S2OCPUBackend, tiny_model, heads=4, kv_heads=2, head_dim=64, page=32,
+            dtype=torch.float32, device="cpu",
+            settings={"ranking": ranking, "segment_size": 64, "min_context": 512},
+        )  # fmt: skip
+        in_chunks(backend, backend.step([Row(1500, 1500)]), size)
+        totals = metrics.worker.totals()
+        skipped, work, visited, eligible = (
+            totals[f"s2o:{name}", ""]
+            for name in (
+                "attention_tokens_skipped", "attention_tokens", "history_tokens_visited",
+                "history_tokens_eligible",
+            )
+        )  # fmt: skip
+        assert work == 4 * 1500 * 1501 // 2
+        return 1 - skipped / work, visited / eligible
+
+    (whole, of_sparse), (cut, of_cut) = shares(1500), shares(256)
+    assert cut == pytest.approx(whole, rel=0.002)
+    assert 0.2 < whole < 0.5
+    assert of_cut < 0.7 * of_sparse, "dense chunks are not in it"

@@ -10,7 +10,7 @@ from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.plan import Limits
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
-from s2o_vllm.step_plan import split_rows
+from s2o_vllm.step_plan import dense_work, split_rows
 
 
 def split(rows, min_context=100):
@@ -199,7 +199,7 @@ def group(*dense_layers, rank=0, device="cpu", **settings):
 
     def layer(number):
         impl = SparseImpl.__new__(SparseImpl)
-        impl._s2o, impl.s2o_limits = settings, Limits(5, 999)
+        impl._s2o, impl.s2o_limits, impl.num_heads = settings, Limits(5, 999), 4
         return SimpleNamespace(layer_name=f"model.layers.{number}.self_attn.attn", impl=impl)
 
     builder.prepare_s2o([layer(number) for number in range(3)])
@@ -237,7 +237,12 @@ def test_a_group_of_dense_layers_alone_is_dense(monkeypatch):
     counters = metrics.WorkerCounters()
     monkeypatch.setattr(metrics, "worker", counters)
     assert group(0, 1, 2).build(0, common_metadata([130], [1130], [True])).s2o is None
-    assert counters.totals() == {("s2o:dense_rows", "dense_layer"): 1}
+    assert counters.totals()["s2o:dense_rows", "dense_layer"] == 1
+    assert counters.totals()["s2o:sparse_requests", ""] == 0
+
+
+# Three layers of four heads, and 130 queries of which the last one sees 1,130 tokens.
+WORK = 3 * 4 * sum(range(1001, 1131))
 
 
 @pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False), (2, True), (3, False)])
@@ -246,7 +251,8 @@ def test_ranks_that_share_a_layers_heads_count_a_chunk_once(monkeypatch, rank, c
     monkeypatch.setattr(metrics, "worker", counters)
     plan = group(0, rank=rank).build(0, common_metadata([130], [1130], [True])).s2o
     assert plan is not None
-    assert bool(counters.totals()) is counts
+    assert bool(counters.totals()["s2o:sparse_requests", ""]) is counts
+    assert counters.totals()["s2o:attention_tokens", ""] == WORK, "of the heads of every rank"
     assert counters._thread is not None, "what its heads visit is published from every rank"
 
 
@@ -254,7 +260,40 @@ def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):
     counters = metrics.WorkerCounters()
     monkeypatch.setattr(metrics, "worker", counters)
     assert group().build(0, common_metadata([130], [1130], [True])).s2o is not None
-    assert counters.totals() == {("s2o:sparse_requests", ""): 1}
+    assert counters.totals()["s2o:sparse_requests", ""] == 1
+    assert not [name for name, _ in counters.totals() if name == "s2o:dense_rows"]
+
+
+def test_the_settings_are_logged_once_and_each_reason_at_its_first_chunk(monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "worker", metrics.WorkerCounters())
+    with caplog.at_level("INFO", "vllm.s2o"):
+        for builder in (group(0), group(0), group(0, rank=1)):
+            for _ in range(2):
+                builder.build(0, common_metadata([130, 50], [1130, 60], [True, True]))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("S2O on: ranking low_rank, budget 0.1, min_budget_tokens 0, target")
+    assert sorted(line.rsplit(":", 1)[0] for line in lines[1:]) == [
+        "S2O: first chunk on the stock path for dense_layer",
+        "S2O: first chunk on the stock path for short_history",
+    ]
+
+
+def test_dense_work_is_the_same_however_a_prompt_is_cut():
+    def work(size):
+        ends = [min(start + size, 5001) for start in range(0, 5001, size)]
+        return sum(
+            dense_work([0, end - start], [end], [True])
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        )
+
+    assert work(5001) == 5001 * 5002 // 2
+    assert {work(size) for size in (64, 300, 2048)} == {5001 * 5002 // 2}
+
+
+def test_decode_counts_as_work_only_where_it_is_sparse():
+    starts, lengths = [0, 1, 2, 6, 7], [900, 900, 900, 900]
+    assert dense_work(starts, lengths, [False, False, False, True]) == 0
+    assert dense_work(starts, lengths, [False, False, False, True], {1}) == 900
 
 
 @pytest.mark.parametrize(

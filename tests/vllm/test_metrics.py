@@ -3,7 +3,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from s2o_vllm import metrics
-from s2o_vllm.kernels.plan import NUM_COUNTERS
+from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
+from s2o_vllm.support import DENSE_REASONS
+
+
+def samples(folder):
+    """The values of the exposition by name with labels."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))
+    lines = generate_latest(registry).decode().splitlines()
+    split = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in split}
 
 
 def test_device_and_host_counts_reach_the_exposition(tmp_path):
@@ -25,6 +35,43 @@ def test_device_and_host_counts_reach_the_exposition(tmp_path):
     assert 's2o:dropped_mass_total{layer="7"} 0.25' in text
     assert 's2o:dropped_mass_rows_total{layer="0"} 30.0' in text
     assert 's2o:dense_rows_total{reason="short_history"} 2.0' in text
+
+
+def test_every_series_is_there_before_anything_is_counted(tmp_path):
+    worker = metrics.WorkerCounters(str(tmp_path))
+    assert worker.start({"version": "1.2", "ranking": "low_rank"})
+    assert not worker.start({"version": "other"}), "the first call holds"
+    worker.expect(7)
+    worker.publish()
+    found = samples(tmp_path)
+    assert found.pop('s2o:info{ranking="low_rank",version="1.2"}') == 1
+    unlabelled = {f"{name}_total" for name in metrics.METRICS if name not in metrics.LABELS}
+    reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
+    layer = {f's2o:{name}_total{{layer="7"}}' for name in ("dropped_mass", "dropped_mass_rows")}
+    assert found == dict.fromkeys(unlabelled | reasons | layer, 0.0)
+
+
+def test_the_settings_of_several_workers_are_one_series(tmp_path, monkeypatch):
+    for pid in (11, 12):
+        monkeypatch.setattr(metrics.os, "getpid", lambda pid=pid: pid)
+        metrics.WorkerCounters(str(tmp_path)).start({"version": "1.2"})
+    assert samples(tmp_path)['s2o:info{version="1.2"}'] == 1
+    assert len(list(tmp_path.glob("gauge_*"))) == 2
+
+
+def test_skipped_work_never_falls(tmp_path):
+    """Half of a copy of a layer's counters may have arrived when they are read."""
+    worker = metrics.WorkerCounters()
+    counters = torch.tensor([10, 100, 0, 0, 0, 0])
+    worker.watch(counters, 0)
+    skipped = ("s2o:attention_tokens_skipped", "")
+    assert worker.totals()[skipped] == 90
+    counters[ELIGIBLE] = 300
+    assert worker.totals()[skipped] == 290
+    counters[VISITED] = 50
+    assert worker.totals()[skipped] == 290
+    counters[ELIGIBLE] = 400
+    assert worker.totals()[skipped] == 350
 
 
 def test_there_is_a_metric_for_every_device_counter():

@@ -1,0 +1,83 @@
+"""What /metrics and the log of a real server say, at two chunk sizes."""
+
+from importlib.metadata import version
+
+import pytest
+
+from asking import ask
+from s2o_vllm.metrics import LABELS, METRICS
+from s2o_vllm.support import DENSE_REASONS
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ("--attention-backend", "s2o", "--s2o-min-context", "512", "--s2o-segment-size", "128")
+PROMPT = list(range(3, 503)) * 6
+WORK = ("s2o:attention_tokens", "s2o:attention_tokens_skipped")
+HISTORY = ("s2o:history_tokens_eligible", "s2o:history_tokens_visited")
+
+
+@pytest.fixture(scope="module")
+def servers(launch, tiny_model):
+    def chunks(tokens):
+        return (*FLAGS, "--max-num-batched-tokens", str(tokens))
+
+    return launch(tiny_model, small=chunks(256), large=chunks(2048))
+
+
+@pytest.fixture(scope="module")
+def fresh(servers):
+    """Samples of S2O of each server before its first request."""
+    return {
+        name: {key: value for key, value in one.metrics().items() if key.startswith("s2o:")}
+        for name, one in servers.items()
+    }
+
+
+def test_every_series_is_there_before_the_first_request(fresh):
+    for found in fresh.values():
+        (info,) = [key for key in found if key.startswith("s2o:info")]
+        assert found.pop(info) == 1
+        assert f'version="{version("s2o-vllm")}"' in info
+        assert 'min_context="512"' in info
+        assert set(found.values()) == {0}
+        unlabelled = {f"{name}_total" for name in METRICS if name not in LABELS}
+        reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
+        layers = {
+            f's2o:{name}_total{{layer="{layer}"}}'
+            for name in ("dropped_mass", "dropped_mass_rows")
+            for layer in range(2)
+        }
+        assert set(found) == unlabelled | reasons | layers
+
+
+@pytest.fixture(scope="module")
+def counted(servers, fresh):
+    """Each server's counters after one long prompt."""
+    for one in servers.values():
+        ask(one.url, PROMPT, output_tokens=2)
+    return {
+        name: dict(zip(WORK + HISTORY, one.settled(WORK + HISTORY, [0] * 4), strict=True))
+        for name, one in servers.items()
+    }
+
+
+def test_the_share_of_all_work_is_the_same_at_both_chunk_sizes(counted):
+    for totals in counted.values():
+        # Two layers of four heads; the prompt's last chunk has more than one token.
+        assert totals[WORK[0]] == 2 * 4 * len(PROMPT) * (len(PROMPT) + 1) // 2
+    small, large = (1 - totals[WORK[1]] / totals[WORK[0]] for totals in counted.values())
+    assert small == pytest.approx(large, rel=0.005)
+    assert 0.1 < small < 0.5
+
+
+def test_the_density_of_the_sparse_path_is_not(counted):
+    small, large = (totals[HISTORY[1]] / totals[HISTORY[0]] for totals in counted.values())
+    assert small < 0.9 * large
+
+
+def test_the_log_has_the_settings_and_each_reason_once(servers, counted):
+    for name, one in servers.items():
+        log = one.log.read_text()
+        assert log.count("S2O on: ranking low_rank, budget 0.1, ") == 1
+        reason = "S2O: first chunk on the stock path for short_history: the history is shorter"
+        assert log.count(reason) == (name == "small")

@@ -1,0 +1,42 @@
+"""Every reason for which code takes the stock path stands in one table."""
+
+import ast
+from pathlib import Path
+
+from s2o_vllm.support import DENSE_REASONS, NOT_FULL_ATTENTION
+
+PACKAGE = Path(__file__).parents[2] / "s2o_vllm"
+DECIDING = ("layer_reason", "dense_step_reason")  # functions that return a reason
+
+
+def words(node: ast.AST) -> set[str]:
+    """The text constants of an expression that can be its value."""
+    if isinstance(node, ast.IfExp):
+        return words(node.body) | words(node.orelse)
+    if isinstance(node, ast.BoolOp):
+        return set().union(*map(words, node.values))
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def reasons() -> set[str]:
+    """What is assigned to a name that ends in `reason` or `NO_STATE`, or returned as one."""
+    found: set[str] = set()
+    for name in ("forward", "metadata", "step_plan", "support", "decode_slots"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name in DECIDING:
+                returns = [one for one in ast.walk(node) if isinstance(one, ast.Return)]
+                found |= set().union(*(words(one.value) for one in returns if one.value))
+            if isinstance(node, ast.Assign):
+                targets = [ast.unparse(target) for target in node.targets]
+                if any(target.endswith(("reason", "NO_STATE")) for target in targets):
+                    found |= words(node.value)
+    return found
+
+
+def test_the_table_has_the_reasons_of_the_code_and_no_other():
+    # "" is decode; without settings nothing is planned, so nothing is counted.
+    assert reasons() - {"", "not_configured"} == set(DENSE_REASONS)
+
+
+def test_layers_without_full_attention_are_among_them():
+    assert set(NOT_FULL_ATTENTION) < set(DENSE_REASONS)
