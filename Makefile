@@ -4,6 +4,8 @@
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
+# make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
+# make image-test build the image and run it, read-only and without privileges
 # make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
 # make clean      remove what these made (the model in the user's cache stays)
 #
@@ -26,7 +28,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu bench-gpu soak clean
+.PHONY: serve test test-all lint test-gpu bench-gpu image image-test soak clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -61,6 +63,16 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench profile
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report
+
+ENGINE := docker
+SOURCE := unknown
+image:
+	$(ENGINE) build --tag s2o-vllm --build-arg SOURCE=$(SOURCE) \
+	  --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
+
+image-test: $(INSTALLED_DEV)
+	PY=$(PY) deploy/image-test.sh
 
 soak: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.benchmarks.speed.soak $(ARGS)
