@@ -28,6 +28,12 @@ SAID = {
     ("compat.py", 'print(f"{command}: error: {error}", file=sys.stderr)'),
     ("metrics.py", 'logger.warning("s2o: no counters of S2O on /metrics: %s", error)'),
     ("metrics.py", "warn(error)"),
+    # Settings and versions; the name of a reason and its fixed meaning.
+    ("metadata.py", 'logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)'),
+    (
+        "metrics.py",
+        'logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)',
+    ),
 }
 
 
