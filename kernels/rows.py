@@ -369,7 +369,7 @@ def shift_rows(
     _shift_kernel[grid](
         space.rows, space.chosen, images, work.items, images.stride(0), images.stride(-3), kept,
         work.num_items, ITEMS=items,
-        RANK=images.shape[-1] - len(basis.SHIFT_FACTORS),
+        RANK=basis.Precision(images.shape[-1]).rank,
         SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
         BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
         FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import regions, select
+from s2o_vllm.kernels import basis, regions, select
 from s2o_vllm.kernels.operator import Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     CHUNK,
@@ -43,7 +43,6 @@ from ..result_file import header, save
 
 PAGE = 16  # tokens of a block of the cache that prompts are laid out in
 TOGETHER = 8  # segments whose exact scores are held at a time
-LOG2E = 1.4426950408889634
 ATTENTION = "s2o_in_process"  # its name in transformers
 
 
@@ -103,7 +102,7 @@ def exact_scores(
         position = torch.arange(seen, device=query.device)
         rows = query[start + place].unflatten(2, (kv_heads, group))
         for head in range(kv_heads):
-            logits = (rows[:, :, head] @ keys[head, :seen].T).float().mul_(scale * LOG2E)
+            logits = (rows[:, :, head] @ keys[head, :seen].T).float().mul_(scale * basis.LOG2E)
             logits.masked_fill_(position > last, float("-inf"))
             most = logits.amax(-1, keepdim=True)
             logits -= most + (logits - most).exp2_().sum(-1, keepdim=True).log2_()
@@ -128,7 +127,8 @@ def choose_exactly(operator: SparsePrefill) -> None:
         k_scale: float = 1.0,
     ) -> None:
         space = operator.space
-        regions.average(kv_cache, block_table, work, space.regions)
+        if work.first_of_chunk:
+            regions.average(kv_cache, block_table, work, space.regions)
         if work.max_history == 0:
             return
         found = exact_scores(query, kv_cache, block_table, work, scale=operator.scale * k_scale)
@@ -137,8 +137,8 @@ def choose_exactly(operator: SparsePrefill) -> None:
         chunks = -(-work.max_history // CHUNK)
         padded = torch.nn.functional.pad(found.float(), (0, chunks * CHUNK - work.max_history))
         padded = padded.unflatten(2, (chunks, CHUNK))
-        n = work.items[:, DENSE_START, None] - torch.arange(chunks, device=n_device(work)) * CHUNK
-        inside = torch.arange(CHUNK, device=n_device(work)) < n[:, None, :, None]
+        token = torch.arange(chunks * CHUNK, device=found.device).unflatten(0, (chunks, CHUNK))
+        inside = token < work.items[:, DENSE_START, None, None, None]
         bounds = chosen.bounds.unflatten(0, (-1, found.shape[1]))[: work.num_items, :, :chunks]
         bounds[..., 0] = padded.masked_fill(~inside, float("-inf")).amax(-1)
         bounds[..., 1] = padded.masked_fill(~inside, float("inf")).amin(-1)
@@ -148,11 +148,6 @@ def choose_exactly(operator: SparsePrefill) -> None:
         )  # fmt: skip
 
     operator.rank = rank  # type: ignore[method-assign]
-
-
-def n_device(work: WorkList) -> torch.device:
-    """Return where a work list is."""
-    return work.items.device
 
 
 class Attention:

@@ -303,6 +303,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def check_shares(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the process where the shares of prefix hits and of clients that leave make no mix."""
+    if min(args.hits, args.aborts) < 0 or args.hits + args.aborts >= 1:
+        command.error("--hits and --aborts must be shares of less than 1 together")
+
+
+def exit_code(name: str, found: Sequence[str]) -> int:
+    """Print what was found wrong under a command's name; return the command's exit code."""
+    for problem in found:
+        print(f"{name}: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     command = parser()
@@ -312,8 +325,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--concurrency is {args.concurrency}, must be at least 1; --output-tokens is "
             f"{args.output_tokens}, must be more than {mix.GIVE_UP_AFTER}"
         )
-    if min(args.hits, args.aborts) < 0 or args.hits + args.aborts >= 1:
-        command.error("--hits and --aborts must be shares of less than 1 together")
+    check_shares(command, args)
     with tempfile.TemporaryDirectory(prefix="s2o-serve-") as folder:
         try:
             result = run(args, Path(folder))
@@ -324,7 +336,4 @@ def main(argv: list[str] | None = None) -> int:
     for key, value in result["summary"].items():
         print(f"{key:>15} {value}")
     print(f"{args.out}: {len(result['rows'])} rows")
-    found = problems(result["summary"])
-    for problem in found:
-        print(f"s2o bench serve: {problem}", file=sys.stderr)
-    return 1 if found else 0
+    return exit_code("s2o bench serve", problems(result["summary"]))

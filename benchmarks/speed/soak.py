@@ -6,7 +6,7 @@ server's processes between the rounds, when it is idle. By default it starts `vl
 a tiny Llama without weights, with sparse decode, and a KV cache so small that blocks are evicted
 all the time; `--model` names another model, `--url` a server that runs already.
 
-The first ``WARM`` rounds fill caches, pools and every block of the KV cache; growth is told from
+The first ``WARM`` rounds fill caches, pools and every block of the KV cache; growth counts from
 there on. On a CPU PyTorch keeps a plan for every number of tokens that it has multiplied by (stock
 vLLM grows alike, some 0.3 MiB a request): the server is started with room for few of them, so that
 what is ours would be seen. The exit code is 1 if a request failed that was not to be given up, if
@@ -42,7 +42,7 @@ from s2o_vllm.loadtest.server import inspect
 
 from ..result_file import save
 from . import mix
-from .serve import SETTLE, counts, grown, percentile, wait_until_idle
+from .serve import SETTLE, check_shares, counts, exit_code, grown, percentile, wait_until_idle
 from .serving import LLAMA_8B, parse, vocabulary_of
 
 WARM = 2  # rounds before anything is compared
@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--requests", type=int, default=10_000)
-    add("--minutes", type=float, default=1e9, help="begin no round after so many")
+    add("--minutes", type=float, default=1e9, help="begin no round later than this")
     add("--round", type=int, default=100, help="requests between two looks at the processes")
     add("--model", type=Path, metavar="FOLDER", help="default: a tiny Llama without weights")
     add("--url", help="a server that runs already, with --attention-backend s2o")
@@ -252,8 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(command, argv)
     if args.requests < 1 or args.round < 2 or args.minutes <= 0:
         command.error("--requests must be at least 1, --round at least 2, --minutes more than 0")
-    if min(args.hits, args.aborts) < 0 or args.hits + args.aborts >= 1:
-        command.error("--hits and --aborts must be shares of less than 1 together")
+    check_shares(command, args)
     with tempfile.TemporaryDirectory(prefix="s2o-soak-") as folder:
         try:
             result = run(args, Path(folder))
@@ -262,10 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     save(args.out, result["head"] | {"summary": result["summary"]}, result["rows"])
     print(f"{args.out}: {len(result['rows'])} rounds, growth {result['summary']['growth']}")
-    found = problems(result["summary"])
-    for problem in found:
-        print(f"soak: {problem}", file=sys.stderr)
-    return 1 if found else 0
+    return exit_code("soak", problems(result["summary"]))
 
 
 if __name__ == "__main__":
