@@ -58,6 +58,8 @@ class Precision(NamedTuple):
 
 
 SERVED = Precision()
+# Of retrieval heads, see :mod:`retrieval`: every query, and twice the directions.
+WIDE = Precision(64, 1)
 
 
 class Basis(NamedTuple):

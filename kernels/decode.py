@@ -151,6 +151,7 @@ class DecodeWorkspace:
     """
 
     row_step = 1
+    numbers = None
 
     def __init__(
         self,

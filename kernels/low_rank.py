@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import basis
+from . import basis, retrieval
 from .beside import IN_TURN, Beside
+from .find_heads import find_heads
 from .fit import FitWorkspace, find_bases, take_moments
 from .plan import CHUNK, WorkList
 from .rows import choose_rows, shift_rows
@@ -39,7 +40,7 @@ def _load_keys(
 
 @triton.jit(do_not_specialize=["row", "seen"])
 def _project_keys_kernel(
-    p_kv, p_table, p_b, p_offset, p_images, row, seen,
+    p_kv, p_table, p_b, p_offset, p_images, p_numbers, row, seen,
     stride_block, stride_head, stride_token, stride_table, stride_images_head,
     SHARE: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
@@ -48,18 +49,28 @@ def _project_keys_kernel(
     """image[basis, key] = k B − offset, of SPAN keys of a KV head and TOGETHER of its SHARE bases.
 
     The bases are twice as much as BLOCK keys: they are read once for all of a span. One stage:
-    Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    Triton 3.6 sets no fence between asynchronous copies and wgmma. With numbers SHARE is places
+    of retrieval heads, which say whose basis each place takes.
     """
     i_span, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, D_PAD)
     # One product for all: of a basis WIDTH columns.
     o_c = tl.arange(0, TOGETHER * WIDTH)
     number = tl.program_id(2) * TOGETHER + o_c // WIDTH
-    i_basis = i_head * SHARE + tl.minimum(number, SHARE - 1)
+    i_image = i_head * SHARE + tl.minimum(number, SHARE - 1)
+    wanted = number < SHARE
+    i_basis = i_image
+    if p_numbers is not None:
+        first = i_head * SHARE + tl.program_id(2) * TOGETHER
+        if tl.load(p_numbers + first) < 0:
+            return
+        i_basis = tl.load(p_numbers + i_image).to(tl.int64)
+        wanted = wanted & (i_basis >= 0)
+        i_basis = tl.maximum(i_basis, 0)
     o_b = i_basis[None, :] * (D * WIDTH) + o_d[:, None] * WIDTH + (o_c % WIDTH)[None, :]
     b = tl.load(p_b + o_b, (o_d < D)[:, None], 0.0)
     offset = tl.load(p_offset + i_basis * WIDTH + o_c % WIDTH)
-    o_image = i_basis * stride_images_head + o_c % WIDTH
+    o_image = i_image * stride_images_head + o_c % WIDTH
     p_table += row.to(tl.int64) * stride_table
     end = tl.minimum((i_span + 1) * SPAN, seen)
     p_kv += i_head * stride_head
@@ -79,7 +90,7 @@ def _project_keys_kernel(
             image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
         tl.store(
             p_images + o_n[:, None] * WIDTH + o_image[None, :],
-            image.to(p_images.dtype.element_ty), (o_n < end)[:, None] & (number < SHARE)[None, :],
+            image.to(p_images.dtype.element_ty), (o_n < end)[:, None] & wanted[None, :],
         )  # fmt: skip
         o_n += BLOCK
         k = ahead
@@ -91,11 +102,15 @@ class LowRankWorkspace:
     Attributes:
         fit: the bases.
         row_step: see :class:`basis.Precision`.
-        images: ``[bases, >= max_history, width]``, of keys.
+        numbers: None, or int32 ``[places]``: only these heads are ranked, -1 for none.
+        images: ``[bases, >= max_history, width]``, of keys; with numbers places stand for bases.
         sizes: float32 ``[items, bases, rows of a segment]``, of their images.
         chosen: int32 ``[items, bases, scored rows]``, which they are.
         rows: ``[items, bases, scored rows, width]``, their images.
+        retrieval: None, or the ranking of retrieval heads, which adds to this one.
     """
+
+    retrieval: "RetrievalWorkspace | None" = None
 
     def __init__(
         self,
@@ -109,16 +124,52 @@ class LowRankWorkspace:
         device: torch.device,
         image_dtype: torch.dtype | None = None,
         precision: basis.Precision = basis.SERVED,
+        numbers: torch.Tensor | None = None,
     ):
         kind = image_dtype or basis.image_dtype(device)
         width, self.row_step = precision
         self.fit = FitWorkspace(bases, head_dim, dtype, device, width)
-        shape = (bases, image_room(max_history), width)
+        self.numbers = numbers
+        kept = bases if numbers is None else numbers.numel()
+        shape = (kept, image_room(max_history), width)
         self.images = torch.empty(shape, dtype=kind, device=device)
         rows = -(-segment * (heads // bases) // self.row_step)
-        self.sizes = torch.empty(items, bases, rows * self.row_step, device=device)
-        self.chosen = torch.empty(items, bases, rows, dtype=torch.int32, device=device)
-        self.rows = torch.empty(items, bases, rows, width, dtype=kind, device=device)
+        self.sizes = torch.empty(items, kept, rows * self.row_step, device=device)
+        self.chosen = torch.empty(items, kept, rows, dtype=torch.int32, device=device)
+        self.rows = torch.empty(items, kept, rows, width, dtype=kind, device=device)
+
+
+class RetrievalWorkspace:
+    """Scratch of the second ranking, of retrieval heads alone; see :mod:`retrieval`.
+
+    Args:
+        narrow: the ranking of all heads, whose moments it shares.
+        heads: query heads.
+        kv_heads: key/value heads.
+        items: segments of a list.
+        max_history: longest history, in tokens.
+        segment: queries of a segment.
+
+    Attributes:
+        sought: int32 ``[heads]``, zero between two chunks.
+        numbers: int32 ``[places]``, the retrieval heads.
+        wide: bases of all heads, images and rows of retrieval heads.
+    """
+
+    def __init__(
+        self, narrow: LowRankWorkspace, heads: int, kv_heads: int, items: int, max_history: int,
+        segment: int,
+    ):  # fmt: skip
+        device = narrow.images.device
+        self.sought = torch.zeros(heads, dtype=torch.int32, device=device)
+        places = kv_heads * retrieval.places(heads // kv_heads)
+        self.numbers = torch.full((places,), -1, dtype=torch.int32, device=device)
+        self.wide = LowRankWorkspace(
+            heads, heads, narrow.fit.a.shape[1], max_history, items, segment, narrow.fit.a.dtype,
+            device, narrow.images.dtype, basis.WIDE,
+            numbers=self.numbers,
+        )  # fmt: skip
+        self.wide.fit.moments, self.wide.fit.means = narrow.fit.moments, narrow.fit.means
 
 
 def project_keys(
@@ -131,7 +182,7 @@ def project_keys(
     share, width = space.images.shape[0] // kv_heads, space.images.shape[2]
     together = min(triton.next_power_of_2(share), COLUMNS // width)
     _project_keys_kernel[(-(-tokens // KEYS_SPAN), kv_heads, -(-share // together))](
-        kv_cache, block_table, fitted.b, fitted.offset, space.images, row,
+        kv_cache, block_table, fitted.b, fitted.offset, space.images, space.numbers, row,
         tokens, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), space.images.stride(0), SHARE=share, TOGETHER=together,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=width,
@@ -164,8 +215,8 @@ def low_rank_scores(
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
         scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
-            ``dense_start``: the largest log2-probability that any scored row of the segment is
-            estimated to give the token.
+            ``dense_start``, in whole groups of `score.STORED`: the largest log2-probability that
+            any scored row of the segment is estimated to give the token.
         bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
@@ -188,5 +239,20 @@ def low_rank_scores(
         return
     if not work.first_of_chunk:
         choose_rows(query, work, space)
+    more = space.retrieval
+    if more is not None and work.first_of_chunk:
+        with beside:  # of log-sum-exps
+            find_bases(more.wide.fit, scale=scale)
     shift_rows(query, work, space)
-    score_rows(work, scores, bounds, space, query.shape[1] // space.rows.shape[1], chunk=chunk)
+    if more is not None:
+        with beside:  # of the scores of all heads
+            if work.first_of_chunk:
+                find_heads(work, space, more, scores.shape[1])
+                project_keys(kv_cache, block_table, work.row, work.max_fit_tokens, more.wide)
+            choose_rows(query, work, more.wide)
+            shift_rows(query, work, more.wide)
+    group = query.shape[1] // space.fit.a.shape[-3]
+    score_rows(work, scores, bounds, space, group, chunk=chunk)
+    if more is not None:
+        beside.join()
+        score_rows(work, scores, bounds, more.wide, group, chunk=chunk)

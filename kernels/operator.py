@@ -1,13 +1,12 @@
 """The whole operator: rank, select, attend, over workspaces that are made once."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
-from . import basis, reference, reference_regions, reference_select
+from . import reference, reference_regions, reference_select
 from .beside import Beside
 from .plan import (
     FITS,
@@ -29,10 +28,7 @@ from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
-# Rankings by low-rank scores; the wide one estimates them so well that lists are nearly exact
-# (`benchmarks/quality/LOG.md`), and takes four times the products.
-PRECISIONS = {"low_rank": basis.SERVED, "low_rank_wide": basis.Precision(64, 1)}
-RANKINGS = (*PRECISIONS, "mean_query")
+RANKINGS = ("low_rank", "mean_query")
 
 
 @dataclass(frozen=True)
@@ -121,11 +117,8 @@ class SparsePrefill:
         if device.type == "cuda":
             self.space = workspace(shape, dtype, device)
         else:
-            self.reference: Any = reference.mean_query_scores
-            if shape.ranking in PRECISIONS:
-                self.reference = partial(
-                    reference.low_rank_scores, precision=PRECISIONS[shape.ranking]
-                )
+            low_rank = shape.ranking == "low_rank"
+            self.reference: Any = reference.LowRank() if low_rank else reference.mean_query_scores
 
     def warm_up(
         self,
@@ -278,8 +271,11 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
         else:
             made = low_rank.LowRankWorkspace(
                 shape.heads, shape.heads, shape.head_dim, shape.max_history, items,
-                shape.segment, dtype, device, precision=PRECISIONS[shape.ranking],
+                shape.segment, dtype, device,
             )  # fmt: skip
+            made.retrieval = low_rank.RetrievalWorkspace(
+                made, shape.heads, shape.kv_heads, items, shape.max_history, shape.segment
+            )
         selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
         means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
         _workspaces[key] = Workspace(made, selection, means, Beside(device))

@@ -30,7 +30,7 @@ TIERS_SPLIT = 1
 STOP_STEP_TOKENS = 2048  # a test ends a pipelined loop: one every 1,024 costs twice as much
 
 FIT_QUERIES = 2048  # queries that share the covariances of what comes before them
-ROW_STEP = 2  # one of so many queries of a head is scored: `basis.scored_rows`
+ROW_STEP = 4  # one of so many queries of a head is scored: `basis.scored_rows`
 FITS = 4  # such runs that are ranked together: a chunk of 8,192 queries, whose bases they share
 LIST_STEP = (
     16  # lists are kept in steps of so many slots, for the same kernels whatever their length

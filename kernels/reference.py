@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from . import basis
+from . import basis, retrieval
 from .plan import (
     DENSE_START,
     DROPPED,
@@ -94,38 +94,110 @@ def low_rank_scores(
     precision: basis.Precision = basis.SERVED,
     chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score by every query against a low-rank image; see :func:`low_rank.low_rank_scores`.
+    """Score by rows against low-rank images; see :func:`low_rank.low_rank_scores`.
 
-    ``chosen`` int ``[items, heads, rows]`` names the rows to score, where those of
-    :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
+    ``chosen``: see :func:`scores_by_head`.
     """
-    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    by_head = scores_by_head(
+        query, kv_cache, block_table, work, scale=scale, precision=precision, chosen=chosen
+    )
+    return _of_groups(by_head, kv_cache.shape[1])
+
+
+def _of_groups(by_head: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Return the largest scores of each group's heads, as the kernels store them."""
+    scores = by_head.unflatten(1, (kv_heads, -1)).amax(2)
+    return scores.clamp(min=-torch.finfo(torch.half).max).half()
+
+
+class LowRank:
+    """The ranking that serves: all heads narrowly, retrieval heads widely; see :mod:`retrieval`.
+
+    Called like :func:`low_rank_scores`; lists of a chunk must come in order.
+
+    Attributes:
+        heads: int64, the chunk's retrieval heads.
+    """
+
+    heads = torch.empty(0, dtype=torch.int64)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        *,
+        scale: float,
+    ) -> torch.Tensor:
+        """Score a work list."""
+        arguments, kv_heads = (query, kv_cache, block_table, work), kv_cache.shape[1]
+        scores = scores_by_head(*arguments, scale=scale)
+        if work.first_of_chunk:
+            histories = work.items[: retrieval.SEGMENTS, DENSE_START]
+            found = retrieval.retrieval_heads(scores[: len(histories)], histories, kv_heads)
+            self.heads = found.nonzero()[:, 0]
+        if len(self.heads):
+            wide = scores_by_head(*arguments, scale=scale, precision=basis.WIDE, heads=self.heads)
+            scores[:, self.heads] = torch.maximum(scores[:, self.heads], wide)
+        return _of_groups(scores, kv_heads)
+
+
+def scores_by_head(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+    precision: basis.Precision = basis.SERVED,
+    chosen: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score histories by low-rank images, head by head.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: segments of one request.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        precision: of the estimate.
+        chosen: int ``[items, heads, rows]``, the rows to score, where those of
+            :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
+        heads: int64, which heads; None for all.
+
+    Returns:
+        float32 ``[items, heads, max_history]``, -inf behind a history.
+    """
+    page, head_dim, number = kv_cache.shape[2], query.shape[2], query.shape[1]
+    heads = torch.arange(number, device=query.device) if heads is None else heads
     scores = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+        (work.num_items, len(heads), work.max_history), float("-inf"), dtype=torch.float32
     )
     if work.max_history == 0:
-        return scores.half()
-    heads = query.shape[1]
+        return scores
     own = basis.fit_span(
-        query, kv_cache, block_table, work.row, work.chunk, heads, scale, precision.rank
+        query, kv_cache, block_table, work.row, work.chunk, number, scale, precision.rank
     )
+    own = basis.Basis(*(part[heads] for part in own))
     positions = torch.arange(work.max_fit_tokens, device=query.device)
     keys, _ = load_tokens(
-        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim, heads
+        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
     )
+    keys = keys[heads * kv_cache.shape[1] // number]
     dtype = basis.image_dtype(query.device)
     images = basis.key_images(keys, own, dtype)  # [heads, tokens, width]
-    for number, item in enumerate(work.items.tolist()):
+    for i_item, item in enumerate(work.items.tolist()):
         n = item[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, heads).flatten(1, 2)
+        queries = segment_queries(query, item, number).flatten(1, 2)[heads]
         scored = basis.scored_rows(queries @ own.a, precision.row_step)  # [heads, rows]
         if chosen is not None:
-            scored = chosen[number, :, : scored.shape[1]].long()
-        by_head = row_scores(queries, scored, item, own, images, dtype)
-        scores[number, :, :n] = by_head.unflatten(0, (kv_heads, -1)).amax(1)
-    return scores.clamp(min=-torch.finfo(torch.half).max).half()
+            scored = chosen[i_item, :, : scored.shape[1]].long()
+        scores[i_item, :, :n] = row_scores(queries, scored, item, own, images, dtype)
+    return scores
 
 
 def row_scores(

@@ -128,5 +128,6 @@ def dropped_mass(
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
     # Means may leave no mass of tokens in fp32.
     share = 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
-    # NaN counts as none: the integer that it became would spoil the counter for good.
-    return tl.maximum(share, 0.0)
+    # Nothing lost is none whatever a division rounds to. So is NaN: the integer that it became
+    # would spoil the counter for good.
+    return tl.where(lost > 0, share, 0.0)

@@ -128,16 +128,24 @@ def _project_chosen(
 
 @triton.jit
 def _project_rows_kernel(
-    p_q, p_a, p_items, p_sizes, p_chosen, p_rows, stride_q_token, stride_q_head, max_kept,
+    p_q, p_a, p_items, p_numbers, p_sizes, p_chosen, p_rows,
+    stride_q_token, stride_q_head, max_kept,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
     ROW_STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LIMIT: tl.constexpr,
     PRECISION: tl.constexpr, BY_FIT: tl.constexpr,
 ):  # fmt: skip
     """Choose which rows of a segment and basis are scored; write their images without shift.
 
-    One stage in its loops: Triton 3.6 sets no fence between asynchronous copies and wgmma.
+    One stage in its loops: Triton 3.6 sets no fence between asynchronous copies and wgmma. With
+    numbers a program's place says whose rows it takes.
     """
-    i_head = tl.program_id(0)
+    i_place = tl.program_id(0)
+    i_head = i_place
+    bases = tl.num_programs(0)
+    if p_numbers is not None:
+        i_head = tl.load(p_numbers + i_place)
+        if i_head < 0:
+            return
     i_item = tl.program_id(1).to(tl.int64)
     p_item = p_items + i_item * ITEM_COLUMNS
     start = tl.load(p_item + QUERY_START).to(tl.int64)
@@ -146,11 +154,11 @@ def _project_rows_kernel(
         return
     o_basis = i_head.to(tl.int64) * D
     if BY_FIT:
-        o_basis += tl.load(p_item + FIT).to(tl.int64) * tl.num_programs(0) * D
+        o_basis += tl.load(p_item + FIT).to(tl.int64) * bases * D
     o_b = tl.arange(0, BLOCK)
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head
-    o_list = (i_item * tl.num_programs(0) + i_head) * max_kept
+    o_list = (i_item * bases + i_place) * max_kept
     kept = tl.cdiv(rows, ROW_STEP)
     if ROW_STEP > 1 and BLOCKS == 1:
         _project_chosen(
@@ -239,9 +247,18 @@ def _sampling(n, SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr):
     return step, tl.maximum(n // step, 1), tl.where(n < step, -n, step)
 
 
+@triton.jit
+def _load_sample(p_images, number, step, samples, o_r, WIDTH: tl.constexpr):
+    """Images of some of the keys that tell a history's mass."""
+    position = number * step + stratum_offset(number, step)
+    o_k = position[:, None] * WIDTH + o_r[None, :]
+    return tl.load(p_images + o_k, (number < samples)[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["items"])
 def _shift_kernel(
-    p_rows, p_chosen, p_images, p_items, stride_images_fit, stride_images_head, max_kept, items,
+    p_rows, p_chosen, p_images, p_items, p_numbers,
+    stride_images_fit, stride_images_head, max_kept, items,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, ROW_STEP: tl.constexpr,
     SHIFT_STEP: tl.constexpr, SHIFT_SAMPLES: tl.constexpr, ITEMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr, LIMIT: tl.constexpr,
@@ -251,12 +268,15 @@ def _shift_kernel(
     """End BLOCK_M images of rows with their shift, the log-sum-exp over the keys they see.
 
     Of the history a sample stands for all; of the dense pass every key counts. Rows are those of
-    ITEMS neighbouring segments of a request, one or two: what a row gets does not depend on which.
+    ITEMS neighbouring segments of a request: what a row gets does not depend on which.
 
     A launch of its own that stores the shift's parts alone. One stage, as for the moments in
     :mod:`fit`: Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
     i_block, i_head = tl.program_id(0), tl.program_id(1)
+    if p_numbers is not None:  # noqa: SIM102
+        if tl.load(p_numbers + i_head) < 0:
+            return
     first = tl.program_id(2) * ITEMS
     EACH: tl.constexpr = BLOCK_M // ITEMS
     o_m = tl.arange(0, BLOCK_M)
@@ -300,11 +320,14 @@ def _shift_kernel(
         most = tl.max(tl.where(alike, samples, 0))
         full = tl.min(tl.where(alike, samples, tl.where(m_row, 0, most)))
         full = full // BLOCK_N * BLOCK_N
-        for o in tl.range(0, full, BLOCK_N, num_stages=1):
-            number = o + tl.arange(0, BLOCK_N)
-            position = number * step + stratum_offset(number, step)
-            k = tl.load(p_images + position[:, None] * WIDTH + o_r[None, :])
+        number = tl.arange(0, BLOCK_N)
+        k = _load_sample(p_images, number, step, full, o_r, WIDTH)
+        for _ in tl.range(0, full, BLOCK_N, num_stages=1):
+            # The next keys are on their way meanwhile.
+            number += BLOCK_N
+            ahead = _load_sample(p_images, number, step, full, o_r, WIDTH)
             rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)
+            k = ahead
         for o in tl.range(full, most, BLOCK_N, num_stages=1):
             number = o + tl.arange(0, BLOCK_N)
             position = tl.minimum(number * step + stratum_offset(number, step), longest - 1)
@@ -340,7 +363,7 @@ def choose_rows(
     """
     head_dim, kv_heads, kept = query.shape[2], space.rows.shape[1], space.rows.shape[2]
     _project_rows_kernel[(kv_heads, work.num_items)](
-        query, space.fit.a, work.items, space.sizes, space.chosen, space.rows,
+        query, space.fit.a, work.items, space.numbers, space.sizes, space.chosen, space.rows,
         query.stride(0), query.stride(1), kept,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
         BLOCKS=triton.next_power_of_2(-(-kept * space.row_step // block)),
@@ -364,11 +387,11 @@ def shift_rows(
     """
     images, kv_heads, kept = space.images, space.rows.shape[1], space.rows.shape[2]
     by_fit = images.dim() == 4
-    items = 2 if 2 * kept <= SHIFT_BLOCK and not by_fit else 1
+    items = 1 if by_fit else next((n for n in (4, 2) if n * kept <= SHIFT_BLOCK), 1)
     grid = (-(-kept * items // SHIFT_BLOCK), kv_heads, -(-work.num_items // items))
     _shift_kernel[grid](
-        space.rows, space.chosen, images, work.items, images.stride(0), images.stride(-3), kept,
-        work.num_items, ITEMS=items,
+        space.rows, space.chosen, images, work.items, space.numbers,
+        images.stride(0), images.stride(-3), kept, work.num_items, ITEMS=items,
         RANK=basis.Precision(images.shape[-1]).rank,
         SHIFT_STEP=basis.SHIFT_STEP, SHIFT_SAMPLES=basis.SHIFT_SAMPLES,
         BLOCK_M=SHIFT_BLOCK, BLOCK_N=block_n, FUSED=images.device.type != "cpu",
@@ -380,7 +403,7 @@ def shift_rows(
 def _shape(query: torch.Tensor, space: "LowRankWorkspace | DecodeWorkspace") -> dict[str, Any]:
     """Return the constants that both kernels take."""
     return {
-        "GROUP": query.shape[1] // space.rows.shape[1],
+        "GROUP": query.shape[1] // space.fit.a.shape[-3],
         "WIDTH": space.rows.shape[-1],
         "ROW_STEP": space.row_step,
         "BY_FIT": space.images.dim() == 4,

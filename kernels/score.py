@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from .low_rank import LowRankWorkspace
 
 BLOCK_N = 128  # keys at a time: images have room for whole blocks
-SHARING = 8  # segments that share each load of images: the columns that are left after folding
+# Segments that share each load of images: the columns that are left after folding. More share
+# where their rows fill no product otherwise.
+SHARING = 8
+MORE_SHARING = 16
 LEAST_COLUMNS = 16  # of a product
+STORED = tl.constexpr(8)  # tokens whose scores are stored at a time: scores have room for them
 STAGES = 3
 REGISTERS = 128  # of a thread: two blocks of eight warps share a multiprocessor
 
@@ -49,19 +53,17 @@ def bases_together(share: int, most: int) -> int:
 
 
 @triton.jit
-def _load_rows(
-    p_rows, p_items, first_item, last_item, i_basis, bases, first_row, max_rows, o_r,
-    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr,
+def load_rows(
+    p_rows, p_items, item, i_basis, bases, row, max_rows, o_r,
+    GROUP: tl.constexpr, ROW_STEP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Images [WIDTH, BLOCK_M] of rows of ITEMS segments and a basis, segment by segment.
+    """Images [WIDTH, M] of M rows of a basis: ``row`` of ``item``.
 
-    What is too much repeats the last row, which no maximum sees.
+    What is too much repeats an item's last row, which no maximum sees.
     """
-    column = tl.arange(0, BLOCK_M)
-    item = tl.minimum(first_item + column % ITEMS, last_item).to(tl.int64)
+    item = item.to(tl.int64)
     rows = tl.cdiv(tl.load(p_items + item * ITEM_COLUMNS + NUM_QUERIES) * GROUP, ROW_STEP)
-    row = tl.minimum(first_row + column // ITEMS, rows - 1)
+    row = tl.minimum(row, rows - 1)
     o_row = (item * bases + i_basis) * max_rows + row
     return tl.trans(tl.load(p_rows + o_row[:, None] * WIDTH + o_r[None, :]))
 
@@ -76,10 +78,11 @@ def _largest(p_k, q, o_n, o_r, WIDTH: tl.constexpr, FOLDS: tl.constexpr, PACKED:
 
 @triton.jit(do_not_specialize=["items"])
 def _score_kernel(
-    p_rows, p_images, p_items, p_scores, p_bounds,
+    p_rows, p_images, p_items, p_numbers, p_scores, p_bounds,
     stride_images_fit, stride_images_basis, stride_scores_item, stride_scores_head,
     max_rows, max_chunks, items,
-    SHARE: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, ROW_STEP: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_PAD: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr,
+    ROW_STEP: tl.constexpr,
     ROW_BLOCKS: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
     BY_FIT: tl.constexpr, STAGES: tl.constexpr,
@@ -88,7 +91,8 @@ def _score_kernel(
 
     TOGETHER of a KV head's SHARE bases are scored in one pass over the keys, up to four; a later
     pass takes the maximum with what the ones before have stored. Columns go segment by segment:
-    folded to eight they are the segments themselves.
+    folded to ITEMS they are the segments themselves. With numbers SHARE is places of retrieval
+    heads, the first of which are taken, and scores of all heads are there before.
     """
     i_chunk, i_head = tl.program_id(0), tl.program_id(1)
     first_item = tl.program_id(2) * ITEMS
@@ -99,6 +103,16 @@ def _score_kernel(
     if start >= longest:
         return
     bases = tl.num_programs(1) * SHARE
+    if p_numbers is None:
+        taken: tl.constexpr = SHARE
+    else:
+        o_s = tl.arange(0, SHARE_PAD)
+        number = tl.load(p_numbers + i_head * SHARE + o_s, o_s < SHARE, -1)
+        taken = tl.sum((number >= 0).to(tl.int32))
+        if taken == 0:
+            return
+    ONE_PASS: tl.constexpr = p_numbers is None and ROW_BLOCKS == 1 and SHARE <= TOGETHER
+    passes = ROW_BLOCKS * ((taken + TOGETHER - 1) // TOGETHER)
     o_r, o_n, o_i = tl.arange(0, WIDTH), tl.arange(0, BLOCK_N), tl.arange(0, ITEMS)
     item = tl.minimum(first_item + o_i, last_item).to(tl.int64)
     n = tl.load(p_items + item * ITEM_COLUMNS + DENSE_START)
@@ -108,39 +122,36 @@ def _score_kernel(
     p_scores += i_head * stride_scores_head + item * stride_scores_item
     best = tl.full([BLOCK_N, ITEMS], float("-inf"), tl.float16)
     worst = tl.full([BLOCK_N, ITEMS], float("inf"), tl.float16)
-    PASSES: tl.constexpr = ROW_BLOCKS * ((SHARE + TOGETHER - 1) // TOGETHER)
-    for i_pass in range(PASSES):
-        i_row = (i_pass % ROW_BLOCKS) * (BLOCK_M // ITEMS)
+    column = tl.arange(0, BLOCK_M)
+    item_of = tl.minimum(first_item + column % ITEMS, last_item)
+    for i_pass in range(passes):
+        row = (i_pass % ROW_BLOCKS) * (BLOCK_M // ITEMS) + column // ITEMS
         first = i_pass // ROW_BLOCKS * TOGETHER
         # What is too much of them repeats the last basis.
-        b_0 = i_head * SHARE + tl.minimum(first, SHARE - 1)
-        b_1 = i_head * SHARE + tl.minimum(first + 1, SHARE - 1)
-        b_2 = i_head * SHARE + tl.minimum(first + 2, SHARE - 1)
-        b_3 = i_head * SHARE + tl.minimum(first + 3, SHARE - 1)
-        q_0 = _load_rows(
-            p_rows, p_items, first_item, last_item, b_0, bases, i_row, max_rows, o_r,
-            GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
+        b_0 = i_head * SHARE + tl.minimum(first, taken - 1)
+        b_1 = i_head * SHARE + tl.minimum(first + 1, taken - 1)
+        b_2 = i_head * SHARE + tl.minimum(first + 2, taken - 1)
+        b_3 = i_head * SHARE + tl.minimum(first + 3, taken - 1)
+        q_0 = load_rows(
+            p_rows, p_items, item_of, b_0, bases, row, max_rows, o_r, GROUP, ROW_STEP, WIDTH,
         )  # fmt: skip
         q_1, q_2, q_3 = q_0, q_0, q_0
         if TOGETHER > 1:
-            q_1 = _load_rows(
-                p_rows, p_items, first_item, last_item, b_1, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
+            q_1 = load_rows(
+                p_rows, p_items, item_of, b_1, bases, row, max_rows, o_r, GROUP, ROW_STEP, WIDTH,
             )  # fmt: skip
         if TOGETHER > 2:
-            q_2 = _load_rows(
-                p_rows, p_items, first_item, last_item, b_2, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
+            q_2 = load_rows(
+                p_rows, p_items, item_of, b_2, bases, row, max_rows, o_r, GROUP, ROW_STEP, WIDTH,
             )  # fmt: skip
-            q_3 = _load_rows(
-                p_rows, p_items, first_item, last_item, b_3, bases, i_row, max_rows, o_r,
-                GROUP, ROW_STEP, ITEMS, BLOCK_M, WIDTH,
+            q_3 = load_rows(
+                p_rows, p_items, item_of, b_3, bases, row, max_rows, o_r, GROUP, ROW_STEP, WIDTH,
             )  # fmt: skip
         p_0 = p_images + b_0.to(tl.int64) * stride_images_basis
         p_1 = p_images + b_1.to(tl.int64) * stride_images_basis
         p_2 = p_images + b_2.to(tl.int64) * stride_images_basis
         p_3 = p_images + b_3.to(tl.int64) * stride_images_basis
-        last_pass = i_pass == PASSES - 1
+        last_pass = i_pass == passes - 1
         for o in tl.range(start, tl.minimum(start + CHUNK, longest), BLOCK_N, num_stages=STAGES):
             token = o + o_n
             most = _largest(p_0, q_0, token, o_r, WIDTH, FOLDS, PACKED)
@@ -149,16 +160,19 @@ def _score_kernel(
             if TOGETHER > 2:
                 most = tl.maximum(most, _largest(p_2, q_2, token, o_r, WIDTH, FOLDS, PACKED))
                 most = tl.maximum(most, _largest(p_3, q_3, token, o_r, WIDTH, FOLDS, PACKED))
-            if ITEMS < 8:
+            KEPT: tl.constexpr = most.shape[1]
+            if ITEMS < KEPT:
                 # A reduction makes float32 of it.
-                most = tl.max(tl.reshape(most, [BLOCK_N, 8 // ITEMS, ITEMS]), 1).to(tl.float16)
-            m_score = token[:, None] < n[None, :]
+                most = tl.max(tl.reshape(most, [BLOCK_N, KEPT // ITEMS, ITEMS]), 1).to(tl.float16)
+            # Whole groups of tokens, which a thread stores at a time.
+            m_score = (token // STORED * STORED)[:, None] < n[None, :]
             p_score = p_scores[None, :] + token[:, None]
-            if PASSES > 1:
-                before = tl.load(p_score, m_score & (i_pass > 0), float("-inf"))
+            if not ONE_PASS:
+                there = (i_pass > 0) | (p_numbers is not None)
+                before = tl.load(p_score, m_score & there, float("-inf"))
                 most = tl.maximum(most, before)
             tl.store(p_score, most, m_score)
-            seen = m_score & last_pass
+            seen = (token[:, None] < n[None, :]) & last_pass
             best = tl.maximum(best, tl.where(seen, most, float("-inf")))
             worst = tl.minimum(worst, tl.where(seen, most, float("inf")))
     p_bounds += 2 * ((item * tl.num_programs(1) + i_head) * max_chunks + i_chunk)
@@ -181,7 +195,7 @@ def score_rows(
 
     Args:
         work: segments of any requests.
-        scores: written to.
+        scores: written to, in whole groups of ``STORED`` tokens; rows have room for them.
         bounds: written to.
         space: rows of the segments, and images; of decode those are indexed by an item's fit.
         group: query heads that share a basis.
@@ -194,17 +208,23 @@ def score_rows(
     # What a block holds at a time: images of fewer bytes leave room for more.
     columns, together = (256, 4) if images.element_size() == 1 else (128, 2)
     together = max(1, together * basis.WIDTH // width)
-    items = SHARING if shared else 1
+    if space.numbers is not None:
+        together = 1  # a KV head has one retrieval head more often than two
+    items = 1
+    if shared:
+        items = MORE_SHARING if MORE_SHARING * rows <= columns else SHARING
     block_m = min(columns, max(triton.next_power_of_2(rows) * items, LEAST_COLUMNS))
+    folds = block_m.bit_length() - max(SHARING, items).bit_length() - 1
     _score_kernel[(-(-work.max_history // chunk), kv_heads, -(-work.num_items // items))](
-        space.rows, images, work.items, scores, bounds,
+        space.rows, images, work.items, space.numbers, scores, bounds,
         images.stride(0), images.stride(-3), scores.stride(0), scores.stride(1),
         rows, bounds.shape[1], work.num_items,
-        SHARE=share, TOGETHER=bases_together(share, together), GROUP=group,
-        ROW_STEP=space.row_step, ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items,
+        SHARE=share, SHARE_PAD=triton.next_power_of_2(share),
+        TOGETHER=bases_together(share, together), GROUP=group, ROW_STEP=space.row_step,
+        ROW_BLOCKS=-(-rows * items // block_m), ITEMS=items,
         BLOCK_M=block_m,
         BLOCK_N=min(BLOCK_N, chunk), WIDTH=width, CHUNK=chunk,
-        FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
+        FOLDS=folds, PACKED=images.device.type != "cpu",
         BY_FIT=images.dim() == 4, STAGES=STAGES,
         num_warps=8 if block_m > 128 else 4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ QUOTED = 100  # characters of a refused value that its sentence repeats
 
 # What ranks the history, and how many queries share a list by default: single queries against
 # low-rank keys (the wide one by more directions and every query), or the paper's mean query.
-RANKINGS = {"low_rank": 64, "low_rank_wide": 64, "mean_query": 512}
+RANKINGS = {"low_rank": 64, "mean_query": 512}
 
 
 class ConfigError(ValueError):
@@ -162,9 +162,8 @@ HELP = {
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
     "dense_where_faster": "On a GPU, leave chunks with few new tokens behind a long history dense "
     "where that is faster (true or false). Default: true.",
-    "ranking": "How the history is ranked: low_rank (single queries against low-rank keys), "
-    "low_rank_wide (all queries, twice the directions: nearly exact lists, slower) or mean_query "
-    "(the paper's). Default: low_rank.",
+    "ranking": "How the history is ranked: low_rank (single queries against low-rank keys) or "
+    "mean_query (the paper's). Default: low_rank.",
     "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
     "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "

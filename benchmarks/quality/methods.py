@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .ranking import MeanQuery, Method
-from .served import Served, ServedWide
+from .served import Served
 
 RESEARCH = "s2o_vllm.benchmarks.research"
 
@@ -24,9 +24,9 @@ def _research() -> tuple[tuple[type[Method], ...], tuple[type[Method], ...]]:
 
 
 _OTHERS, _COMPARED = _research()
-_ALL: tuple[type[Method], ...] = (Served, ServedWide, MeanQuery, *_OTHERS)
+_ALL: tuple[type[Method], ...] = (Served, MeanQuery, *_OTHERS)
 METHODS = {method.name: method for method in _ALL}
-DEFAULTS = (Served.name, ServedWide.name, *(method.name for method in _COMPARED))
+DEFAULTS = (Served.name, *(method.name for method in _COMPARED))
 
 
 def parse(spec: str) -> Method:

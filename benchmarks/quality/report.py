@@ -33,7 +33,6 @@ NAMES = (
 # What attention.json's rankings compute, as a method of quality.json.
 RANKINGS = {
     "low_rank": "served",
-    "low_rank_wide": "served_wide",
     "mean_query": "mean_query:unit=512xkv,rule=heads,correction=regions",
 }
 NOT_DRAWN = "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)."

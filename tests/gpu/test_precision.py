@@ -14,7 +14,7 @@ from s2o_vllm.kernels import (
     reference_select,
     select,
 )
-from s2o_vllm.kernels.operator import PRECISIONS, RANKINGS, Shape, SparsePrefill
+from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     ELIGIBLE,
@@ -88,12 +88,10 @@ def test_lists_agree_with_the_reference(ranking, fp8):
         else:
             space = low_rank.LowRankWorkspace(
                 heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
-                batch.query.dtype, device, precision=PRECISIONS[ranking],
+                batch.query.dtype, device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.low_rank_scores(
-                *arguments, scale=batch.scale, precision=PRECISIONS[ranking], chosen=space.chosen
-            )
+            wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
         page = batch.kv_cache.shape[2]
         select.select(batch.block_table, work, page, selection)
         lists = reference_select.select(wanted, batch.block_table, work, page)

@@ -12,7 +12,6 @@ import torch
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import basis, low_rank, reference, rows
 from s2o_vllm.kernels.fit import find_bases, take_moments
-from s2o_vllm.kernels.operator import PRECISIONS
 from s2o_vllm.kernels.plan import (
     DENSE_START,
     NUM_QUERIES,
@@ -22,7 +21,7 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
 )
 from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.score import bases_together, image_room, score_rows
+from s2o_vllm.kernels.score import STORED, bases_together, image_room, score_rows
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache, precision: scored rows of a whole segment
@@ -31,8 +30,8 @@ SHAPES = [
     (5, 1, 64, 64, False, basis.SERVED),  # 160
     (6, 1, 96, 64, False, basis.SERVED),  # 192
     (8, 2, 128, 64, False, basis.SERVED),  # 128
-    (4, 2, 64, 32, False, PRECISIONS["low_rank_wide"]),  # 64
-    (6, 1, 128, 64, False, PRECISIONS["low_rank_wide"]),  # 384
+    (4, 2, 64, 32, False, basis.WIDE),  # 64
+    (6, 1, 128, 64, False, basis.WIDE),  # 384
     pytest.param((5, 1, 96, 64, True, basis.SERVED), marks=FP8_CARD),  # 160
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, relative: e4m3 on the card, fp16 on the CPU
@@ -54,7 +53,7 @@ def ranked(request, device, fresh_seed):
     for part in (space.images, space.rows):
         part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
     space.chosen.fill_(2**30)
-    scores = torch.full((work.num_items, kv_heads, 850), float("nan"), device=device).half()
+    scores = torch.full((work.num_items, kv_heads, 856), float("nan"), device=device).half()
     bounds = torch.empty(work.num_items * kv_heads, 1, 2, device=device)
     low_rank.low_rank_scores(
         batch.query, batch.kv_cache, batch.block_table, work, scores, bounds, space,
@@ -152,7 +151,14 @@ def test_a_shift_does_not_depend_on_the_segment_it_shares_a_tile_with(device, mo
     drawn[..., basis.RANK :] = 0
     chosen = (2 * torch.arange(kept, device=device)).int().expand(items, bases, -1).contiguous()
     spaces = [
-        SimpleNamespace(images=images.to(kind), rows=drawn.to(kind), chosen=chosen, row_step=2)
+        SimpleNamespace(
+            images=images.to(kind),
+            rows=drawn.to(kind),
+            chosen=chosen,
+            row_step=2,
+            numbers=None,
+            fit=SimpleNamespace(a=torch.empty(bases, 64, 32)),
+        )
         for _ in range(2)
     ]
     query = torch.empty(150, bases, 64, device=device)
@@ -177,7 +183,7 @@ def test_scores_are_the_largest_products(ranked):
         torch.testing.assert_close(
             scores[number, :, :history].float(), wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0
         )
-        assert torch.isnan(scores[number, :, history:]).all()
+        assert torch.isnan(scores[number, :, history + STORED.value - 1 :]).all()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +199,7 @@ def test_neighbours_that_share_loads_score_as_single_ones(device, segment, share
         images=torch.randn(bases, image_room(3400), basis.WIDTH, device=device).to(kind),
         rows=torch.randn(items, bases, rows, basis.WIDTH, device=device).to(kind),
         row_step=ROW_STEP,
+        numbers=None,
     )
     results = []
     for shared in (False, True):
@@ -207,7 +214,7 @@ def test_neighbours_that_share_loads_score_as_single_ones(device, segment, share
         wanted = by_basis.amax(1).unflatten(0, (2, -1)).amax(1)
         got = scores[number, :, :history].float()
         torch.testing.assert_close(got, wanted, atol=0.1 if ON_GPU else 3e-2, rtol=0)
-        assert torch.isnan(shared_scores[number, :, history:]).all()
+        assert torch.isnan(shared_scores[number, :, history + STORED.value - 1 :]).all()
         for head in range(2):
             for start in range(0, history, 1024):
                 part = scores[number, head, start : min(start + 1024, history)].float()

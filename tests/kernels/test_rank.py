@@ -6,9 +6,9 @@ import torch
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels import basis, low_rank, rank, reference
 from s2o_vllm.kernels.fit import FitWorkspace, find_bases, take_moments
-from s2o_vllm.kernels.operator import PRECISIONS
 from s2o_vllm.kernels.plan import DENSE_START
 from s2o_vllm.kernels.sampling import stratified
+from s2o_vllm.kernels.score import STORED
 
 SHAPES = [
     # heads, kv_heads, head_dim, page, head_major
@@ -54,17 +54,22 @@ def every_query(batch, works, chunk=64, precision=basis.SERVED):
 
 
 def wide(batch, works, chunk=64):
-    return every_query(batch, works, chunk, PRECISIONS["low_rank_wide"])
+    return every_query(batch, works, chunk, basis.WIDE)
 
 
 def arguments(batch, work):
     return batch.query, batch.kv_cache, batch.block_table, work
 
 
+def stored(tokens):
+    """Scores are stored in whole groups."""
+    return -(-tokens // STORED.value) * STORED.value
+
+
 def empty_results(batch, work, chunk):
     """Scores and bounds full of NaN."""
     kv_heads = batch.kv_cache.shape[1]
-    sizes = ((work.num_items, kv_heads, work.max_history),
+    sizes = ((work.num_items, kv_heads, stored(work.max_history)),
              (work.num_items * kv_heads, -(-work.max_history // chunk), 2))  # fmt: skip
     dtypes = (torch.float16, torch.float32)
     return [
@@ -82,7 +87,7 @@ def assert_scores_match(results, tolerance, chunk=64):
             torch.testing.assert_close(
                 scores[number, :, :n], wanted[number, :, :n], atol=tolerance, rtol=0
             )
-            assert torch.isnan(scores[number, :, n:]).all(), "wrote beyond the history"
+            assert torch.isnan(scores[number, :, stored(n) :]).all(), "wrote beyond the history"
             for head in range(scores.shape[1]):
                 own = bounds[number * scores.shape[1] + head]
                 for place, part in enumerate(scores[number, head, :n].float().split(chunk)):
@@ -160,8 +165,9 @@ def test_scored_rows_are_the_farthest_from_their_mean():
     rows[..., 0] = 7.0  # which all have in common
     rows[0, :, 1] = torch.tensor([3.0, -1.0, 4.0, 1.0, 0.1, -5.0, 9.0, -9.0, -2.0])
     rows[1, :, 2] = -rows[0, :, 1]
-    assert basis.scored_rows(rows).tolist() == 2 * [[0, 2, 5, 6, 7]]
-    assert basis.scored_rows(torch.zeros(1, 6, 3)).tolist() == [[0, 1, 2]], (
+    assert basis.scored_rows(rows, 2).tolist() == 2 * [[0, 2, 5, 6, 7]]
+    assert basis.scored_rows(rows, 4).tolist() == 2 * [[5, 6, 7]]
+    assert basis.scored_rows(torch.zeros(1, 6, 3), 2).tolist() == [[0, 1, 2]], (
         "the first of equal ones"
     )
 

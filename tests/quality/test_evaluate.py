@@ -90,7 +90,7 @@ def test_early_stop_rows_name_their_threshold(arguments):
     [
         (
             ["--methods", "magic"],
-            "There is no method 'magic'; there are served, served_wide, mean_query, s2o,",
+            "There is no method 'magic'; there are served, mean_query, s2o,",
         ),
         (["--methods", "s2o:rnk=3"], "s2o has no setting 'rnk=3'"),
         (["--methods", "s2o:rank=many"], "s2o's rank must be a number, not 'many'."),

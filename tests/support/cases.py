@@ -51,10 +51,11 @@ class Batch:
         return self.softmax_scale * self.k_scale
 
     def work(
-        self, *, min_context: int = 0, segment: int = SEGMENT, shared: int = LIMITS.shared
-    ) -> list[WorkList]:
-        """One list per request; so many lists share a segment's budget."""
-        limits = LIMITS._replace(shared=shared)
+        self, *, min_context: int = 0, segment: int = SEGMENT, shared: int = LIMITS.shared,
+        items: int = LIMITS.items,
+    ) -> list[WorkList]:  # fmt: skip
+        """One list per request of up to ``items`` segments; so many lists share a budget."""
+        limits = LIMITS._replace(shared=shared, items=items)
         return build_work_lists(self.rows, segment, min_context, self.query.device, limits)
 
 

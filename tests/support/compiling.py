@@ -74,7 +74,7 @@ def specialisation(kernel, args, kwargs) -> tuple[dict, dict, dict]:
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(number,)] = value
         elif isinstance(value, torch.Tensor):
@@ -171,22 +171,20 @@ def compile_attend(
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
     from s2o_vllm.kernels import low_rank, plan, rank, regions, select
-    from s2o_vllm.kernels.operator import PRECISIONS
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
     sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
-    images, wide = (
-        low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability), precision)
-        for precision in PRECISIONS.values()
+    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
+    images.retrieval = low_rank.RetrievalWorkspace(
+        images, HEADS, KV_HEADS, work.num_items, MAX_HISTORY, 512
     )
     selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
-        low_rank.low_rank_scores(q, kv, table, work, *results, wide, scale=0.1)
         for tiers in (plan.TIERS, plan.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
         means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
