@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import basis
-from .attend import Parts, attend
-from .decode_plan import DECODE_PARTS, DecodeList, DecodeShape, Kept
+from .attention.attend import Parts, attend
+from .decode_state import DECODE_PARTS, DecodeList, DecodeShape, Kept
 from .layout import (
     APPEND_COLUMNS,
     APPEND_COUNT,
@@ -25,12 +24,13 @@ from .layout import (
     NUM_QUERIES,
     QUERY_START,
 )
-from .low_rank import LowRankWorkspace
-from .plan import CHUNK, REGION_TOKENS, TIERS_SPLIT, Regions
-from .rows import choose_rows, shift_rows
-from .score import image_room, score_rows
-from .select import SelectWorkspace, select
+from .ranking import basis
+from .ranking.low_rank import LowRankWorkspace
+from .ranking.rows import choose_rows, shift_rows
+from .ranking.score import image_room, score_rows
+from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile, input_precision
+from .work_list import CHUNK, REGION_TOKENS, TIERS_SPLIT, Regions
 
 APPEND_BLOCK = 16  # keys that a program projects at a time: mostly there is one
 APPEND_PROGRAMS = 8  # that share what a slot lacks: once, after a prompt, some thousand
@@ -188,7 +188,7 @@ class DecodeWorkspace:
         Args:
             kept: which fit, and where it is kept.
             ranked: what :func:`low_rank.project_keys` left of them.
-            regions: what :func:`regions.average` left of it.
+            regions: what :func:`summaries.average` left of it.
         """
         slot, fit, tokens, _ = kept
         self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])

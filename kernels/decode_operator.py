@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from . import reference_decode
-from .decode_plan import RECENT, DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept, keep
-from .operator import small_work_list
-from .plan import NUM_COUNTERS, WorkList
+from .decode_state import RECENT, DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept, keep
+from .prefill import small_work_list
+from .work_list import NUM_COUNTERS, WorkList
 
 
 class SparseDecode:
@@ -75,7 +75,8 @@ class SparseDecode:
         if self.fitting is None:
             self.slots.keep(kept, query, kv_cache, block_table, work, scale)
             return
-        from . import fit, low_rank, regions
+        from .attention import summaries as regions
+        from .ranking import fit, low_rank
 
         ranked, means = self.fitting
         span = work.spans[kept.fit]
@@ -131,7 +132,8 @@ def scratch(shape: DecodeShape, device: torch.device) -> Any:
 @functools.cache
 def fitting(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Any:
     """Return scratch of a fit and the means of regions; layers of one shape share it."""
-    from . import low_rank, regions
+    from .attention import summaries as regions
+    from .ranking import low_rank
 
     sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
     ranked = low_rank.LowRankWorkspace(*sizes, 1, 1, dtype, device)

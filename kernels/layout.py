@@ -1,8 +1,9 @@
-"""Columns of the tables that kernels read and write, by name; :mod:`plan` says what they hold."""
+"""Columns of the tables that kernels read and write; :mod:`work_list` says what they hold."""
 
 import triton.language as tl
 
-from . import decode_plan, plan
+from . import decode_state as decode_plan
+from . import work_list as plan
 
 # A line of the work table.
 ROW = tl.constexpr(plan.ROW)

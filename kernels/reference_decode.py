@@ -1,11 +1,11 @@
-"""What the kernels of sparse decode compute, in plain PyTorch; see :mod:`reference`."""
+"""What the kernels of sparse decode compute, in plain PyTorch; see :mod:`ranking.reference`."""
 
 from dataclasses import replace
 
 import torch
 
-from . import basis, reference, reference_regions, reference_select
-from .decode_plan import (
+from .attention import reference as reference_regions
+from .decode_state import (
     APPEND_COUNT,
     APPEND_FIRST,
     APPEND_ROW,
@@ -14,8 +14,10 @@ from .decode_plan import (
     DecodeShape,
     Kept,
 )
-from .plan import DENSE_START, FIT, REGION_TOKENS, TIERS_SPLIT, Regions, WorkList
-from .reference_select import physical_slots
+from .ranking import basis, reference
+from .selection import reference as reference_select
+from .selection.reference import physical_slots
+from .work_list import DENSE_START, FIT, REGION_TOKENS, TIERS_SPLIT, Regions, WorkList
 
 
 class DecodeSlots:

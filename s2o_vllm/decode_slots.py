@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from .config import S2OConfig
-from .kernels.decode_plan import KEPT_QUERIES, DecodeRow, Kept, keep
-from .kernels.plan import FIT_QUERIES, FITS, WorkList
+from .kernels.decode_state import KEPT_QUERIES, DecodeRow, Kept, keep
+from .kernels.work_list import FIT_QUERIES, FITS, WorkList
 from .requests import RequestBudget
 
 NO_STATE = "no_decode_state"

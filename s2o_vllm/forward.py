@@ -7,9 +7,9 @@ import torch
 from . import compat, metrics
 from .config import S2OConfig
 from .kernels.decode_operator import SparseDecode
-from .kernels.decode_plan import DecodeShape
-from .kernels.operator import Shape, SparsePrefill
-from .kernels.plan import NUM_COUNTERS, Limits
+from .kernels.decode_state import DecodeShape
+from .kernels.prefill import Shape, SparsePrefill
+from .kernels.work_list import NUM_COUNTERS, Limits
 from .step_plan import StepPlan
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype

@@ -10,8 +10,8 @@ import torch
 from . import __version__, compat, cost, metrics, support
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
-from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
-from .kernels.plan import Limits, build_work_lists
+from .kernels.decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable
+from .kernels.work_list import Limits, build_work_lists
 from .requests import budget_of
 from .step_plan import DENSE_TAIL, DensePart, StepPlan, dense_work, split_rows
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels.decode_plan import DecodeList, Kept
-from .kernels.plan import PrefillRow, WorkList
+from .kernels.decode_state import DecodeList, Kept
+from .kernels.work_list import PrefillRow, WorkList
 from .requests import RequestBudget
 
 # Tokens at the end of a prompt that attend to all of it: they hold the question, and the very last

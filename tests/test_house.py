@@ -30,7 +30,7 @@ def test_each_side_keeps_to_its_library(folder, foreign):
 
 
 def test_kernels_name_the_columns_of_tables():
-    files = sorted((ROOT / "kernels").glob("*.py"))
+    files = sorted((ROOT / "kernels").rglob("*.py"))
     assert any("p_item + HISTORY" in path.read_text() for path in files), "the pattern still fits"
     assert [path.name for path in files if BY_NUMBER.search(path.read_text())] == []
 

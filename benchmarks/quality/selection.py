@@ -11,7 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention.reference import covariance, region_positions, slope_positions
+from s2o_vllm.kernels.selection.reference import list_lengths
+from s2o_vllm.kernels.work_list import (
     FIT_QUERIES,
     HEADS_SHARED,
     REGION_TOKENS,
@@ -20,8 +22,6 @@ from s2o_vllm.kernels.plan import (
     region_samples,
     slope_span,
 )
-from s2o_vllm.kernels.reference_regions import covariance, region_positions, slope_positions
-from s2o_vllm.kernels.reference_select import list_lengths
 
 from .attention import Segment
 from .units import Rows

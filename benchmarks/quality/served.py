@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from s2o_vllm.kernels import basis
-from s2o_vllm.kernels.operator import PRECISIONS
-from s2o_vllm.kernels.plan import FIT_QUERIES, FITS
+from s2o_vllm.kernels.prefill import PRECISIONS
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.work_list import FIT_QUERIES, FITS
 
 from .attention import Segment
 from .ranking import Method

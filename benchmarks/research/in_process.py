@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import basis, regions, select
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.work_list import (
     CHUNK,
     DENSE_START,
     ELIGIBLE,

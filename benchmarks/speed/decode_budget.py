@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 
-from s2o_vllm.kernels import basis, decode
-from s2o_vllm.kernels.decode_plan import DecodeRow, DecodeShape, DecodeTable
-from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels import decode
+from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape, DecodeTable
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.work_list import CHUNK, NUM_COUNTERS
 
 from ..result_file import header, save
 from .dense import PAGE, SHAPES, ceilings, milliseconds

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import attend
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.tiles import AttendTile
+from s2o_vllm.kernels.work_list import (
     DROPPED,
     DROPPED_UNIT,
     ELIGIBLE,
@@ -25,7 +26,6 @@ from s2o_vllm.kernels.plan import (
     WorkList,
     build_work_lists,
 )
-from s2o_vllm.kernels.tiles import AttendTile
 
 from .dense import (
     REPEAT_MS,

@@ -5,17 +5,15 @@ import torch
 
 from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
 from s2o_vllm.config import RANKINGS as SEGMENTS
-from s2o_vllm.kernels import (
-    attend,
-    low_rank,
-    rank,
-    reference,
-    reference_regions,
-    reference_select,
-    select,
-)
-from s2o_vllm.kernels.operator import PRECISIONS, RANKINGS, Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.prefill import PRECISIONS, RANKINGS, Shape, SparsePrefill
+from s2o_vllm.kernels.ranking import low_rank, reference
+from s2o_vllm.kernels.ranking import mean_query as rank
+from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
+from s2o_vllm.kernels.work_list import (
     DENSE_START,
     ELIGIBLE,
     HEADS_SHARED,
@@ -26,7 +24,6 @@ from s2o_vllm.kernels.plan import (
     build_work_lists,
     list_places,
 )
-from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
 
 CHUNKS = ((3000, 700), (0, 300), (1777, 1), (500, 64))
 

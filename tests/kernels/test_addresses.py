@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from cases import CACHES, far_away, full_lists, make_batch, nan_like
-from s2o_vllm.kernels import attend, low_rank, rank, reference_regions, regions
-from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.ranking import low_rank
+from s2o_vllm.kernels.ranking import mean_query as rank
 from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.work_list import CHUNK, NUM_COUNTERS
 
 REGION = 32
 

@@ -17,25 +17,20 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import (
-    basis,
-    decode,
-    decode_operator,
-    reference,
-    reference_decode,
-    reference_regions,
-    reference_select,
-    regions,
-)
+from s2o_vllm.kernels import decode, decode_operator, reference_decode
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import summaries as regions
 from s2o_vllm.kernels.decode_operator import SparseDecode
-from s2o_vllm.kernels.decode_plan import (
+from s2o_vllm.kernels.decode_state import (
     DecodeRow,
     DecodeShape,
     DecodeTable,
     decode_item,
     keep,
 )
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.ranking import basis, reference
+from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.work_list import (
     DENSE_START,
     ELIGIBLE,
     NUM_COUNTERS,

@@ -17,8 +17,14 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import attend, plan, reference, reference_regions, reference_select, select
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels import work_list as plan
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.ranking import reference
+from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.work_list import (
     DENSE_START,
     DROPPED,
     FIT,
@@ -36,7 +42,6 @@ from s2o_vllm.kernels.plan import (
     list_places,
     longest_list,
 )
-from s2o_vllm.kernels.tiles import attend_tile
 
 CPU = torch.device("cpu")
 # A kernel in the interpreter takes a second: few examples, and no search for a smaller one.
@@ -386,7 +391,7 @@ def test_huge_numbers_give_finite_attention(device, data, what, size):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_request_that_is_no_number_harms_itself_alone(device, ranking, where, value):
     """Overflow in a model, or weights that are broken: stock vLLM answers nonsense and lives."""
-    from s2o_vllm.kernels.operator import Shape, SparsePrefill
+    from s2o_vllm.kernels.prefill import Shape, SparsePrefill
 
     dtype = torch.bfloat16
     torch.manual_seed(0)

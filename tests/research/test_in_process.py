@@ -8,8 +8,8 @@ from cases import make_batch
 from models import VOCABULARY, write_model, write_weights
 from s2o_vllm.benchmarks.quality import far_tokens
 from s2o_vllm.benchmarks.research import in_process
-from s2o_vllm.kernels import reference
-from s2o_vllm.kernels.plan import DENSE_START, NUM_QUERIES
+from s2o_vllm.kernels.ranking import reference
+from s2o_vllm.kernels.work_list import DENSE_START, NUM_QUERIES
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.selection.reference import sample_positions
+from s2o_vllm.kernels.work_list import (
     ESTIMATE_EVERY,
     ESTIMATE_TOKENS,
     NOT_LISTED,
@@ -15,7 +16,6 @@ from s2o_vllm.kernels.plan import (
     WorkList,
     build_work_lists,
 )
-from s2o_vllm.kernels.reference_select import sample_positions
 
 SEGMENT = 32
 LIMITS = Limits(1000, 10**7)

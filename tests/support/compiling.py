@@ -152,7 +152,10 @@ def compile_attend(
     tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
     """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
-    from s2o_vllm.kernels import attend, plan, regions, select
+    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels.attention import attend
+    from s2o_vllm.kernels.attention import summaries as regions
+    from s2o_vllm.kernels.selection import select
 
     dense = stop_threshold is None
     q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
@@ -170,8 +173,12 @@ def compile_attend(
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import low_rank, plan, rank, regions, select
-    from s2o_vllm.kernels.operator import PRECISIONS
+    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels.attention import summaries as regions
+    from s2o_vllm.kernels.prefill import PRECISIONS
+    from s2o_vllm.kernels.ranking import low_rank
+    from s2o_vllm.kernels.ranking import mean_query as rank
+    from s2o_vllm.kernels.selection import select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
@@ -201,7 +208,7 @@ def ranked_in(capability: int) -> torch.dtype:
 
 def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
-    from s2o_vllm.kernels import plan
+    from s2o_vllm.kernels import work_list as plan
 
     rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
     limits = plan.Limits(16, PLACES)
@@ -240,7 +247,10 @@ def variants_beyond_warm_up(
     or of many, in any row of a block table whose width nothing divides.
     """
     from s2o_vllm.config import RANKINGS
-    from s2o_vllm.kernels import decode, decode_operator, decode_plan, operator, plan, tiles
+    from s2o_vllm.kernels import decode, decode_operator, tiles
+    from s2o_vllm.kernels import decode_state as decode_plan
+    from s2o_vllm.kernels import prefill as operator
+    from s2o_vllm.kernels import work_list as plan
 
     meta = torch.device("meta")
     shape = operator.Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
@@ -298,7 +308,9 @@ def variants_beyond_warm_up(
 
 def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of a decode step."""
-    from s2o_vllm.kernels import decode, decode_plan, plan
+    from s2o_vllm.kernels import decode
+    from s2o_vllm.kernels import decode_state as decode_plan
+    from s2o_vllm.kernels import work_list as plan
     from s2o_vllm.kernels.tiles import DECODE_TILES
 
     q, kv, table, _ = launch_arguments(head_dim, kv_dtype)

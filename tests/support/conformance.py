@@ -9,8 +9,8 @@ import torch
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
 from s2o_vllm import compat
-from s2o_vllm.kernels import decode_plan
-from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
+from s2o_vllm.kernels import decode_state as decode_plan
+from s2o_vllm.kernels.work_list import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.requests import RequestInfo
 from s2o_vllm.step_plan import DENSE_TAIL
 

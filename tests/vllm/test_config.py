@@ -101,7 +101,7 @@ def test_environment_booleans():
 
 
 def test_each_ranking_has_its_segment_size_and_a_kernel():
-    from s2o_vllm.kernels import operator
+    from s2o_vllm.kernels import prefill as operator
 
     assert tuple(config.RANKINGS) == operator.RANKINGS
     assert S2OConfig().ranking == "low_rank"

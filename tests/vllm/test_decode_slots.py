@@ -8,8 +8,8 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.decode_slots import NO_STATE, DecodeSlots
-from s2o_vllm.kernels.decode_plan import KEPT_QUERIES, DecodeRow, DecodeShape
-from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists
+from s2o_vllm.kernels.decode_state import KEPT_QUERIES, DecodeRow, DecodeShape
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
 from s2o_vllm.step_plan import DENSE_TAIL

@@ -7,7 +7,7 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
-from s2o_vllm.kernels.plan import Limits
+from s2o_vllm.kernels.work_list import Limits
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
 from s2o_vllm.step_plan import dense_work, split_rows

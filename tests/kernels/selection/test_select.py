@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from cases import make_batch
-from s2o_vllm.kernels import reference_select, select
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.work_list import (
     CHUNK,
     COUNTED,
     DENSE_START,

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .strata import stratum_offset
-from .visit import as_numbers, load_rows, scores, slot_offset, soft_cap
+from ..strata import stratum_offset
+from .tile_ops import as_numbers, load_rows, scores, slot_offset, soft_cap
 
 LN2 = tl.constexpr(0.6931471805599453)
 

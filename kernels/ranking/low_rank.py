@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..side_stream import IN_TURN, Beside
+from ..tiles import input_precision
+from ..work_list import CHUNK, WorkList
 from . import basis
-from .beside import IN_TURN, Beside
 from .fit import FitWorkspace, find_bases, take_moments
-from .plan import CHUNK, WorkList
 from .rows import choose_rows, shift_rows
 from .score import image_room, score_rows
-from .tiles import input_precision
 
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512

@@ -1,6 +1,6 @@
 """Each step of the low-rank ranking against the one before it, as the kernels left it.
 
-`test_rank.py` compares the end with the reference; here a step that goes wrong is named.
+`test_mean_query.py` compares the end with the reference; here a step that goes wrong is named.
 """
 
 from dataclasses import replace
@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
-from s2o_vllm.kernels import basis, low_rank, reference, rows
-from s2o_vllm.kernels.fit import find_bases, take_moments
-from s2o_vllm.kernels.operator import PRECISIONS
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.prefill import PRECISIONS
+from s2o_vllm.kernels.ranking import basis, low_rank, reference, rows
+from s2o_vllm.kernels.ranking.fit import find_bases, take_moments
+from s2o_vllm.kernels.ranking.score import bases_together, image_room, score_rows
+from s2o_vllm.kernels.sampling import stratified
+from s2o_vllm.kernels.work_list import (
     DENSE_START,
     NUM_QUERIES,
     ROW_STEP,
@@ -21,8 +23,6 @@ from s2o_vllm.kernels.plan import (
     PrefillRow,
     build_work_lists,
 )
-from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.score import bases_together, image_room, score_rows
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache, precision: scored rows of a whole segment

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tiles import input_precision
+from ..work_list import Span
 from . import basis
-from .plan import Span
-from .tiles import input_precision
 
 STRIP_ENTRIES = 8192  # of a moment that a program computes: all programs run at once
 RIDGE = 1e-6  # of the queries' mean moment

@@ -18,8 +18,13 @@ from cases import (
     to_fp8,
     tokens_of,
 )
-from s2o_vllm.kernels import attend, reference, reference_regions, reference_select
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention.tile_ops import as_numbers
+from s2o_vllm.kernels.ranking import reference
+from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.work_list import (
     DROPPED,
     DROPPED_UNIT,
     ELIGIBLE,
@@ -31,8 +36,6 @@ from s2o_vllm.kernels.plan import (
     TILES,
     VISITED,
 )
-from s2o_vllm.kernels.tiles import attend_tile
-from s2o_vllm.kernels.visit import as_numbers
 
 GQA_AND_SIZES = [
     # heads, kv_heads, head_dim, page, head_major

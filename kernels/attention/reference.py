@@ -1,8 +1,10 @@
-"""What the kernels of :mod:`regions` compute, in plain PyTorch; see :mod:`reference`."""
+"""What the kernels of :mod:`summaries` compute, in plain PyTorch; see :mod:`ranking.reference`."""
 
 import torch
 
-from .plan import (
+from ..ranking.reference import load_tokens
+from ..selection.reference import physical_slots
+from ..work_list import (
     REGION_TOKENS,
     SLOPE_GROUP,
     SLOPE_SAMPLES,
@@ -12,8 +14,6 @@ from .plan import (
     region_samples,
     slope_span,
 )
-from .reference import load_tokens
-from .reference_select import physical_slots
 
 
 def average(
@@ -23,7 +23,7 @@ def average(
     dtype: torch.dtype,
     region: int = REGION_TOKENS,
 ) -> Regions:
-    """Average the regions of a request's history into ``dtype``; see :func:`regions.average`."""
+    """Average the regions of a request's history into ``dtype``; see :func:`summaries.average`."""
     page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
     samples = region_samples(work.whole_chunk, region)
     positions = region_positions(work.max_fit_tokens, samples, kv_cache.device, region)

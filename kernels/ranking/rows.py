@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import basis
-from .layout import (
+from ..layout import (
     DENSE_START,
     FIT,
     HISTORY,
@@ -19,12 +18,13 @@ from .layout import (
     NUM_QUERIES,
     QUERY_START,
 )
-from .plan import WorkList
-from .strata import stratum_offset
-from .tiles import input_precision
+from ..strata import stratum_offset
+from ..tiles import input_precision
+from ..work_list import WorkList
+from . import basis
 
 if TYPE_CHECKING:
-    from .decode import DecodeWorkspace
+    from ..decode import DecodeWorkspace
     from .low_rank import LowRankWorkspace
 
 CHOSEN_BLOCK = 64  # rows that are projected at a time: a load that all wait for each

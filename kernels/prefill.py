@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import basis, reference, reference_regions, reference_select
-from .beside import Beside
-from .plan import (
+from .attention import reference as reference_regions
+from .ranking import basis, reference
+from .selection import reference as reference_select
+from .side_stream import Beside
+from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
+from .work_list import (
     FITS,
     LIST_STEP,
     NUM_COUNTERS,
@@ -25,7 +28,6 @@ from .plan import (
     fit_span,
     list_places,
 )
-from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
@@ -72,7 +74,7 @@ class SparsePrefill:
     """Sparse attention of prefill segments over a paged cache.
 
     On a CUDA device the Triton kernels run, over workspaces that are allocated here; on the
-    CPU :mod:`reference` runs, which needs none.
+    CPU :mod:`ranking.reference` runs, which needs none.
 
     Args:
         shape: sizes; heads must be a multiple of kv_heads.
@@ -205,7 +207,7 @@ class SparsePrefill:
             )  # fmt: skip
             return
         self.rank(*arguments, k_scale=k_scale)
-        from . import attend
+        from .attention import attend
 
         attend.attend(
             *arguments, self.space.selection.lists(work), self.space.regions, out, counters,
@@ -222,7 +224,10 @@ class SparsePrefill:
         k_scale: float = 1.0,
     ) -> None:
         """Score, select and average on a CUDA device; the results are left in the workspace."""
-        from . import low_rank, rank, regions, select
+        from .attention import summaries as regions
+        from .ranking import low_rank
+        from .ranking import mean_query as rank
+        from .selection import select
 
         space, scale = self.space, self.scale * k_scale
 
@@ -266,7 +271,10 @@ def small_work_list(device: torch.device, segment: int, dense: bool) -> WorkList
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
-    from . import low_rank, rank, regions, select
+    from .attention import summaries as regions
+    from .ranking import low_rank
+    from .ranking import mean_query as rank
+    from .selection import select
 
     key = (shape, dtype, device)
     if key not in _workspaces:

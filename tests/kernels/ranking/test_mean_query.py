@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
-from s2o_vllm.kernels import basis, low_rank, rank, reference
-from s2o_vllm.kernels.fit import FitWorkspace, find_bases, take_moments
-from s2o_vllm.kernels.operator import PRECISIONS
-from s2o_vllm.kernels.plan import DENSE_START
+from s2o_vllm.kernels.prefill import PRECISIONS
+from s2o_vllm.kernels.ranking import basis, low_rank, reference
+from s2o_vllm.kernels.ranking import mean_query as rank
+from s2o_vllm.kernels.ranking.fit import FitWorkspace, find_bases, take_moments
 from s2o_vllm.kernels.sampling import stratified
+from s2o_vllm.kernels.work_list import DENSE_START
 
 SHAPES = [
     # heads, kv_heads, head_dim, page, head_major

@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import basis
-from .layout import (
+from ..layout import (
     DENSE_START,
     FIT,
     ITEM_COLUMNS,
     NUM_QUERIES,
 )
+from ..work_list import CHUNK, WorkList
+from . import basis
 from .packed_f16 import folded
-from .plan import CHUNK, WorkList
 
 if TYPE_CHECKING:
-    from .decode import DecodeWorkspace
+    from ..decode import DecodeWorkspace
     from .low_rank import LowRankWorkspace
 
 BLOCK_N = 128  # keys at a time: images have room for whole blocks

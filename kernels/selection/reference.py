@@ -1,11 +1,12 @@
-"""What the kernels of the selection compute, in plain PyTorch; see :mod:`reference`."""
+"""What the kernels of the selection compute, in plain PyTorch; see :mod:`ranking.reference`."""
 
 import math
 from bisect import bisect_right
 
 import torch
 
-from .plan import (
+from ..sampling import stratified
+from ..work_list import (
     BUCKETS,
     CHUNK,
     COUNTED,
@@ -23,7 +24,6 @@ from .plan import (
     Lists,
     WorkList,
 )
-from .sampling import stratified
 
 LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
 

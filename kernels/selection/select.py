@@ -15,14 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import plan
-from .layout import (
+from .. import work_list as plan
+from ..layout import (
     DENSE_START,
     ITEM_COLUMNS,
     LIST_LENGTH,
     ROW,
 )
-from .plan import (
+from ..strata import stratum_offset
+from ..work_list import (
     BUCKETS,
     CHUNK,
     COUNTED,
@@ -37,7 +38,6 @@ from .plan import (
     WorkList,
     list_places,
 )
-from .strata import stratum_offset
 
 LEVELS = tl.constexpr(16)
 UNEVEN = tl.constexpr(plan.UNEVEN)
@@ -368,7 +368,7 @@ def select(
             tier alone.
         shared: neighbouring lists of a segment that share its budget.
 
-    :mod:`reference_select` says exactly how many are chosen, which and in which order.
+    :mod:`selection.reference` says exactly how many are chosen, which and in which order.
     """
     heads, (slots, lengths, samples) = space.scores.shape[1], space.lists(work)
     if work.max_list == 0:

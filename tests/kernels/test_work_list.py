@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from s2o_vllm.kernels import plan
-from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists, segments
+from s2o_vllm.kernels import work_list as plan
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists, segments
 
 CPU = torch.device("cpu")
 MANY = Limits(1000, 10**7)

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from . import basis
-from .plan import (
+from ..selection.reference import physical_slots, sample_positions
+from ..work_list import (
     DENSE_START,
     DROPPED,
     DROPPED_UNIT,
@@ -28,7 +28,7 @@ from .plan import (
     Regions,
     WorkList,
 )
-from .reference_select import physical_slots, sample_positions
+from . import basis
 
 LOG2E = 1.4426950408889634
 
@@ -64,7 +64,7 @@ def mean_query_scores(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Score a segment's history by its mean query; see :func:`rank.mean_query_scores`."""
+    """Score a segment's history by its mean query; see :func:`mean_query.mean_query_scores`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
         (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
@@ -179,7 +179,7 @@ def segment_queries(query: torch.Tensor, item: Item, kv_heads: int) -> torch.Ten
 
 
 def region_weight(queries: torch.Tensor, spread: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return how many times a token of a region counts for each query (ours; see :mod:`plan`).
+    """Return how many times a token of a region counts for each query (ours; see :mod:`work_list`).
 
     Args:
         queries: ``[..., n, head_dim]``.

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
-from s2o_vllm.kernels import attend, reference_regions, regions
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.work_list import (
     NUM_COUNTERS,
     REGION_MOST,
     REGION_SPREAD,
@@ -19,7 +22,6 @@ from s2o_vllm.kernels.plan import (
     region_samples,
     slope_span,
 )
-from s2o_vllm.kernels.tiles import attend_tile
 
 NONE_LISTED = 1e-9  # a budget of no token at all
 

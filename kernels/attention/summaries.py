@@ -15,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import (
+from ..layout import (
     SPAN_COLUMNS,
     SPAN_QUERIES,
     SPAN_TOKENS,
 )
-from .plan import (
+from ..tiles import input_precision
+from ..work_list import (
     FITS,
     REGION_PIECE,
     REGION_TOKENS,
@@ -33,7 +34,6 @@ from .plan import (
     region_samples,
     slope_span,
 )
-from .tiles import input_precision
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
 ROWS = 4  # of a slope that a program averages

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import (
+from ..layout import (
     DENSE_START,
     DROPPED,
     ELIGIBLE,
@@ -31,7 +31,8 @@ from .layout import (
     TILES,
     VISITED,
 )
-from .plan import (
+from ..tiles import AttendTile, input_precision
+from ..work_list import (
     DROPPED_UNIT,
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
@@ -44,9 +45,8 @@ from .plan import (
     Regions,
     WorkList,
 )
-from .rest import LN2, add_slopes, dropped_mass, region_lift, visit_rest
-from .tiles import AttendTile, input_precision
-from .visit import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
+from .summary_pass import LN2, add_slopes, dropped_mass, region_lift, visit_rest
+from .tile_ops import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
 
 LOG2E = 1.4426950408889634
 
@@ -327,7 +327,7 @@ def attend(
         regions: means of the request's whole regions, in units of the cache and ``query``'s
             dtype, at least of those in any history here, and the slopes and spreads of its
             fits; what a segment does not visit of its history counts as them, several times,
-            see :mod:`plan`. Slopes and spreads take the soft cap for linear.
+            see :mod:`work_list`. Slopes and spreads take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every

@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import (
+from ..layout import (
     DENSE_START,
     ITEM_COLUMNS,
     NUM_QUERIES,
     QUERY_START,
     ROW,
 )
-from .plan import CHUNK, GROUP_ITEMS, WorkList
-from .tiles import input_precision
+from ..tiles import input_precision
+from ..work_list import CHUNK, GROUP_ITEMS, WorkList
 
 LOG2E = 1.4426950408889634
 BLOCK = 64

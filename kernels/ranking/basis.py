@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import ROW_STEP, Span
-from .sampling import stratified
-from .tiles import image_dtype as image_dtype
+from ..sampling import stratified
+from ..tiles import image_dtype as image_dtype
+from ..work_list import ROW_STEP, Span
 
 LOG2E = 1.4426950408889634
 WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8

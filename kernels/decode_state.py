@@ -1,9 +1,9 @@
 """The work list of a decode step: one query of each of several requests, and what it may visit.
 
-Made on the host once a step, like that of prefill in :mod:`plan`, of whose form it is: an item's
-fit is the *slot* that holds what the end of its prompt was ranked by. But it stays in one place of
-device memory and is launched as if histories were the longest, so that one CUDA graph serves all
-steps of as many rows (ours).
+Made on the host once a step, like that of prefill in :mod:`work_list`, of whose form it is: an
+item's fit is the *slot* that holds what the end of its prompt was ranked by. But it stays in one
+place of device memory and is launched as if histories were the longest, so that one CUDA graph
+serves all steps of as many rows (ours).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import COLUMNS, WorkList, list_places, longest_list
+from .work_list import COLUMNS, WorkList, list_places, longest_list
 
 RECENT = 64  # the dense pass begins at a multiple of so many tokens, one whole of them back
 DECODE_PARTS = 16  # programs that share a list, always so many: an output must not depend on others

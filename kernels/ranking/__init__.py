@@ -1,0 +1,1 @@
+"""Score every token of a history for every query segment."""
