@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .work_list import COLUMNS, WorkList, list_places, longest_list
+from .layout import SEGMENT_COLUMNS
+from .work_list import WorkList, list_capacity, longest_list
 
 RECENT = 64  # the dense pass begins at a multiple of so many tokens, one whole of them back
 DECODE_PARTS = 16  # programs that share a list, always so many: an output must not depend on others
@@ -103,7 +104,7 @@ class DecodeShape:
     @property
     def places(self) -> int:
         """Places of all lists of a KV head."""
-        return self.requests * list_places(self.max_list)
+        return self.requests * list_capacity(self.max_list)
 
 
 def keep(work: WorkList, slot: int) -> Kept:
@@ -141,14 +142,14 @@ class DecodeTable:
 
     def __init__(self, shape: DecodeShape, batch: int, device: torch.device):
         self.shape = shape
-        sizes = [shape.requests * COLUMNS, shape.requests * APPEND_COLUMNS, batch]
+        sizes = [shape.requests * SEGMENT_COLUMNS, shape.requests * APPEND_COLUMNS, batch]
         # Whole 16 bytes each: alignment is part of what a kernel is compiled for.
         self._sizes = [-(-size // 4) * 4 for size in sizes]
         self._all = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
         parts = [
             part[:size] for part, size in zip(self._all.split(self._sizes), sizes, strict=True)
         ]
-        self.items = parts[0].view(-1, COLUMNS)
+        self.items = parts[0].view(-1, SEGMENT_COLUMNS)
         self.appends = parts[1].view(-1, APPEND_COLUMNS)
         self.limits = parts[2]
         self._none = torch.empty(0, 3, dtype=torch.int32, device=device)
@@ -168,7 +169,9 @@ class DecodeTable:
         tables = host.split(self._sizes)
         tables[2].fill_(NO_LIMIT)
         if rows:
-            tables[0][: len(rows) * COLUMNS] = torch.tensor(lines, dtype=torch.int32).flatten()
+            tables[0][: len(rows) * SEGMENT_COLUMNS] = torch.tensor(
+                lines, dtype=torch.int32
+            ).flatten()
             count = len(rows) * APPEND_COLUMNS
             tables[1][:count] = torch.tensor(appends, dtype=torch.int32).flatten()
             tables[2][[row.row for row in rows]] = 1

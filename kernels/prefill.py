@@ -7,27 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention import reference as reference_regions
-from .ranking import basis, reference
-from .selection import reference as reference_select
+from .attention import reference as attention_reference
+from .attention.summary_table import Summaries
+from .layout import NUM_COUNTERS, NUM_QUERIES, QUERY_START
+from .ranking import basis
+from .ranking import reference as ranking_reference
+from .selection import reference as selection_reference
 from .side_stream import Beside
 from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
-from .work_list import (
-    FITS,
-    LIST_STEP,
-    NUM_COUNTERS,
-    NUM_QUERIES,
-    QUERY_START,
-    TIERS,
-    TIERS_UNORDERED,
-    Limits,
-    PrefillRow,
-    Regions,
-    WorkList,
-    build_work_lists,
-    fit_span,
-    list_places,
-)
+from .tuning import CHUNK_SPANS, TIERS, TIERS_UNORDERED
+from .work_list import Limits, WorkList, list_capacity, small_work_list, span_queries
 
 WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
 
@@ -62,11 +51,11 @@ class Shape:
     @property
     def limits(self) -> Limits:
         """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
-        segments = FITS * fit_span(self.segment) // self.segment
+        segments = CHUNK_SPANS * span_queries(self.segment) // self.segment
         chunk = min(-(-self.max_queries // self.segment), segments)
         each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
         items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
-        longest = list_places(self.max_history)
+        longest = list_capacity(self.max_history)
         return Limits(items, max(longest, items * longest // 4))
 
 
@@ -123,10 +112,10 @@ class SparsePrefill:
         if device.type == "cuda":
             self.space = workspace(shape, dtype, device)
         else:
-            self.reference: Any = reference.mean_query_scores
+            self.reference: Any = ranking_reference.mean_query_scores
             if shape.ranking in PRECISIONS:
                 self.reference = partial(
-                    reference.low_rank_scores, precision=PRECISIONS[shape.ranking]
+                    ranking_reference.low_rank_scores, precision=PRECISIONS[shape.ranking]
                 )
 
     def warm_up(
@@ -195,13 +184,13 @@ class SparsePrefill:
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
             scores = self.reference(*arguments, scale=scale)
-            lists = reference_select.select(
+            lists = selection_reference.select(
                 scores, block_table, work, kv_cache.shape[2], self.tiers,
                 shared=self.shape.limits.shared,
             )  # fmt: skip
             queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
-            means = reference_regions.average(kv_cache, block_table, work, query.dtype)
-            reference.attend(
+            means = attention_reference.average(kv_cache, block_table, work, query.dtype)
+            attention_reference.attend(
                 *arguments, lists, means, out, counters,
                 queries_per_tile=queries_per_tile, **options,
             )  # fmt: skip
@@ -255,18 +244,11 @@ class Workspace(NamedTuple):
 
     ranking: Any
     selection: Any
-    regions: Regions
+    regions: Summaries
     beside: Beside
 
 
 _workspaces: dict[tuple, Workspace] = {}
-
-
-def small_work_list(device: torch.device, segment: int, dense: bool) -> WorkList:
-    """Return a work list of one segment with a short history, all in the row's first block."""
-    rows, min_context = [PrefillRow(0, 0, 1, 8, 0.5)], 16 if dense else 0
-    (work,) = build_work_lists(rows, segment, min_context, device, Limits(1, LIST_STEP))
-    return work
 
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:

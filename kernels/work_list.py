@@ -11,72 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# Columns of the work table; the kernels index it by these positions.
-ROW, QUERY_START, NUM_QUERIES, HISTORY, DENSE_START, LIST_LENGTH, FIT = range(7)
-COLUMNS = 7
-GROUP_ITEMS = 16  # segments of one request that are ranked together and share each key load
-
-# The selection's resolution and the early stop's distance; kernels and reference share them.
-CHUNK = 4096  # history tokens that the ranking and the selection handle at a time
-BUCKETS = 128  # counting costs in proportion; neighbours differ by a quarter of a bit or so
-COUNTED = 16384  # scores of a list that are counted, one a stratum: all of them up to here
-UNEVEN = 32  # of a list one of so many tokens is unsure: what a bucket's linear count may miss
-# Tiers of a list, each a pass over the scores: up to 1/4, 1/2, 7/8 of it and the rest where tiles
-# may stop early, else up to 7/8 and the rest: only of its worst eighth anything is cut off. One
-# where programs share a list.
-TIERS = 4
-TIERS_UNORDERED = 2
-TIERS_SPLIT = 1
-STOP_STEP_TOKENS = 2048  # a test ends a pipelined loop: one every 1,024 costs twice as much
-
-FIT_QUERIES = 2048  # queries that share the covariances of what comes before them
-ROW_STEP = 2  # one of so many queries of a head is scored: `basis.scored_rows`
-FITS = 4  # such runs that are ranked together: a chunk of 8,192 queries, whose bases they share
-LIST_STEP = (
-    16  # lists are kept in steps of so many slots, for the same kernels whatever their length
-)
-
-# Neighbouring KV heads share a segment's budget by pairs: as many as tensor-parallel ranks mostly
-# keep together, so that lists do not depend on the number of ranks.
-HEADS_SHARED = 2
-
-# A list's scores are the largest probabilities that rows give, a target error is the mean row's
-# mass. Of what is left out it takes at least this share of the scores' own sum, and at least the
-# share that the sum has of all scores: the first holds where few rows want a key, the second where
-# all rows want the same (`benchmarks/quality/LOG.md`).
-MEAN_OF_MAX = 0.022
-
-# The estimate of the dropped mass: of every so many segments, from so many tokens of the history.
-# 256 tell the mass within a factor of 1.5 for 97 % of tiles (`benchmarks/quality/LOG.md`).
-ESTIMATE_EVERY = 8
-ESTIMATE_TOKENS = 256
-ESTIMATE_STEP = 8  # and no nearer to one another than this, so that a page has few of them
-# What is left out is attended to as means of whole regions, told from so many tokens of each.
-REGION_TOKENS = 1024
-REGION_SAMPLES = 256  # at most
-REGIONS_SAMPLES = 16384  # of all regions together, where these are more than a piece of each
-REGION_PIECE = 128  # samples at a time
-# A mean key has less than the mean probability of its tokens, the less the more a row's scores
-# spread: a region counts REGION_WEIGHT * exp(REGION_SPREAD * variance) times, at most REGION_MOST
-# times. All tokens of a normal distribution would have exp(variance / 2); lists hold the best of
-# them (`benchmarks/quality/LOG.md`).
-REGION_WEIGHT = 1.5
-REGION_SPREAD = 0.3
-REGION_MOST = 16.0
-# The covariances of keys and values, by which a mean value follows the query, and of keys, by
-# which scores spread, are summed over at most so many parts of a history, each told by so many
-# tokens, so many at a time about their own mean. The first counts a little less than it is: it is
-# told by a sample, and lists hold the tokens that have most of it.
-SLOPE_PARTS = 16
-SLOPE_SAMPLES = 256
-SLOPE_GROUP = 64
-SLOPE_WEIGHT = 0.9
-NOT_LISTED = 2**30  # place of a token that a list leaves out
-
-# What an attend launch adds to its counters, in this order.
-VISITED, ELIGIBLE, TILES, STOPPED, DROPPED, SAMPLED = range(6)
-NUM_COUNTERS = 6
-DROPPED_UNIT = 1e-6  # of a row's softmax mass: one of DROPPED
+from .layout import DENSE_START, HISTORY, LIST_LENGTH, NUM_QUERIES, QUERY_START
+from .tuning import CAPACITY_STEP, CHUNK_SPANS, HEADS_SHARED, SEGMENTS_TOGETHER, SPAN_LENGTH
 
 
 class PrefillRow(NamedTuple):
@@ -115,73 +51,9 @@ class Span(NamedTuple):
     tokens: int
 
 
-class Lists(NamedTuple):
-    """What is selected of a work list's history, best first (ours: the paper sorts positions).
-
-    Attributes:
-        slots: int32 ``[items, kv_heads, >= max_list]``, physical slots
-            (block * block_size + offset).
-        lengths: int32 ``[items, kv_heads]``, slots to visit.
-        samples: int32 ``[ceil(items / ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS]``: for every
-            ``ESTIMATE_EVERY``-th item the places in its list of evenly spaced tokens of its
-            history, ``NOT_LISTED`` for those it leaves out.
-    """
-
-    slots: torch.Tensor
-    lengths: torch.Tensor
-    samples: torch.Tensor
-
-
-class Regions(NamedTuple):
-    """Means over the regions of a request's history, from its first token on.
-
-    Attributes:
-        means: ``[kv_heads, regions, 2 * head_dim]``, in units of the cache and the queries'
-            dtype: a mean value follows its mean key.
-        slopes: ``[FITS, kv_heads, head_dim, head_dim]``, likewise: for every row of
-            ``WorkList.fits`` the covariance of keys (rows) and values in the history before the
-            multiple of ``fit_span`` that it begins at or behind.
-        spreads: likewise, the covariance of keys.
-        tokens: of a region.
-        sums: scratch of the kernels, float32 ``[SLOPE_PARTS, 2, kv_heads, pad, pad]``.
-        known: None, or int32 ``[fits]``: then every fit is another request's, ``means`` has a
-            leading dimension of fits, and so many of each are set.
-    """
-
-    means: torch.Tensor
-    slopes: torch.Tensor
-    spreads: torch.Tensor
-    tokens: int
-    sums: torch.Tensor | None = None
-    known: torch.Tensor | None = None
-
-    def of(self, fit: int, history: int) -> torch.Tensor:
-        """Return the means of so long a history ``[kv_heads, regions, 2 * head_dim]``."""
-        count = history // self.tokens
-        if self.known is None:
-            return self.means[:, :count]
-        return self.means[fit, :, : min(count, int(self.known[fit]))]
-
-
-def region_samples(history: int, region: int = REGION_TOKENS) -> int:
-    """Return how many evenly spaced tokens tell the mean of a region of so long a history."""
-    piece = min(REGION_PIECE, region)
-    most = min(REGION_SAMPLES, region, REGIONS_SAMPLES // max(1, history // region))
-    return piece * max(1, most // piece)
-
-
-def chunk_end(tokens: int, span: int = FIT_QUERIES) -> int:
+def chunk_end(tokens: int, span: int = SPAN_LENGTH) -> int:
     """Return where the whole chunk ends that so many tokens reach into, of fits of ``span``."""
-    return -(-tokens // (FITS * span)) * FITS * span
-
-
-def slope_span(history: int, region: int = REGION_TOKENS) -> int:
-    """Return of how many tokens the parts are that the slopes of so long a history sum over.
-
-    They are whole regions, at most ``SLOPE_PARTS``; what is behind the last whole part counts in
-    none.
-    """
-    return region * max(1, -(-(history // region) // SLOPE_PARTS))
+    return -(-tokens // (CHUNK_SPANS * span)) * CHUNK_SPANS * span
 
 
 class Limits(NamedTuple):
@@ -202,24 +74,24 @@ class Limits(NamedTuple):
 class WorkList:
     """Query segments of one request that are launched together.
 
-    Most often they are a chunk: up to ``FITS * FIT_QUERIES`` queries. Where a chunk exceeds the
-    limits it has several lists, which follow one another: a ranking prepares itself at the
+    Most often they are a chunk: up to ``CHUNK_SPANS * SPAN_LENGTH`` queries. Where a chunk exceeds
+    the limits it has several lists, which follow one another: a ranking prepares itself at the
     first for all of them.
 
     Attributes:
         row: the request's row in the block table.
         target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
-        fits: int32 ``[num_fits, 3]`` on the device, one row per ``FIT_QUERIES`` queries of the
+        fits: int32 ``[num_fits, 3]`` on the device, one row per ``SPAN_LENGTH`` queries of the
             chunk: first query, queries, tokens that their last segment sees (its own among
             them; 0 if it ranks none).
         fit_span: tokens at whose multiples in the sequence the fits are cut.
         max_fit_tokens: most tokens of a row of ``fits``.
-        items: int32 ``[num_items, COLUMNS]`` on the device: block-table row, first query,
+        items: int32 ``[num_items, SEGMENT_COLUMNS]`` on the device: block-table row, first query,
             queries, history tokens, first position of the dense pass, slots to visit in the
             mean of the heads that share, row of ``fits``. The longest history comes first.
         groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
-            up to ``GROUP_ITEMS`` segments.
+            up to ``SEGMENTS_TOGETHER`` segments.
         max_history: most tokens that any item ranks.
         max_list: longest list of any item.
         dense_items: items that visit all of their history; these are the last ones.
@@ -294,14 +166,14 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
     return items
 
 
-def fit_span(segment: int) -> int:
+def span_queries(segment: int) -> int:
     """Return the queries that share a basis: whole segments, one at least."""
-    return segment * max(1, FIT_QUERIES // segment)
+    return segment * max(1, SPAN_LENGTH // segment)
 
 
-def list_places(length: int) -> int:
+def list_capacity(length: int) -> int:
     """Return the places that a list of this length takes."""
-    return max(1, -(-length // LIST_STEP)) * LIST_STEP
+    return max(1, -(-length // CAPACITY_STEP)) * CAPACITY_STEP
 
 
 def longest_list(item: Sequence[int], shared: int = HEADS_SHARED) -> int:
@@ -336,11 +208,11 @@ def build_work_lists(
     """
     if segment <= 0 or limits.items <= 0:
         raise ValueError(f"segment {segment} and limit {limits.items} must be positive")
-    span = fit_span(segment)
+    span = span_queries(segment)
     lists: list[WorkList] = []
     for row in rows:
         items = segments(row, segment, min_context)
-        for _, chunk in groupby(items, lambda item: item[HISTORY] // (FITS * span)):
+        for _, chunk in groupby(items, lambda item: item[HISTORY] // (CHUNK_SPANS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
             lists += chunk_lists(row, parts, segment, device, limits)
     return lists
@@ -354,7 +226,7 @@ def chunk_lists(
     limits: Limits,
 ) -> list[WorkList]:
     """Make the lists of a chunk from the items of each of its fits."""
-    span = fit_span(segment)
+    span = span_queries(segment)
     fits = [
         Span(part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
         for part in parts
@@ -363,7 +235,7 @@ def chunk_lists(
     ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
     lists: list[WorkList] = []
     while ordered:
-        room = max(1, limits.slots // list_places(longest_list(ordered[0], limits.shared)))
+        room = max(1, limits.slots // list_capacity(longest_list(ordered[0], limits.shared)))
         items = ordered[: min(limits.items, room)]
         ordered = ordered[len(items) :]
         dense = [item[HISTORY] for item in items if item[DENSE_START] == 0]
@@ -401,7 +273,10 @@ def visits(item: Sequence[int]) -> int:
 
 def ranked_together(items: int) -> list[tuple[int, int]]:
     """Return the first item and the number of items of each group."""
-    return [(start, min(GROUP_ITEMS, items - start)) for start in range(0, items, GROUP_ITEMS)]
+    return [
+        (start, min(SEGMENTS_TOGETHER, items - start))
+        for start in range(0, items, SEGMENTS_TOGETHER)
+    ]
 
 
 def to_device(table: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -410,3 +285,10 @@ def to_device(table: Sequence[Sequence[int]], device: torch.device) -> torch.Ten
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def small_work_list(device: torch.device, segment: int, dense: bool) -> WorkList:
+    """Return a work list of one segment with a short history, all in the row's first block."""
+    rows, min_context = [PrefillRow(0, 0, 1, 8, 0.5)], 16 if dense else 0
+    (work,) = build_work_lists(rows, segment, min_context, device, Limits(1, CAPACITY_STEP))
+    return work

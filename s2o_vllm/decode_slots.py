@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from .config import S2OConfig
-from .kernels.decode_state import KEPT_QUERIES, DecodeRow, Kept, keep
-from .kernels.work_list import FIT_QUERIES, FITS, WorkList
+from .kernels.decode_state import DecodeRow, Kept, keep
+from .kernels.tuning import CHUNK_SPANS, SNAPSHOT_QUERIES, SPAN_LENGTH
+from .kernels.work_list import WorkList
 from .requests import RequestBudget
 
 NO_STATE = "no_decode_state"
@@ -107,12 +108,12 @@ class DecodeSlots:
                 not one.first_of_chunk
                 or name is None
                 or prompt < self.settings.decode_min_context
-                or one.max_fit_tokens <= max(0, prompt - tail - FITS * FIT_QUERIES)
+                or one.max_fit_tokens <= max(0, prompt - tail - CHUNK_SPANS * SPAN_LENGTH)
             ):
                 continue
             found = keep(one, 0)
             ends = one.max_fit_tokens >= prompt - tail
-            if found.queries >= KEPT_QUERIES or (ends and self.of(name) is None):
+            if found.queries >= SNAPSHOT_QUERIES or (ends and self.of(name) is None):
                 slot = self.take(name, found.tokens)
                 if slot is not None:
                     kept[number] = found._replace(slot=slot)

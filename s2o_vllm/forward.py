@@ -6,10 +6,11 @@ import torch
 
 from . import compat, metrics
 from .config import S2OConfig
-from .kernels.decode_operator import SparseDecode
+from .kernels.decode import SparseDecode
 from .kernels.decode_state import DecodeShape
+from .kernels.layout import NUM_COUNTERS
 from .kernels.prefill import Shape, SparsePrefill
-from .kernels.work_list import NUM_COUNTERS, Limits
+from .kernels.work_list import Limits
 from .step_plan import StepPlan
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype

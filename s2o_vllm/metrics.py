@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .kernels.work_list import DROPPED_UNIT, ELIGIBLE, VISITED
+from .kernels.layout import DROPPED_UNIT, ELIGIBLE, VISITED
 from .support import DENSE_REASONS
 
 logger = logging.getLogger("vllm.s2o")

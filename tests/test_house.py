@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A place in a table that kernels read, by number where `kernels/layout.py` has a name.
-BY_NUMBER = re.compile(r"\b(p_item|ITEM_COLUMNS|p_counters|p_append|p_fit) \+ \d")
+BY_NUMBER = re.compile(r"\b(p_item|ITEM_COLUMNS|SEGMENT_COLUMNS|p_counters|p_append|p_fit) \+ \d")
 
 
 def imported(path: Path) -> set[str]:

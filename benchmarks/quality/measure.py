@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.ranking.reference import region_weight
-from s2o_vllm.kernels.work_list import STOP_STEP_TOKENS
+from s2o_vllm.kernels.attention.reference import region_weight
+from s2o_vllm.kernels.tuning import STOP_STEP_TOKENS
 
 from .attention import Partial, Segment, attend, merge
 from .selection import Selection

@@ -7,7 +7,7 @@ import torch
 
 from s2o_vllm.kernels.prefill import PRECISIONS
 from s2o_vllm.kernels.ranking import basis
-from s2o_vllm.kernels.work_list import FIT_QUERIES, FITS
+from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
 from .attention import Segment
 from .ranking import Method
@@ -20,8 +20,9 @@ class Served(Method):
     """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, projection to e4m3, maximum.
 
     One list for 64 queries of a GQA group; the basis of each head is fitted to its last
-    ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. The heads of
-    a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised by regions.
+    ``CHUNK_SPANS * SPAN_LENGTH`` queries, as in a full work list, and to the whole history. The
+    heads of a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised
+    by regions.
     """
 
     unit: str = "64xkv"
@@ -36,7 +37,9 @@ class Served(Method):
         unit = Unit.parse(self.unit)
         if not unit.shared or unit.sorted:
             raise ValueError("the heads of a group share the lists of the served ranking")
-        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[:, -FITS * FIT_QUERIES :]
+        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[
+            :, -CHUNK_SPANS * SPAN_LENGTH :
+        ]
         keys, own_keys = (x.repeat_interleave(segment.group, 0) for x in (segment.k, segment.own_k))
         fitted = basis.fit(
             recent[:, :: -(-recent.shape[1] // basis.SAMPLES)],

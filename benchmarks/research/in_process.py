@@ -21,11 +21,7 @@ from torch import Tensor
 
 from s2o_vllm.config import RANKINGS
 from s2o_vllm.kernels.attention import summaries as regions
-from s2o_vllm.kernels.prefill import Shape, SparsePrefill
-from s2o_vllm.kernels.ranking import basis
-from s2o_vllm.kernels.selection import select
-from s2o_vllm.kernels.work_list import (
-    CHUNK,
+from s2o_vllm.kernels.layout import (
     DENSE_START,
     ELIGIBLE,
     HISTORY,
@@ -33,10 +29,12 @@ from s2o_vllm.kernels.work_list import (
     NUM_QUERIES,
     QUERY_START,
     VISITED,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
 )
+from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.tuning import CHUNK
+from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 from ..quality.far_tokens import DENSE_END, find
 from ..quality.intervals import mean_clustered

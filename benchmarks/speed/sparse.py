@@ -10,9 +10,7 @@ import torch
 
 from s2o_vllm.config import RANKINGS
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.prefill import Shape, SparsePrefill
-from s2o_vllm.kernels.tiles import AttendTile
-from s2o_vllm.kernels.work_list import (
+from s2o_vllm.kernels.layout import (
     DROPPED,
     DROPPED_UNIT,
     ELIGIBLE,
@@ -21,11 +19,11 @@ from s2o_vllm.kernels.work_list import (
     NUM_QUERIES,
     SAMPLED,
     VISITED,
-    Lists,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
 )
+from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.tiles import AttendTile
+from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 from .dense import (
     REPEAT_MS,
@@ -183,7 +181,7 @@ class Sparse:
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=prompt.query.device)
-        self.lists: list[Lists] = []
+        self.lists: list[SelectedTokens] = []
         self.query, self.k_scale, self.query_e4m3 = prompt.query, prompt.unit, None
         if prompt.kv_dtype == "fp8":  # as a layer hands it on, in units of its own
             self.query_e4m3 = to_fp8(prompt.query)
@@ -234,7 +232,7 @@ class Sparse:
         for work in self.waves:
             self.operator(*self.arguments(work), self.out, self.counters, **self.units)
             lists = self.operator.space.selection.lists(work)
-            self.lists.append(Lists(*(part.clone() for part in lists)))
+            self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.items[:, NUM_QUERIES].sum())
             gathered += attend_bytes(
                 shape, self.tile(work).block_m, queries, counters[VISITED] - before[VISITED],

@@ -10,51 +10,49 @@ softmax mass they hold (all ours).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..layout import (
+from ..columns import (
     DENSE_START,
     DROPPED,
     ELIGIBLE,
-    FIT,
     HISTORY,
-    ITEM_COLUMNS,
     NUM_QUERIES,
     QUERY_START,
     ROW,
     SAMPLED,
+    SEGMENT_COLUMNS,
+    SPAN,
     STOPPED,
     TILES,
     VISITED,
 )
+from ..layout import DROPPED_UNIT, LOG2E
+from ..selection.selected import SelectedTokens
 from ..tiles import AttendTile, input_precision
-from ..work_list import (
-    DROPPED_UNIT,
+from ..tuning import (
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
     ESTIMATE_TOKENS,
-    REGION_MOST,
-    REGION_SPREAD,
+    REGION_VARIANCE,
     REGION_WEIGHT,
+    REGION_WEIGHT_LIMIT,
     STOP_STEP_TOKENS,
-    Lists,
-    Regions,
-    WorkList,
 )
+from ..work_list import WorkList
+from .split_kv import Parts
 from .summary_pass import LN2, add_slopes, dropped_mass, region_lift, visit_rest
+from .summary_table import Summaries
 from .tile_ops import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
-
-LOG2E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["first_item", "stride_order_item", "stride_order_head"])
 def _attend_kernel(
-    p_q, p_q_e4m3, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means, p_slopes,
-    p_spreads, p_table, p_order, p_counters, p_mass, p_known,
+    p_q, p_q_e4m3, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means,
+    p_value_covariances, p_key_covariances, p_table, p_order, p_counters, p_mass, p_known,
     first_item, scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
@@ -79,7 +77,7 @@ def _attend_kernel(
     i_tile, i_item = tl.program_id(0), (first_item + tl.program_id(1)).to(tl.int64)
     i_head = tl.program_id(2)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    p_item = p_items + i_item * ITEM_COLUMNS
+    p_item = p_items + i_item * SEGMENT_COLUMNS
     row = tl.load(p_item + ROW).to(tl.int64)
     query_start = tl.load(p_item + QUERY_START).to(tl.int64)
     num_queries = tl.load(p_item + NUM_QUERIES)
@@ -132,9 +130,11 @@ def _attend_kernel(
     # Before anything is visited: registers are free here.
     lift = tl.zeros([BLOCK_M], tl.float32)
     if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
-        p_spreads += (tl.load(p_item + FIT) * tl.num_programs(2) + i_head).to(tl.int64) * (D * D)
+        p_key_covariances += (tl.load(p_item + SPAN) * tl.num_programs(2) + i_head).to(tl.int64) * (
+            D * D
+        )
         lift = region_lift(
-            q, p_q, o_q, m_row, p_spreads, o_d, scale,
+            q, p_q, o_q, m_row, p_key_covariances, o_d, scale,
             D, D_PAD, LIFT_BLOCK, LIFT_LEAST, LIFT_SPREAD, LIFT_MOST, PRECISION,
         )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -213,7 +213,7 @@ def _attend_kernel(
         seen = full
     visited = seen * BLOCK_N + tail
 
-    fit = tl.load(p_item + FIT).to(tl.int64)
+    fit = tl.load(p_item + SPAN).to(tl.int64)
     p_means += fit * stride_means_fit + i_head.to(tl.int64) * stride_means
     if not PARTS:
         listed = visited
@@ -231,12 +231,14 @@ def _attend_kernel(
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     unit = 1.0 / mass
     if regions > 0:
-        p_slopes += (fit * tl.num_programs(2) + i_head) * (D * D)
+        p_value_covariances += (fit * tl.num_programs(2) + i_head) * (D * D)
         # A row's slope counts by its mass of regions; scale is in base 2. It is the other summand
         # that is divided by it, so that queries are multiplied as they are at hand.
         lean = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
         acc *= (unit / lean)[:, None]
-        acc = add_slopes(acc, q, p_q, o_q, m_row, p_slopes, o_d, D, D_PAD, SLOPE_BLOCK, PRECISION)
+        acc = add_slopes(
+            acc, q, p_q, o_q, m_row, p_value_covariances, o_d, D, D_PAD, SLOPE_BLOCK, PRECISION
+        )
         unit = lean
     acc *= unit[:, None]
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
@@ -280,27 +282,13 @@ def _attend_kernel(
         tl.atomic_add(p_counters + SAMPLED, rows)
 
 
-class Parts(NamedTuple):
-    """Room for the attention of segments of one tile, whose lists several programs share (ours).
-
-    The first part has the dense pass and the means of regions, too.
-
-    Attributes:
-        out: float32 ``[items, kv_heads, parts, group, head_dim]``, attention to each part.
-        mass: float32 ``[items, kv_heads, parts, group]``, its softmax mass, base-2 logarithm.
-    """
-
-    out: torch.Tensor
-    mass: torch.Tensor
-
-
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    lists: Lists,
-    regions: Regions,
+    lists: SelectedTokens,
+    regions: Summaries,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -325,9 +313,9 @@ def attend(
         work: the segments.
         lists: what the segments visit of their histories.
         regions: means of the request's whole regions, in units of the cache and ``query``'s
-            dtype, at least of those in any history here, and the slopes and spreads of its
-            fits; what a segment does not visit of its history counts as them, several times,
-            see :mod:`work_list`. Slopes and spreads take the soft cap for linear.
+            dtype, at least of those in any history here, and the covariances of its spans; what a
+            segment does not visit of its history counts as them, several times, see
+            :mod:`tuning`. Covariances take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to: history tokens visited and eligible
             (summed over queries and heads), tiles, tiles stopped early, and of every
@@ -342,7 +330,7 @@ def attend(
         order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
             fill the tiles; None keeps theirs.
         parts: written to instead of ``out``; without an early stop, and with no estimate of the
-            mass that was not visited. Regions that are each request's own go with it.
+            mass that was not visited. Summaries that are each request's own go with it.
         query_e4m3: the same numbers as ``query`` in e4m3, with the same strides, where a layer
             quantises its queries as it does its cache: keys are multiplied as they are then. Not
             in the interpreter; see `tiles.fp8_products`.
@@ -367,7 +355,7 @@ def attend(
         _attend_kernel[(tiles, items, kv_heads)](
             query, query if query_e4m3 is None else query_e4m3, kv_cache,
             out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
-            regions.means, regions.slopes, regions.spreads, block_table,
+            regions.means, regions.value_covariances, regions.key_covariances, block_table,
             order if order is not None else work.items, counters,
             counters if parts is None else parts.mass,
             counters if regions.known is None else regions.known,
@@ -386,8 +374,9 @@ def attend(
             SOFTCAP=softcap > 0,
             EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
             DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
-            REGION=regions.tokens, LIFT_LEAST=math.log2(REGION_WEIGHT), LIFT_SPREAD=REGION_SPREAD,
-            LIFT_MOST=math.log2(REGION_MOST), LIFT_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
+            REGION=regions.region_tokens, LIFT_LEAST=math.log2(REGION_WEIGHT),
+            LIFT_SPREAD=REGION_VARIANCE, LIFT_MOST=math.log2(REGION_WEIGHT_LIMIT),
+            LIFT_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
             SLOPE_BLOCK=pad if pad <= 128 else 32, E4M3=query_e4m3 is not None,
             PRECISION=input_precision(query.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,

@@ -15,25 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import (
-    SPAN_COLUMNS,
-    SPAN_QUERIES,
-    SPAN_TOKENS,
-)
+from ..columns import SPAN_COLUMNS, SPAN_QUERIES, SPAN_TOKENS
 from ..tiles import input_precision
-from ..work_list import (
-    FITS,
+from ..tuning import (
+    CHUNK_SPANS,
+    COVARIANCE_GROUP,
+    COVARIANCE_PARTS,
+    COVARIANCE_SAMPLES,
+    COVARIANCE_WEIGHT,
     REGION_PIECE,
     REGION_TOKENS,
-    SLOPE_GROUP,
-    SLOPE_PARTS,
-    SLOPE_SAMPLES,
-    SLOPE_WEIGHT,
-    Regions,
-    WorkList,
-    region_samples,
-    slope_span,
 )
+from ..work_list import WorkList
+from .summary_table import Summaries, covariance_part, region_samples
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
 ROWS = 4  # of a slope that a program averages
@@ -110,11 +104,12 @@ def _fit_start(p_fit, fit_span):
 
 @triton.jit(do_not_specialize=["span", "fits", "fit_span", "samples"])
 def _slope_kernel(
-    p_sums, p_fits, p_slopes, p_spreads, span, fits, fit_span, samples, slope_weight,
+    p_sums, p_fits, p_value_covariances, p_key_covariances, span, fits, fit_span, samples,
+    slope_weight,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the slopes or spreads of all fits: the parts that end before each is cut."""
+    """Some rows of either covariance of all spans: the parts that end before each is cut."""
     i_strip, i_head, i_half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
@@ -125,7 +120,7 @@ def _slope_kernel(
     o_sum = ((2 * o_part + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
     o_sum += o_entry[None, :]
     weight = tl.where(i_half == 0, 1.0, slope_weight) / samples
-    p_covariances = p_spreads if i_half == 0 else p_slopes
+    p_covariances = p_key_covariances if i_half == 0 else p_value_covariances
     sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
     for fit in range(fits):
         count = _fit_start(p_fits + SPAN_COLUMNS * fit, fit_span) // span
@@ -133,7 +128,7 @@ def _slope_kernel(
         one = total * (weight / tl.maximum(count, 1))
         one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # keys may spread beyond fp16
         out = p_covariances + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
-        tl.store(out, one.to(p_slopes.dtype.element_ty), (o_row < D) & (o_d < D))
+        tl.store(out, one.to(p_value_covariances.dtype.element_ty), (o_row < D) & (o_d < D))
 
 
 def workspace(
@@ -143,24 +138,24 @@ def workspace(
     dtype: torch.dtype,
     device: torch.device,
     region: int = REGION_TOKENS,
-) -> Regions:
+) -> Summaries:
     """Return room for the regions of a history; nothing in it is set."""
     pad = triton.next_power_of_2(head_dim)
     means = (kv_heads, max(1, max_history // region), 2 * head_dim)
-    covariances = (FITS, kv_heads, head_dim, head_dim)
-    return Regions(
+    covariances = (CHUNK_SPANS, kv_heads, head_dim, head_dim)
+    return Summaries(
         torch.empty(means, dtype=dtype, device=device),
         torch.empty(covariances, dtype=dtype, device=device),
         torch.empty(covariances, dtype=dtype, device=device),
         region,
-        torch.empty((SLOPE_PARTS, 2, kv_heads, pad, pad), device=device),
+        torch.empty((COVARIANCE_PARTS, 2, kv_heads, pad, pad), device=device),
     )
 
 
 def average(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, regions: Regions
+    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, regions: Summaries
 ) -> None:
-    """Average the regions that a work list's chunk sees, find its slopes and spreads, from samples.
+    """Average the regions that a work list's chunk sees, and sum its covariances, from samples.
 
     All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope or
     spread holds no token behind its fit's first query, so that nothing is told of what comes later,
@@ -172,29 +167,31 @@ def average(
         work: segments of one request.
         regions: written to.
     """
-    count = max(1, work.max_fit_tokens // regions.tokens)  # a warm-up compiles it without a region
+    count = max(
+        1, work.max_fit_tokens // regions.region_tokens
+    )  # a warm-up compiles it without a region
     kv_heads, page, width = kv_cache.shape[1:]
     strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
     _region_kernel[(count, kv_heads)](
         kv_cache, block_table, regions.means, work.row, work.max_fit_tokens,
-        region_samples(work.whole_chunk, regions.tokens), *strides, regions.means.stride(0),
-        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page, REGION=regions.tokens,
-        PIECE=min(REGION_PIECE, regions.tokens), num_warps=8,
+        region_samples(work.whole_chunk, regions.region_tokens), *strides, regions.means.stride(0),
+        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page,
+        REGION=regions.region_tokens, PIECE=min(REGION_PIECE, regions.region_tokens), num_warps=8,
     )  # fmt: skip
     head_dim = width // 2
     pad = triton.next_power_of_2(head_dim)
     strip = min(pad, STRIP_ENTRIES // pad)
-    samples = min(SLOPE_SAMPLES, regions.tokens)
-    span = slope_span(work.whole_chunk, regions.tokens)
-    dtype = regions.slopes.dtype
+    samples = min(COVARIANCE_SAMPLES, regions.region_tokens)
+    span = covariance_part(work.whole_chunk, regions.region_tokens)
+    dtype = regions.value_covariances.dtype
     _covariance_kernel[(max(1, work.max_fit_tokens // span), kv_heads, 2 * (pad // strip))](
         kv_cache, block_table, regions.sums, work.row, work.max_fit_tokens, span, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
-        GROUP=min(SLOPE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
+        GROUP=min(COVARIANCE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
         num_warps=8,
     )  # fmt: skip
     _slope_kernel[(pad // ROWS, kv_heads, 2)](
-        regions.sums, work.fits, regions.slopes, regions.spreads, span, work.fits.shape[0],
-        work.fit_span, samples, SLOPE_WEIGHT,
-        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=SLOPE_PARTS, LIMIT=torch.finfo(dtype).max,
+        regions.sums, work.fits, regions.value_covariances, regions.key_covariances, span,
+        work.fits.shape[0], work.fit_span, samples, COVARIANCE_WEIGHT,
+        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=COVARIANCE_PARTS, LIMIT=torch.finfo(dtype).max,
     )  # fmt: skip

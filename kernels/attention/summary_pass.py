@@ -3,15 +3,14 @@
 import triton
 import triton.language as tl
 
+from ..columns import LN2
 from ..strata import stratum_offset
 from .tile_ops import as_numbers, load_rows, scores, slot_offset, soft_cap
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def region_lift(
-    q, p_q, o_q, m_row, p_spreads, o_d, scale,
+    q, p_q, o_q, m_row, p_key_covariances, o_d, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
     SPREAD: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +22,7 @@ def region_lift(
     # One stage, as to other caches below.
     for first in tl.range(0, D_PAD, BLOCK, num_stages=1):
         o_k = first + tl.arange(0, BLOCK)
-        spread = load_rows(p_spreads, o_k * D, o_k < D, o_d, True, D, D_PAD)  # symmetric
+        spread = load_rows(p_key_covariances, o_k * D, o_k < D, o_d, True, D, D_PAD)  # symmetric
         product = tl.dot(q, tl.trans(spread), input_precision=PRECISION)
         if BLOCK == D_PAD:
             variance += tl.sum(product * q.to(tl.float32), 1)
@@ -36,18 +35,18 @@ def region_lift(
 
 @triton.jit
 def add_slopes(
-    acc, q, p_q, o_q, m_row, p_slopes, o_d,
+    acc, q, p_q, o_q, m_row, p_value_covariances, o_d,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to acc the product of queries and slopes, BLOCK rows of these at a time."""
+    """Add to acc the product of queries and value_covariances, BLOCK rows of these at a time."""
     for first in tl.range(0, D_PAD, BLOCK, num_stages=1):
         o_k = first + tl.arange(0, BLOCK)
-        slopes = load_rows(p_slopes, o_k * D, o_k < D, o_d, True, D, D_PAD)
+        value_covariances = load_rows(p_value_covariances, o_k * D, o_k < D, o_d, True, D, D_PAD)
         if BLOCK == D_PAD:
-            acc = tl.dot(q, slopes, acc, input_precision=PRECISION)
+            acc = tl.dot(q, value_covariances, acc, input_precision=PRECISION)
         else:
             part = load_rows(p_q, o_q, m_row, o_k, True, D, D_PAD)
-            acc = tl.dot(part, slopes, acc, input_precision=PRECISION)
+            acc = tl.dot(part, value_covariances, acc, input_precision=PRECISION)
     return acc
 
 

@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..layout import LOG2E as LOG2E
 from ..sampling import stratified
 from ..tiles import image_dtype as image_dtype
-from ..work_list import ROW_STEP, Span
+from ..tuning import ROW_STEP
+from ..work_list import Span
 
-LOG2E = 1.4426950408889634
 WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
 # A query's image ends with its row shift, in three parts that these factors of a key's image
 # put together: then the product is the shifted score, and nothing is left to do per score.

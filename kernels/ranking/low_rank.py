@@ -16,7 +16,8 @@ import triton.language as tl
 
 from ..side_stream import IN_TURN, Beside
 from ..tiles import input_precision
-from ..work_list import CHUNK, WorkList
+from ..tuning import CHUNK
+from ..work_list import WorkList
 from . import basis
 from .fit import FitWorkspace, find_bases, take_moments
 from .rows import choose_rows, shift_rows

@@ -10,17 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import (
-    DENSE_START,
-    ITEM_COLUMNS,
-    NUM_QUERIES,
-    QUERY_START,
-    ROW,
-)
+from ..columns import DENSE_START, NUM_QUERIES, QUERY_START, ROW, SEGMENT_COLUMNS
+from ..layout import LOG2E
 from ..tiles import input_precision
-from ..work_list import CHUNK, GROUP_ITEMS, WorkList
+from ..tuning import CHUNK, SEGMENTS_TOGETHER
+from ..work_list import WorkList
 
-LOG2E = 1.4426950408889634
 BLOCK = 64
 
 
@@ -31,7 +26,7 @@ def _mean_kernel(
 ):  # fmt: skip
     """Mean of a segment's queries for one head."""
     i_head, i_item = tl.program_id(0), tl.program_id(1)
-    p_item = p_items + i_item * ITEM_COLUMNS
+    p_item = p_items + i_item * SEGMENT_COLUMNS
     start = tl.load(p_item + QUERY_START).to(tl.int64)
     count = tl.load(p_item + NUM_QUERIES)
     o_d = tl.arange(0, D_PAD)
@@ -65,9 +60,9 @@ def _score_kernel(
     i_chunk, i_head, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(p_groups + 2 * i_group)
     items = tl.load(p_groups + 2 * i_group + 1)
-    row = tl.load(p_items + first * ITEM_COLUMNS + ROW).to(tl.int64)
+    row = tl.load(p_items + first * SEGMENT_COLUMNS + ROW).to(tl.int64)
     # Items are sorted by history: the first one sees the most.
-    longest = tl.load(p_items + first * ITEM_COLUMNS + DENSE_START)
+    longest = tl.load(p_items + first * SEGMENT_COLUMNS + DENSE_START)
     start = i_chunk * CHUNK
     if start >= longest:
         return
@@ -83,7 +78,7 @@ def _score_kernel(
     q = tl.load(
         p_means + o_vector[:, None] * D + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0
     )
-    n = tl.load(p_items + o_item * ITEM_COLUMNS + DENSE_START, m_row, 0)
+    n = tl.load(p_items + o_item * SEGMENT_COLUMNS + DENSE_START, m_row, 0)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     o_lse = o_vector * max_chunks
     if WRITE_SCORES:
@@ -96,7 +91,7 @@ def _score_kernel(
         lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
         o_score_item = first + tl.arange(0, ITEMS)
         m_score_item = tl.arange(0, ITEMS) < items
-        n_score = tl.load(p_items + o_score_item * ITEM_COLUMNS + DENSE_START, m_score_item, 0)
+        n_score = tl.load(p_items + o_score_item * SEGMENT_COLUMNS + DENSE_START, m_score_item, 0)
         p_scores += i_head * stride_scores_head
         best = tl.full([ITEMS], float("-inf"), tl.float32)
         worst = tl.full([ITEMS], float("inf"), tl.float32)
@@ -196,7 +191,7 @@ def mean_query_scores(
             space.means, kv_cache, work.items, work.groups, block_table, space.lse, scores,
             bounds, scale * LOG2E, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
             block_table.stride(0), scores.stride(0), scores.stride(1), space.chunks,
-            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), ITEMS=GROUP_ITEMS,
+            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), ITEMS=SEGMENTS_TOGETHER,
             D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,
             BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
             WRITE_SCORES=write_scores,

@@ -4,28 +4,20 @@ Rows are queries x the heads that share a basis: in prefill each head has its ow
 has one. See :mod:`low_rank` and :mod:`basis` (ours).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..layout import (
-    DENSE_START,
-    FIT,
-    HISTORY,
-    ITEM_COLUMNS,
-    NUM_QUERIES,
-    QUERY_START,
-)
+from ..columns import DENSE_START, HISTORY, NUM_QUERIES, QUERY_START
+from ..columns import SEGMENT_COLUMNS as ITEM_COLUMNS
+from ..columns import SPAN as FIT
 from ..strata import stratum_offset
 from ..tiles import input_precision
 from ..work_list import WorkList
 from . import basis
-
-if TYPE_CHECKING:
-    from ..decode import DecodeWorkspace
-    from .low_rank import LowRankWorkspace
+from .workspace import RankingWorkspace
 
 CHOSEN_BLOCK = 64  # rows that are projected at a time: a load that all wait for each
 SHIFT_BLOCK = 64
@@ -327,7 +319,7 @@ def _shift_kernel(
 def choose_rows(
     query: torch.Tensor,
     work: WorkList,
-    space: "LowRankWorkspace | DecodeWorkspace",
+    space: RankingWorkspace,
     block: int = CHOSEN_BLOCK,
 ) -> None:
     """Choose and project the rows of a work list's segments; the bases must be fitted.
@@ -351,7 +343,7 @@ def choose_rows(
 def shift_rows(
     query: torch.Tensor,
     work: WorkList,
-    space: "LowRankWorkspace | DecodeWorkspace",
+    space: RankingWorkspace,
     block_n: int = 64,
 ) -> None:
     """End the chosen rows' images with their shifts; the keys must be projected.
@@ -377,7 +369,7 @@ def shift_rows(
     )  # fmt: skip
 
 
-def _shape(query: torch.Tensor, space: "LowRankWorkspace | DecodeWorkspace") -> dict[str, Any]:
+def _shape(query: torch.Tensor, space: RankingWorkspace) -> dict[str, Any]:
     """Return the constants that both kernels take."""
     return {
         "GROUP": query.shape[1] // space.rows.shape[1],

@@ -6,25 +6,18 @@ register. Several neighbouring segments share each load of keys, and their rows 
 one product.
 """
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import (
-    DENSE_START,
-    FIT,
-    ITEM_COLUMNS,
-    NUM_QUERIES,
-)
-from ..work_list import CHUNK, WorkList
+from ..columns import DENSE_START, NUM_QUERIES
+from ..columns import SEGMENT_COLUMNS as ITEM_COLUMNS
+from ..columns import SPAN as FIT
+from ..tuning import CHUNK
+from ..work_list import WorkList
 from . import basis
 from .packed_f16 import folded
-
-if TYPE_CHECKING:
-    from ..decode import DecodeWorkspace
-    from .low_rank import LowRankWorkspace
+from .workspace import RankingWorkspace
 
 BLOCK_N = 128  # keys at a time: images have room for whole blocks
 SHARING = 8  # segments that share each load of images: the columns that are left after folding
@@ -171,7 +164,7 @@ def score_rows(
     work: WorkList,
     scores: Tensor,
     bounds: Tensor,
-    space: "LowRankWorkspace | DecodeWorkspace",
+    space: RankingWorkspace,
     group: int,
     *,
     chunk: int = CHUNK,

@@ -5,32 +5,25 @@ from bisect import bisect_right
 
 import torch
 
+from ..layout import DENSE_START, LIST_LENGTH, NOT_LISTED, ROW
+from ..paging import physical_slots
 from ..sampling import stratified
-from ..work_list import (
+from ..tuning import (
     BUCKETS,
     CHUNK,
     COUNTED,
-    DENSE_START,
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
     ESTIMATE_TOKENS,
     HEADS_SHARED,
-    LIST_LENGTH,
     MEAN_OF_MAX,
-    NOT_LISTED,
-    ROW,
     TIERS,
     UNEVEN,
-    Lists,
-    WorkList,
 )
+from ..work_list import WorkList
+from .selected import SelectedTokens
 
 LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
-
-
-def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
-    """Translate token positions of one request to slots: block * block_size + offset."""
-    return table_row[positions // page].long() * page + positions % page
 
 
 def select(
@@ -42,7 +35,7 @@ def select(
     counted: int = COUNTED,
     chunk: int = CHUNK,
     shared: int = HEADS_SHARED,
-) -> Lists:
+) -> SelectedTokens:
     """Turn scores into lists; see :func:`select.select`."""
     items, heads = scores.shape[:2]
     sampled = -(-items // ESTIMATE_EVERY)
@@ -50,7 +43,7 @@ def select(
     def zeros(*size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=scores.device)
 
-    lists = Lists(
+    lists = SelectedTokens(
         zeros(items, heads, max(work.max_list, 1)),
         zeros(items, heads),
         zeros(sampled, heads, ESTIMATE_TOKENS),

@@ -15,15 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import work_list as plan
-from ..layout import (
-    DENSE_START,
-    ITEM_COLUMNS,
-    LIST_LENGTH,
-    ROW,
-)
+from .. import tuning
+from ..columns import DENSE_START, LIST_LENGTH, ROW, SEGMENT_COLUMNS
+from ..layout import NOT_LISTED
 from ..strata import stratum_offset
-from ..work_list import (
+from ..tuning import (
     BUCKETS,
     CHUNK,
     COUNTED,
@@ -32,15 +28,13 @@ from ..work_list import (
     ESTIMATE_TOKENS,
     HEADS_SHARED,
     MEAN_OF_MAX,
-    NOT_LISTED,
     TIERS,
-    Lists,
-    WorkList,
-    list_places,
 )
+from ..work_list import WorkList, list_capacity
+from .selected import SelectedTokens
 
 LEVELS = tl.constexpr(16)
-UNEVEN = tl.constexpr(plan.UNEVEN)
+UNEVEN = tl.constexpr(tuning.UNEVEN)
 RUN = 2 * ESTIMATE_STEP  # neighbouring tokens that are handled as one
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
 
@@ -88,8 +82,8 @@ def _count_kernel(
 ):  # fmt: skip
     """Count a list's scores by bucket, one of each stratum, and store their range."""
     i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
-    if (n == 0) | (tl.load(p_items + i_item * ITEM_COLUMNS + LIST_LENGTH) == 0):
+    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
+    if (n == 0) | (tl.load(p_items + i_item * SEGMENT_COLUMNS + LIST_LENGTH) == 0):
         return
     i_list = i_item * tl.num_programs(0) + i_head
     step = tl.cdiv(n, COUNTED)
@@ -114,8 +108,8 @@ def _plan_kernel(
 ):  # fmt: skip
     """Share the budget of a segment among the lists of SHARED heads; find what scores fill each."""
     i_item = tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
-    count = tl.load(p_items + i_item * ITEM_COLUMNS + LIST_LENGTH)
+    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
+    count = tl.load(p_items + i_item * SEGMENT_COLUMNS + LIST_LENGTH)
     first_head = tl.program_id(0) * SHARED
     o_h = first_head + tl.arange(0, SHARED_PAD)
     m_h = (tl.arange(0, SHARED_PAD) < SHARED) & (o_h < heads)
@@ -221,8 +215,8 @@ def _emit_kernel(
     """
     i_head = tl.program_id(0)
     i_item = tl.program_id(1).to(tl.int64)
-    row = tl.load(p_items + i_item * ITEM_COLUMNS + ROW).to(tl.int64)
-    n = tl.load(p_items + i_item * ITEM_COLUMNS + DENSE_START)
+    row = tl.load(p_items + i_item * SEGMENT_COLUMNS + ROW).to(tl.int64)
+    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
     i_list = i_item * tl.num_programs(0) + i_head
     count = tl.load(p_lengths + i_list)
     if count == 0:
@@ -337,11 +331,11 @@ class SelectWorkspace:
         self.ranges = empty(lists, 2, dtype=torch.float32)
         self.thresholds = empty(lists, TIERS, dtype=torch.float32)
 
-    def lists(self, work: WorkList) -> Lists:
+    def lists(self, work: WorkList) -> SelectedTokens:
         """Return where the lists of a work list are."""
-        heads, places = self.scores.shape[1], list_places(work.max_list)
+        heads, places = self.scores.shape[1], list_capacity(work.max_list)
         slots = self.slots[: work.num_items * heads * places].view(-1, heads, places)
-        return Lists(slots, self.lengths[: work.num_items], self.samples)
+        return SelectedTokens(slots, self.lengths[: work.num_items], self.samples)
 
 
 def select(

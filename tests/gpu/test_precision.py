@@ -5,25 +5,19 @@ import torch
 
 from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
 from s2o_vllm.config import RANKINGS as SEGMENTS
+from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, LIST_LENGTH, NUM_COUNTERS, ROW, VISITED
 from s2o_vllm.kernels.prefill import PRECISIONS, RANKINGS, Shape, SparsePrefill
-from s2o_vllm.kernels.ranking import low_rank, reference
+from s2o_vllm.kernels.ranking import low_rank
 from s2o_vllm.kernels.ranking import mean_query as rank
-from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.ranking import reference as ranking_reference
+from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
-from s2o_vllm.kernels.work_list import (
-    DENSE_START,
-    ELIGIBLE,
-    HEADS_SHARED,
-    LIST_LENGTH,
-    NUM_COUNTERS,
-    ROW,
-    VISITED,
-    build_work_lists,
-    list_places,
-)
+from s2o_vllm.kernels.tuning import HEADS_SHARED
+from s2o_vllm.kernels.work_list import build_work_lists, list_capacity
 
 CHUNKS = ((3000, 700), (0, 300), (1777, 1), (500, 64))
 
@@ -50,7 +44,7 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
     for work, lists in full_lists(batch):
-        own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
+        own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, 32)
         attend.attend(
             batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
             scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
@@ -72,7 +66,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     for work in batch.work(segment=64):
         if work.max_list == 0:
             continue
-        places = work.num_items * list_places(work.max_list)
+        places = work.num_items * list_capacity(work.max_list)
         selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, device)
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
@@ -81,19 +75,19 @@ def test_lists_agree_with_the_reference(ranking, fp8):
                 work.num_items, heads, head_dim, work.max_history, batch.query.dtype, device
             )
             rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
+            wanted = ranking_reference.mean_query_scores(*arguments, scale=batch.scale)
         else:
             space = low_rank.LowRankWorkspace(
                 heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
                 batch.query.dtype, device, precision=PRECISIONS[ranking],
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.low_rank_scores(
+            wanted = ranking_reference.low_rank_scores(
                 *arguments, scale=batch.scale, precision=PRECISIONS[ranking], chosen=space.chosen
             )
         page = batch.kv_cache.shape[2]
         select.select(batch.block_table, work, page, selection)
-        lists = reference_select.select(wanted, batch.block_table, work, page)
+        lists = selection_reference.select(wanted, batch.block_table, work, page)
         own = selection.lists(work)
         for number, item in enumerate(work.items.tolist()):
             assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
@@ -108,7 +102,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
                 got = set(own.slots[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
                 best = wanted[number, head, : item[DENSE_START]].topk(count).indices
-                slots = reference_select.physical_slots(best, table_row, page)
+                slots = paging.physical_slots(best, table_row, page)
                 common = len(got & set(slots.tolist()))
                 assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
 

@@ -9,12 +9,13 @@ import torch
 
 from cases import CACHES, far_away, full_lists, make_batch, nan_like
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.layout import NUM_COUNTERS
 from s2o_vllm.kernels.ranking import low_rank
 from s2o_vllm.kernels.ranking import mean_query as rank
 from s2o_vllm.kernels.tiles import attend_tile
-from s2o_vllm.kernels.work_list import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels.tuning import CHUNK
 
 REGION = 32
 
@@ -54,10 +55,10 @@ def by_regions(batch, work):
     space = regions.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, batch.query.device, REGION
     )
-    for part in (space.means, space.slopes, space.spreads):
+    for part in (space.means, space.value_covariances, space.key_covariances):
         part.zero_()
     regions.average(batch.kv_cache, batch.block_table, work, space)
-    return torch.cat([part.float().flatten() for part in (space.means, space.slopes)])
+    return torch.cat([part.float().flatten() for part in (space.means, space.value_covariances)])
 
 
 def by_attention(batch, work):
@@ -68,7 +69,7 @@ def by_attention(batch, work):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     attend.attend(
         batch.query, batch.kv_cache, batch.block_table, work, lists,
-        reference_regions.average(
+        attention_reference.average(
             batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
         ),
         out, counters, scale=batch.scale, v_scale=batch.v_scale,

@@ -17,28 +17,17 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import decode, decode_operator, reference_decode
-from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels import decode, decode_reference, decode_step, paging
+from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention import summaries as regions
-from s2o_vllm.kernels.decode_operator import SparseDecode
-from s2o_vllm.kernels.decode_state import (
-    DecodeRow,
-    DecodeShape,
-    DecodeTable,
-    decode_item,
-    keep,
-)
-from s2o_vllm.kernels.ranking import basis, reference
-from s2o_vllm.kernels.selection import reference as reference_select
-from s2o_vllm.kernels.work_list import (
-    DENSE_START,
-    ELIGIBLE,
-    NUM_COUNTERS,
-    STOPPED,
-    TIERS_SPLIT,
-    VISITED,
-    PrefillRow,
-)
+from s2o_vllm.kernels.decode import SparseDecode
+from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape, DecodeTable, decode_item, keep
+from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.ranking.append import append_keys
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.tuning import TIERS_SPLIT
+from s2o_vllm.kernels.work_list import PrefillRow
 
 LONGEST = 768
 CONTEXTS = (333, 600, 65)  # of requests in decode; the last has no history before its dense part
@@ -86,8 +75,8 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
     ``by`` fills one: by default the references do, which take less time than the kernels.
     """
     shape, device = shape_of(batch, budget), batch.query.device
-    space = decode.DecodeWorkspace(
-        shape, batch.query.dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
+    space = decode_step.DecodeWorkspace(
+        shape, batch.query.dtype, device, decode_step.scratch(shape, device, chunk=CHUNK), REGION
     )
     kind = torch.uint8 if ON_GPU else torch.int16
     space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
@@ -110,24 +99,24 @@ def by_references(batch, space, one, query, work):
         own[slot, ..., :rank] = part
     space.fit.offset[slot, :, rank:] = -torch.tensor(basis.SHIFT_FACTORS, device=query.device)
     positions = torch.arange(one.tokens, device=query.device)
-    places = reference.physical_slots(positions, table[work.row], cache.shape[2])
-    keys, _ = reference.load_tokens(cache, places, query.shape[2])
+    places = paging.physical_slots(positions, table[work.row], cache.shape[2])
+    keys, _ = paging.load_tokens(cache, places, query.shape[2])
     images = basis.key_images(
         keys, basis.Basis(*(part[slot] for part in fit_of(space))), space.images.dtype
     )
     space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
-    averaged = reference_regions.average(cache, table, work, query.dtype, REGION)
+    averaged = attention_reference.average(cache, table, work, query.dtype, REGION)
     space.known[slot] = one.tokens // REGION
     space.regions.means[slot, :, : one.tokens // REGION] = averaged.means
-    space.regions.slopes[slot] = averaged.slopes[one.fit]
-    space.regions.spreads[slot] = averaged.spreads[one.fit]
+    space.regions.value_covariances[slot] = averaged.value_covariances[one.fit]
+    space.regions.key_covariances[slot] = averaged.key_covariances[one.fit]
 
 
 def by_kernels(batch, space, one, query, work):
     """Fill a slot as a server does on a card."""
     shape, device, dtype = shape_of(batch), query.device, query.dtype
     operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
-    ranked, _ = decode_operator.fitting(shape, dtype, device)
+    ranked, _ = decode.fitting(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
     averaged = regions.workspace(*sizes, dtype, device, REGION)
     operator.slots, operator.fitting = space, (ranked, averaged)
@@ -140,7 +129,7 @@ def listed(batch, rows, budget=0.25, items=None):
     return table.fill(rows, len(rows) if items is None else items)
 
 
-def run(batch, rows, space, function=decode.decode, **options):
+def run(batch, rows, space, function=decode_step.decode, **options):
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     function(
@@ -159,13 +148,13 @@ def fit_of(space):
 def test_new_keys_have_the_images_that_the_slots_basis_gives(device, size):
     batch = make(device, *size)
     space, rows = kept(batch, by=by_kernels)
-    decode.append(batch.kv_cache, batch.block_table, rows, space)
+    append_keys(batch.kv_cache, batch.block_table, rows, space)
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=device)
     for row in rows.rows:
         positions = torch.arange(row.context + 1, device=device)
-        slots = reference.physical_slots(positions, batch.block_table[row.row], page)
-        keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
+        slots = paging.physical_slots(positions, batch.block_table[row.row], page)
+        keys, _ = paging.load_tokens(batch.kv_cache, slots, head_dim)
         wanted = keys @ space.fit.b[row.slot].float() - space.fit.offset[row.slot][:, None]
         got = space.images[row.slot, :, : row.context + 1].float()
         assert ((got - wanted).abs() <= ULP * wanted.abs() + 2e-2).all()
@@ -189,7 +178,7 @@ def test_scores_are_the_references(device, size):
     batch = make(device, *size, spread=2.0)
     space, rows = kept(batch)
     run(batch, rows, space)
-    wanted = reference_decode.scores(batch.query, space.images, fit_of(space), rows.work)
+    wanted = decode_reference.scores(batch.query, space.images, fit_of(space), rows.work)
     got = space.selection.scores[: rows.work.num_items]
     for number, item in enumerate(rows.work.items.tolist()):
         n = item[DENSE_START]
@@ -208,14 +197,16 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     work, page = rows.work, batch.kv_cache.shape[2]
     got = space.selection.lists(work)
     scores = space.selection.scores[: work.num_items, :, : work.max_history]
-    lists = reference_select.select(scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK)
+    lists = selection_reference.select(
+        scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK
+    )
     assert torch.equal(got.lengths, lists.lengths)
     for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
         count = int(lists.lengths[number, head])
         assert torch.equal(got.slots[number, head, :count], lists.slots[number, head, :count])
     wanted = nan_like(batch.query)
     counted = torch.zeros_like(counters)
-    reference.attend(
+    attention_reference.attend(
         batch.query, batch.kv_cache, batch.block_table, work, lists, space.regions, wanted, counted,
         scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip
@@ -337,7 +328,7 @@ def test_items_to_spare_write_nothing(device):
     nothing, counters = run(batch, listed(batch, [], items=5), space)
     assert torch.isnan(nothing).all()
     assert not counters.any()
-    reference_decode.decode(
+    decode_reference.decode(
         batch.query, batch.kv_cache, batch.block_table, listed(batch, [], items=5), None, nothing,
         counters, scale=batch.scale,
     )  # fmt: skip

@@ -12,15 +12,11 @@ from cases import (
     nan_like,
     relative_error,
 )
+from s2o_vllm.kernels.layout import ELIGIBLE, NUM_COUNTERS, VISITED
 from s2o_vllm.kernels.prefill import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
 from s2o_vllm.kernels.side_stream import IN_TURN
-from s2o_vllm.kernels.work_list import (
-    ELIGIBLE,
-    HEADS_SHARED,
-    NUM_COUNTERS,
-    VISITED,
-    build_work_lists,
-)
+from s2o_vllm.kernels.tuning import HEADS_SHARED
+from s2o_vllm.kernels.work_list import build_work_lists
 
 
 def operator_for(batch, ranking="low_rank", **options):

@@ -17,29 +17,28 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import work_list as plan
+from s2o_vllm.kernels import layout, tuning
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.attention import reference as reference_regions
-from s2o_vllm.kernels.ranking import reference
-from s2o_vllm.kernels.selection import reference as reference_select
-from s2o_vllm.kernels.selection import select
-from s2o_vllm.kernels.tiles import attend_tile
-from s2o_vllm.kernels.work_list import (
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.layout import (
     DENSE_START,
     DROPPED,
-    FIT,
     HISTORY,
     LIST_LENGTH,
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
-    TIERS,
-    TIERS_SPLIT,
-    TIERS_UNORDERED,
+    SPAN,
+)
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.tuning import TIERS, TIERS_SPLIT, TIERS_UNORDERED
+from s2o_vllm.kernels.work_list import (
     Limits,
     PrefillRow,
     build_work_lists,
-    list_places,
+    list_capacity,
     longest_list,
 )
 
@@ -86,7 +85,7 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
         assert one.target_error == row.target_error
         lengths = [longest_list(item, shared) for item in table]
         assert one.max_list == max(lengths)
-        assert len(table) == 1 or len(table) * list_places(one.max_list) <= slots
+        assert len(table) == 1 or len(table) * list_capacity(one.max_list) <= slots
         assert one.max_history == max(item[DENSE_START] for item in table)
         assert one.max_queries == max(item[NUM_QUERIES] for item in table)
         assert [item[HISTORY] for item in table] == sorted(
@@ -96,7 +95,7 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
         assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_items :])
         assert sum(count for _, count in one.groups.tolist()) == len(table)
         assert one.fits.tolist() == [list(span) for span in one.spans]
-        assert len(one.spans) <= plan.FITS
+        assert len(one.spans) <= tuning.CHUNK_SPANS
         for item in table:
             history, queries = item[HISTORY], item[NUM_QUERIES]
             assert item[QUERY_START] - row.query_start == history - row.context
@@ -113,7 +112,7 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
                 assert item[LIST_LENGTH] == max(int(row.budget * history), row.min_tokens)
             else:
                 assert history < max(min_context, 1) or history <= row.min_tokens
-            span = one.spans[item[FIT]]
+            span = one.spans[item[SPAN]]
             assert span.first <= item[QUERY_START]
             assert item[QUERY_START] + queries <= span.first + span.queries
             assert not item[DENSE_START] or history + queries <= span.tokens
@@ -184,7 +183,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
     """Lists of the kernels and of the reference; places that nobody wrote hold -7."""
     heads, page = scores.shape[1], batch.kv_cache.shape[2]
     space = select.SelectWorkspace(
-        work.num_items, heads, work.max_history, work.num_items * list_places(work.max_list),
+        work.num_items, heads, work.max_history, work.num_items * list_capacity(work.max_list),
         scores.device, chunk,
     )  # fmt: skip
     space.scores.fill_(math.nan)
@@ -199,7 +198,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
     for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
     select.select(batch.block_table, work, page, space, tiers, counted, shared=shared)
-    wanted = reference_select.select(
+    wanted = selection_reference.select(
         scores, batch.block_table, work, page, tiers, counted, chunk, shared
     )
     return space.lists(work), wanted
@@ -311,12 +310,12 @@ def run_both(batch, lists, softcap):
     results = []
     for function, shape in (
         (attend.attend, {"tile": tile}),
-        (reference.attend, {"queries_per_tile": tile.block_m // group}),
+        (attention_reference.attend, {"queries_per_tile": tile.block_m // group}),
     ):
         out = nan_like(batch.query)
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
         for work, own in lists:
-            regions = reference_regions.average(
+            regions = attention_reference.average(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
             )
             function(
@@ -417,6 +416,6 @@ def test_a_request_that_is_no_number_harms_itself_alone(device, ranking, where, 
     after, counters = answer()
     assert torch.equal(after[64:], before[64:]), "another request's answer"
     assert (counters >= 0).all()
-    assert int(counters[plan.VISITED]) <= int(counters[plan.ELIGIBLE])
+    assert int(counters[layout.VISITED]) <= int(counters[layout.ELIGIBLE])
     if where == "query":
         assert torch.isfinite(after[SEGMENT:64]).all(), "segments without it"

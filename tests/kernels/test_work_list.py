@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2o_vllm.kernels import work_list as plan
+from s2o_vllm.kernels import layout, tuning, work_list
 from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists, segments
 
 CPU = torch.device("cpu")
@@ -36,12 +36,12 @@ def test_first_segment_has_no_list_even_without_min_context():
 def test_list_never_exceeds_the_budget():
     for budget in (0.01, 0.3, 0.999):
         for item in segments(PrefillRow(0, 0, 1000, 37, budget), 32, 0):
-            assert item[plan.LIST_LENGTH] <= budget * item[plan.HISTORY]
+            assert item[layout.LIST_LENGTH] <= budget * item[layout.HISTORY]
 
 
 def test_a_short_history_gives_its_queries_the_least_tokens_all_the_same():
     row = PrefillRow(0, 0, 256, 32, 0.25, min_tokens=48)
-    counts = {item[plan.HISTORY]: item[plan.LIST_LENGTH] for item in segments(row, 32, 0)}
+    counts = {item[layout.HISTORY]: item[layout.LIST_LENGTH] for item in segments(row, 32, 0)}
     assert counts == {32: 0, 64: 48, 96: 48, 128: 48, 160: 48, 192: 48, 224: 56, 256: 64}
     assert segments(row, 32, 0)[0] == (0, 0, 32, 32, 0, 0), "no more than that is attended whole"
 
@@ -49,7 +49,7 @@ def test_a_short_history_gives_its_queries_the_least_tokens_all_the_same():
 def test_each_request_has_its_lists_longest_history_first():
     rows = [PrefillRow(4, 0, 40 * 32, 0, 0.5), PrefillRow(1, 1280, 32, 320, 0.5)]
     one, other = build_work_lists(rows, 32, 0, CPU, MANY)
-    histories = [item[plan.HISTORY] for item in one.items.tolist()]
+    histories = [item[layout.HISTORY] for item in one.items.tolist()]
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
     assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16 * 3 // 2, 32)
@@ -64,10 +64,10 @@ def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
     assert one.fits.tolist() == [[5, 64, 2048], [69, 2048, 4096], [2117, 64, 4160]]
     assert (max(span.queries for span in one.spans), one.max_fit_tokens) == (2048, 4160)
     for item in one.items.tolist():
-        first, queries, tokens = one.fits[item[plan.FIT]].tolist()
-        assert first <= item[plan.QUERY_START] < first + queries
-        assert item[plan.HISTORY] + item[plan.NUM_QUERIES] <= tokens
-    starts = [item[plan.QUERY_START] for item in one.items.tolist()]
+        first, queries, tokens = one.fits[item[layout.SPAN]].tolist()
+        assert first <= item[layout.QUERY_START] < first + queries
+        assert item[layout.HISTORY] + item[layout.NUM_QUERIES] <= tokens
+    starts = [item[layout.QUERY_START] for item in one.items.tolist()]
     assert starts == list(range(5 + 2176 - 32, 4, -32)), "the longest history first"
 
 
@@ -75,15 +75,19 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
     rows = [PrefillRow(0, 0, 10 * 32, 64, 0.5)]
     by_items = build_work_lists(rows, 32, 0, CPU, Limits(4, 10**6))
     assert [one.num_items for one in by_items] == [4, 4, 2]
-    by_slots = build_work_lists(rows, 32, 0, CPU, Limits(100, 2 * plan.list_places(176 * 3 // 2)))
+    by_slots = build_work_lists(
+        rows, 32, 0, CPU, Limits(100, 2 * work_list.list_capacity(176 * 3 // 2))
+    )
     assert by_slots[0].num_items == 2
     for lists in (by_items, by_slots):
         assert [one.first_of_chunk for one in lists] == [True] + [False] * (len(lists) - 1)
         assert all(one.fits is lists[0].fits for one in lists)
-        starts = [item[plan.QUERY_START] for one in lists for item in one.items.tolist()]
+        starts = [item[layout.QUERY_START] for one in lists for item in one.items.tolist()]
         assert starts == list(range(9 * 32, -1, -32))
     for one in by_slots:
-        assert one.num_items * plan.list_places(one.max_list) <= 2 * plan.list_places(176 * 3 // 2)
+        assert one.num_items * work_list.list_capacity(one.max_list) <= 2 * work_list.list_capacity(
+            176 * 3 // 2
+        )
     alone = build_work_lists(rows, 32, 0, CPU, Limits(100, 1))
     assert [one.num_items for one in alone] == [1] * 10, "an item that is too long goes alone"
 
@@ -92,7 +96,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
 def test_a_list_may_take_half_of_what_those_have_that_share_with_it(shared, longest):
     rows = [PrefillRow(0, 0, 32, 200, 0.1)]
     (one,) = build_work_lists(rows, 256, 0, CPU, MANY._replace(shared=shared))
-    assert one.max_list == plan.longest_list(one.items[0].tolist(), shared) == longest
+    assert one.max_list == work_list.longest_list(one.items[0].tolist(), shared) == longest
     rows = [PrefillRow(0, 0, 32, 200, 0.9)]
     (one,) = build_work_lists(rows, 256, 0, CPU, MANY._replace(shared=shared))
     assert one.max_list == (180 if shared == 1 else 200), "no list is longer than the history"
@@ -100,7 +104,7 @@ def test_a_list_may_take_half_of_what_those_have_that_share_with_it(shared, long
 
 def test_lists_that_share_with_more_take_more_room():
     rows = [PrefillRow(0, 0, 10 * 32, 64, 0.1)]
-    slots = 4 * plan.list_places(plan.longest_list((0,) * 4 + (352, 35), 1))
+    slots = 4 * work_list.list_capacity(work_list.longest_list((0,) * 4 + (352, 35), 1))
     counts = [
         [one.num_items for one in build_work_lists(rows, 32, 0, CPU, Limits(100, slots, shared))]
         for shared in (1, 4)
@@ -122,11 +126,11 @@ def test_what_a_list_tells_of_its_items():
 
 
 def test_chunks_are_cut_at_multiples_in_the_sequence():
-    span = plan.FITS * plan.FIT_QUERIES
+    span = tuning.CHUNK_SPANS * tuning.SPAN_LENGTH
     lists = build_work_lists([PrefillRow(0, 0, span + 64, 32, 0.5)], 64, 0, CPU, MANY)
     assert [int(one.fits[0, 0]) for one in lists] == [0, span - 32]
     assert all(one.first_of_chunk for one in lists)
-    assert all(one.fits.shape[0] <= plan.FITS for one in lists)
+    assert all(one.fits.shape[0] <= tuning.CHUNK_SPANS for one in lists)
 
 
 @pytest.mark.parametrize(("segment", "items"), [(0, 1), (-1, 1), (32, 0)])

@@ -5,17 +5,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from s2o_vllm.kernels.layout import NOT_LISTED
 from s2o_vllm.kernels.selection.reference import sample_positions
-from s2o_vllm.kernels.work_list import (
-    ESTIMATE_EVERY,
-    ESTIMATE_TOKENS,
-    NOT_LISTED,
-    Limits,
-    Lists,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
-)
+from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.tuning import ESTIMATE_EVERY, ESTIMATE_TOKENS
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, WorkList, build_work_lists
 
 SEGMENT = 32
 LIMITS = Limits(1000, 10**7)
@@ -173,7 +167,7 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     return out
 
 
-def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Lists]]:
+def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, SelectedTokens]]:
     """Each request's work with lists of random history tokens, as many as its budget allows.
 
     ``uneven`` shortens the lists of all heads but the first, each by a random share.
@@ -201,7 +195,9 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Li
                     places = places[sample_positions(item[4], places.device)]
                     samples[number // ESTIMATE_EVERY, head, : len(places)] = places
         device = batch.query.device
-        lists.append((work, Lists(*(part.to(device) for part in (slots, lengths, samples)))))
+        lists.append(
+            (work, SelectedTokens(*(part.to(device) for part in (slots, lengths, samples))))
+        )
     return lists
 
 

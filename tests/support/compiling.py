@@ -152,7 +152,7 @@ def compile_attend(
     tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
     """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
-    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels import layout
     from s2o_vllm.kernels.attention import attend
     from s2o_vllm.kernels.attention import summaries as regions
     from s2o_vllm.kernels.selection import select
@@ -160,7 +160,7 @@ def compile_attend(
     dense = stop_threshold is None
     q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
     space = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, "meta")
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")
     means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
@@ -173,7 +173,7 @@ def compile_attend(
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels import tuning
     from s2o_vllm.kernels.attention import summaries as regions
     from s2o_vllm.kernels.prefill import PRECISIONS
     from s2o_vllm.kernels.ranking import low_rank
@@ -194,7 +194,7 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
         rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, wide, scale=0.1)
-        for tiers in (plan.TIERS, plan.TIERS_UNORDERED):
+        for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
         means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
         regions.average(kv, table, work, means)
@@ -208,11 +208,11 @@ def ranked_in(capability: int) -> torch.dtype:
 
 def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
-    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels import work_list
 
-    rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    limits = plan.Limits(16, PLACES)
-    (work,) = plan.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
+    rows = [work_list.PrefillRow(0, 0, 8192, 98_304, 0.1)]
+    limits = work_list.Limits(16, PLACES)
+    (work,) = work_list.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
     q = torch.empty(8192, HEADS, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, KV_HEADS, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
@@ -247,10 +247,8 @@ def variants_beyond_warm_up(
     or of many, in any row of a block table whose width nothing divides.
     """
     from s2o_vllm.config import RANKINGS
-    from s2o_vllm.kernels import decode, decode_operator, tiles
-    from s2o_vllm.kernels import decode_state as decode_plan
+    from s2o_vllm.kernels import decode, decode_state, decode_step, layout, tiles, work_list
     from s2o_vllm.kernels import prefill as operator
-    from s2o_vllm.kernels import work_list as plan
 
     meta = torch.device("meta")
     shape = operator.Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
@@ -269,38 +267,38 @@ def variants_beyond_warm_up(
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
     quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
     operation.fp8_products = quantised is not None
-    sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
-    decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-    scratch = decode.scratch(sizes, meta)
-    decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
-    decoding.fitting = decode_operator.fitting(sizes, torch.bfloat16, meta)
-    decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
+    sizes = decode_state.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
+    decoding = decode.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
+    scratch = decode_step.scratch(sizes, meta)
+    decoding.slots = decode_step.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
+    decoding.fitting = decode.fitting(sizes, torch.bfloat16, meta)
+    decoding.decode = functools.partial(decode_step.decode, tile=tiles.DECODE_TILES[128])
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
         operation.warm_up(query, kv, table, quantised)
         decoding.warm_up(query, kv, table)
         known = set(launches)
-        rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
-                decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
+        rows = [decode_state.DecodeRow(3, 0, 100_001, 2, 99_000),
+                decode_state.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
         for some in (rows, rows[:1], rows[1:]):
-            steps = decode_plan.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
+            steps = decode_state.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
             decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
         for row in (
-            plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
-            plan.PrefillRow(3, 7, 8185, 100_001, 0.1),
-            plan.PrefillRow(1, 1, 1, 8_193, 0.9),
-            plan.PrefillRow(6, 4097, 33, 17, 0.02),
+            work_list.PrefillRow(0, 0, 8192, 114_688, 0.05),
+            work_list.PrefillRow(3, 7, 8185, 100_001, 0.1),
+            work_list.PrefillRow(1, 1, 1, 8_193, 0.9),
+            work_list.PrefillRow(6, 4097, 33, 17, 0.02),
         ):
             cpu = torch.device("cpu")
-            for work in plan.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
+            for work in work_list.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
                 operation(
                     query, kv, table, work, query, counters,
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
                 )  # fmt: skip
                 if work.first_of_chunk and work.max_fit_tokens:
-                    end = decode_plan.keep(work, 3)
+                    end = decode_state.keep(work, 3)
                     decoding.keep(end, query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
@@ -308,21 +306,19 @@ def variants_beyond_warm_up(
 
 def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of a decode step."""
-    from s2o_vllm.kernels import decode
-    from s2o_vllm.kernels import decode_state as decode_plan
-    from s2o_vllm.kernels import work_list as plan
+    from s2o_vllm.kernels import decode_state, decode_step, layout
     from s2o_vllm.kernels.tiles import DECODE_TILES
 
     q, kv, table, _ = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    shape = decode_plan.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
-    scratch = decode.scratch(shape, meta, ranked_in(capability))
-    space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
-    rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
-    steps = decode_plan.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    shape = decode_state.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
+    scratch = decode_step.scratch(shape, meta, ranked_in(capability))
+    space = decode_step.DecodeWorkspace(shape, q.dtype, meta, scratch)
+    rows = [decode_state.DecodeRow(0, 0, 100_000, 1, 99_990)]
+    steps = decode_state.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")
     with compiling_for(capability) as compiled:
-        decode.decode(
+        decode_step.decode(
             q, kv, table, steps, space, q, counters, scale=0.1, tile=DECODE_TILES[head_dim]
         )
     return [replace(one, name=f"{one.name} decode {head_dim}") for one in compiled]

@@ -9,8 +9,8 @@ import torch
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
 from s2o_vllm import compat
-from s2o_vllm.kernels import decode_state as decode_plan
-from s2o_vllm.kernels.work_list import DENSE_START, HISTORY, LIST_LENGTH
+from s2o_vllm.kernels import decode_state
+from s2o_vllm.kernels.layout import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.requests import RequestInfo
 from s2o_vllm.step_plan import DENSE_TAIL
 
@@ -153,8 +153,8 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
 
 def every_token():
     """Let lists of decode hold all tokens, which no budget below 1 asks for."""
-    item = decode_plan.decode_item
-    return patch.object(decode_plan, "decode_item", lambda row, _: item(row, 1.0))
+    item = decode_state.decode_item
+    return patch.object(decode_state, "decode_item", lambda row, _: item(row, 1.0))
 
 
 def decoding(step: Step) -> Step:

@@ -8,7 +8,8 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.decode_slots import NO_STATE, DecodeSlots
-from s2o_vllm.kernels.decode_state import KEPT_QUERIES, DecodeRow, DecodeShape
+from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape
+from s2o_vllm.kernels.tuning import SNAPSHOT_QUERIES
 from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
@@ -92,7 +93,9 @@ def test_the_end_of_a_prompt_is_kept():
     assert step(slots, (1, 21449, False, 0.1, "a"))[0][0].covered == 21384
 
 
-@pytest.mark.parametrize(("queries", "fit"), [(2048 + KEPT_QUERIES, 1), (2048 + 40, 0), (40, 0)])
+@pytest.mark.parametrize(
+    ("queries", "fit"), [(2048 + SNAPSHOT_QUERIES, 1), (2048 + 40, 0), (40, 0)]
+)
 def test_a_basis_of_too_few_queries_is_not_kept_where_there_is_another(queries, fit):
     (one,) = kept(slots_with("a"), (16384, queries), prompt=16384 + queries + DENSE_TAIL)
     assert one.fit == fit

@@ -18,17 +18,14 @@ from cases import (
     to_fp8,
     tokens_of,
 )
+from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention.tile_ops import as_numbers
-from s2o_vllm.kernels.ranking import reference
-from s2o_vllm.kernels.selection import reference as reference_select
-from s2o_vllm.kernels.tiles import attend_tile
-from s2o_vllm.kernels.work_list import (
+from s2o_vllm.kernels.layout import (
     DROPPED,
     DROPPED_UNIT,
     ELIGIBLE,
-    ESTIMATE_TOKENS,
     LIST_LENGTH,
     NUM_COUNTERS,
     SAMPLED,
@@ -36,6 +33,9 @@ from s2o_vllm.kernels.work_list import (
     TILES,
     VISITED,
 )
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.tuning import ESTIMATE_TOKENS
 
 GQA_AND_SIZES = [
     # heads, kv_heads, head_dim, page, head_major
@@ -62,7 +62,7 @@ def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **o
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     tile = attend_tile(batch.query.shape[2], out.device)
-    if function is reference.attend:
+    if function is attention_reference.attend:
         group = batch.query.shape[1] // batch.kv_cache.shape[1]
         options["queries_per_tile"] = tile.block_m // group
     else:
@@ -70,7 +70,7 @@ def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **o
     for number, (work, own) in enumerate(lists):
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
-            reference_regions.average(
+            attention_reference.average(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, region
             ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale,
@@ -202,7 +202,13 @@ def stopping_case(
         options = {"stop_step": stop_step(batch), "softcap": softcap, "region": region}
         options["orders"] = query_orders(batch, lists) if permuted else None
         (_, under), (wanted, over) = (
-            run(batch, lists, reference.attend, stop_threshold=near * stop_threshold, **options)
+            run(
+                batch,
+                lists,
+                attention_reference.attend,
+                stop_threshold=near * stop_threshold,
+                **options,
+            )
             for near in (1 - STOP_MARGIN, 1 + STOP_MARGIN)
         )
         if torch.equal(under, over) and (not stop_threshold or over[STOPPED] > 0):
@@ -335,7 +341,7 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
     device, monkeypatch, budget, stop_threshold, fp8
 ):
     """A history that the sample holds whole: the estimate is the truth, early stop included."""
-    for module in (attend, reference_select):
+    for module in (attend, selection_reference):
         monkeypatch.setattr(module, "ESTIMATE_STEP", 1)
     batch = make_batch(
         device, chunks=((ESTIMATE_TOKENS, 20),), head_dim=128, budget=budget, spread=2.0, fp8=fp8
@@ -344,7 +350,7 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
     assert work.num_items == 1
     options = {"stop_threshold": stop_threshold, "stop_step": stop_step(batch)}
     _, counters = run(batch, lists, **options)
-    _, visited = run(batch, lists, reference.attend, **options)
+    _, visited = run(batch, lists, attention_reference.attend, **options)
     assert counters[:DROPPED].tolist() == visited[:DROPPED].tolist()
     count = int(own.lengths.max())
     if stop_threshold and count:
@@ -369,4 +375,4 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
 def all_slots(batch, count):
     """The slots of the first tokens of the first request."""
     positions = torch.arange(count, device=batch.query.device)
-    return reference.physical_slots(positions, batch.block_table[0], batch.kv_cache.shape[2])
+    return paging.physical_slots(positions, batch.block_table[0], batch.kv_cache.shape[2])

@@ -5,22 +5,20 @@ import torch
 
 from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
 from s2o_vllm.kernels.attention import attend
-from s2o_vllm.kernels.attention import reference as reference_regions
+from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.attention.summary_table import Summaries, covariance_part, region_samples
+from s2o_vllm.kernels.layout import NUM_COUNTERS
 from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.selection.selected import SelectedTokens
 from s2o_vllm.kernels.tiles import attend_tile
-from s2o_vllm.kernels.work_list import (
-    NUM_COUNTERS,
-    REGION_MOST,
-    REGION_SPREAD,
+from s2o_vllm.kernels.tuning import (
+    COVARIANCE_GROUP,
+    COVARIANCE_WEIGHT,
     REGION_TOKENS,
+    REGION_VARIANCE,
     REGION_WEIGHT,
-    SLOPE_GROUP,
-    SLOPE_WEIGHT,
-    Lists,
-    Regions,
-    region_samples,
-    slope_span,
+    REGION_WEIGHT_LIMIT,
 )
 
 NONE_LISTED = 1e-9  # a budget of no token at all
@@ -33,7 +31,7 @@ def averaged(batch, work, region):
     space = regions.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
     )
-    for part in (space.means, space.slopes, space.spreads, space.sums):
+    for part in (space.means, space.value_covariances, space.key_covariances, space.sums):
         part.fill_(float("nan"))
     regions.average(batch.kv_cache, batch.block_table, work, space)
     return space
@@ -58,7 +56,7 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
     assert relative_error(means[:, :count], wanted) < rounding
-    own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, region).means
+    own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, region).means
     assert relative_error(means[:, :count], own) < rounding
 
 
@@ -73,22 +71,25 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
     )
     (work,) = batch.work(segment=32)
     assert work.fits.shape[0] == 2
-    span = slope_span(work.whole_chunk, region)
+    span = covariance_part(work.whole_chunk, region)
     assert span == 4 * region
     got = averaged(batch, work, region)
-    for covariances in (got.slopes, got.spreads):
+    for covariances in (got.value_covariances, got.key_covariances):
         assert torch.isnan(covariances[2:]).all(), "no more than there are fits"
     keys, values = tokens_of(batch, batch.rows[0])
     keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
     for fit, cut in enumerate(cuts):
-        groups = [x[:, 2:cut:4].unflatten(1, (-1, SLOPE_GROUP)) for x in (keys, values)]
+        groups = [x[:, 2:cut:4].unflatten(1, (-1, COVARIANCE_GROUP)) for x in (keys, values)]
         k, v = (x - x.mean(2, keepdim=True) for x in groups)
-        slope = SLOPE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
+        slope = COVARIANCE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
         spread = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
-        for covariances, wanted in ((got.slopes, slope), (got.spreads, spread)):
+        for covariances, wanted in ((got.value_covariances, slope), (got.key_covariances, spread)):
             assert relative_error(covariances[fit], wanted) < 40 * torch.finfo(dtype).eps
-    own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, region)
-    for one, other in ((got.slopes, own.slopes), (got.spreads, own.spreads)):
+    own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, region)
+    for one, other in (
+        (got.value_covariances, own.value_covariances),
+        (got.key_covariances, own.key_covariances),
+    ):
         assert relative_error(one[:2], other) < 40 * torch.finfo(dtype).eps
 
 
@@ -97,11 +98,11 @@ def test_keys_may_spread_further_than_their_dtype(device):
     batch = make_batch(device, chunks=((2048, 32),), dtype=torch.float16)
     batch.kv_cache *= 400
     (work,) = batch.work(segment=32)
-    own = reference_regions.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
+    own = attention_reference.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
     got = averaged(batch, work, 128)
     for one in (got, own):
-        assert one.spreads[0].isfinite().all()
-        assert (one.spreads[0].diagonal(dim1=1, dim2=2) == 65504).all()
+        assert one.key_covariances[0].isfinite().all()
+        assert (one.key_covariances[0].diagonal(dim1=1, dim2=2) == 65504).all()
 
 
 def test_a_history_shorter_than_a_part_has_no_slope(device):
@@ -110,19 +111,19 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     (work,) = batch.work()
     own = averaged(batch, work, 128)
     assert torch.isnan(own.sums).all()
-    wanted = reference_regions.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
+    wanted = attention_reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
     for one in (own, wanted):
-        assert (one.slopes[0] == 0).all()
-        assert (one.spreads[0] == 0).all()
+        assert (one.value_covariances[0] == 0).all()
+        assert (one.key_covariances[0] == 0).all()
 
 
 @pytest.mark.parametrize(("history", "span"), [(100, 32), (16 * 32 + 31, 32), (17 * 32, 64)])
 def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, span):
-    assert slope_span(history, 32) == span
+    assert covariance_part(history, 32) == span
 
 
 def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
-    """Whichever part of a chunk comes, its means and slopes are those of the whole chunk."""
+    """Whichever part of a chunk comes, its means and covariances are those of the whole chunk."""
     batch = make_batch(device, chunks=((4000, 400),))
     (row,) = batch.rows
     (whole,) = batch.work(segment=32)
@@ -137,8 +138,8 @@ def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
         assert torch.equal(cut.means[:, :seen], own.means[:, :seen])
         fits = part.fits.shape[0]
         of_whole = slice(2 - fits, 2) if start else slice(0, 1)
-        assert torch.equal(cut.slopes[:fits], own.slopes[of_whole])
-        assert torch.equal(cut.spreads[:fits], own.spreads[of_whole])
+        assert torch.equal(cut.value_covariances[:fits], own.value_covariances[of_whole])
+        assert torch.equal(cut.key_covariances[:fits], own.key_covariances[of_whole])
 
 
 @pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
@@ -157,9 +158,10 @@ def attended(batch, work, own):
     )
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+    selected = SelectedTokens(slots, lengths, samples)
     attend.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, Lists(slots, lengths, samples), own,
-        out, counters, scale=batch.scale, tile=attend_tile(batch.query.shape[2], device),
+        batch.query, batch.kv_cache, batch.block_table, work, selected, own, out, counters,
+        scale=batch.scale, tile=attend_tile(batch.query.shape[2], device),
     )  # fmt: skip
     return out
 
@@ -183,7 +185,7 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
     wanted = (scores.softmax(-1) @ values).transpose(0, 1)
     assert relative_error(out, wanted) < TOLERANCE
     empty = torch.empty(2, 1, 2 * head_dim, device=device, dtype=DTYPE)
-    none = Regions(empty, empty, empty, 2**20)
+    none = Summaries(empty, empty, empty, 2**20)
     assert relative_error(attended(batch, work, none), wanted) > 0.1
 
 
@@ -201,7 +203,10 @@ def test_a_mean_value_follows_the_query(device):
     wanted = ((queries @ k.mT * batch.scale).softmax(-1) @ v).transpose(0, 1)
     errors = [
         float(relative_error(attended(batch, work, regions), wanted))
-        for regions in (own, own._replace(slopes=torch.zeros_like(own.slopes)))
+        for regions in (
+            own,
+            own._replace(value_covariances=torch.zeros_like(own.value_covariances)),
+        )
     ]
     assert errors[0] < 0.6 * errors[1], errors
 
@@ -222,17 +227,19 @@ def test_a_region_counts_more_where_scores_spread(device, size):
     (work,) = batch.work(segment=64)
     own = averaged(batch, work, region)
     own.means[..., :head_dim] = 0.0  # a score of zero, as the own token has it
-    out = attended(batch, work, own._replace(slopes=torch.zeros_like(own.slopes)))
+    out = attended(
+        batch, work, own._replace(value_covariances=torch.zeros_like(own.value_covariances))
+    )
     keys, _ = tokens_of(batch, row)
     groups = keys[:, : row.context].double().unflatten(1, (-1, region))
     centred = (groups - groups.mean(2, keepdim=True)).flatten(1, 2).repeat_interleave(2, 0)
     queries = batch.query.double().transpose(0, 1)
     variance = (queries @ centred.mT * batch.scale).square().mean(-1)
-    weight = (REGION_WEIGHT * (REGION_SPREAD * variance).exp()).clamp(max=REGION_MOST)
+    weight = (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
     wanted = 1 / (1 + regions_of * region * weight)
     found = out.double().transpose(0, 1)[..., 0]
     assert (found / wanted).log().abs().max() < 0.3, "a sample tells the covariance"
-    assert (weight == REGION_MOST).all() == (size == 30.0)
+    assert (weight == REGION_WEIGHT_LIMIT).all() == (size == 30.0)
 
 
 def test_no_segment_sees_a_mean_of_later_tokens(device):

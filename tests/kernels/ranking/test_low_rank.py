@@ -10,19 +10,15 @@ import pytest
 import torch
 
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
+from s2o_vllm.kernels import paging
+from s2o_vllm.kernels.layout import DENSE_START, NUM_QUERIES
 from s2o_vllm.kernels.prefill import PRECISIONS
-from s2o_vllm.kernels.ranking import basis, low_rank, reference, rows
+from s2o_vllm.kernels.ranking import basis, low_rank, rows
 from s2o_vllm.kernels.ranking.fit import find_bases, take_moments
 from s2o_vllm.kernels.ranking.score import bases_together, image_room, score_rows
 from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.work_list import (
-    DENSE_START,
-    NUM_QUERIES,
-    ROW_STEP,
-    Limits,
-    PrefillRow,
-    build_work_lists,
-)
+from s2o_vllm.kernels.tuning import ROW_STEP
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists
 
 SHAPES = [
     # heads, kv_heads, head_dim, segment, an fp8 cache, precision: scored rows of a whole segment
@@ -72,7 +68,7 @@ def each_item(work, space):
 
 def rows_of(batch, item):
     """A segment's rows: ``[heads, queries, head_dim]``."""
-    return reference.segment_queries(batch.query, item, batch.query.shape[1]).flatten(1, 2)
+    return paging.segment_queries(batch.query, item, batch.query.shape[1]).flatten(1, 2)
 
 
 def assert_rounded(got, wanted):
@@ -86,8 +82,8 @@ def test_images_of_keys(ranked):
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     seen = work.max_fit_tokens
     positions = torch.arange(seen, device=batch.query.device)
-    slots = reference.physical_slots(positions, batch.block_table[work.row], page)
-    keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim, batch.query.shape[1])
+    slots = paging.physical_slots(positions, batch.block_table[work.row], page)
+    keys, _ = paging.load_tokens(batch.kv_cache, slots, head_dim, batch.query.shape[1])
     wanted = keys @ space.fit.b.float() - space.fit.offset[:, None]
     assert_rounded(space.images[:, :seen], wanted)
     factors = torch.tensor(basis.SHIFT_FACTORS, device=keys.device)

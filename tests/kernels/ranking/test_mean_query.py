@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
+from s2o_vllm.kernels.layout import DENSE_START
 from s2o_vllm.kernels.prefill import PRECISIONS
-from s2o_vllm.kernels.ranking import basis, low_rank, reference
+from s2o_vllm.kernels.ranking import basis, low_rank
 from s2o_vllm.kernels.ranking import mean_query as rank
+from s2o_vllm.kernels.ranking import reference as ranking_reference
 from s2o_vllm.kernels.ranking.fit import FitWorkspace, find_bases, take_moments
 from s2o_vllm.kernels.sampling import stratified
-from s2o_vllm.kernels.work_list import DENSE_START
 
 SHAPES = [
     # heads, kv_heads, head_dim, page, head_major
@@ -31,7 +32,7 @@ def mean_query(batch, works, chunk=64):
         )  # fmt: skip
         results = empty_results(batch, work, chunk)
         rank.mean_query_scores(*arguments(batch, work), *results, space, scale=batch.scale)
-        wanted = reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
+        wanted = ranking_reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
         yield work, *results, wanted
 
 
@@ -48,7 +49,7 @@ def every_query(batch, works, chunk=64, precision=basis.SERVED):
         low_rank.low_rank_scores(
             *arguments(batch, work), *results, space, scale=batch.scale, chunk=chunk
         )
-        wanted = reference.low_rank_scores(
+        wanted = ranking_reference.low_rank_scores(
             *arguments(batch, work), scale=batch.scale, precision=precision, chosen=space.chosen
         )
         yield work, *results, wanted
@@ -181,7 +182,7 @@ def test_rough_exponentials_are_within_their_bounds():
 
 def test_group_reduction_takes_the_largest_log_probability():
     logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
-    got = reference.group_log_probability(logits)[0]
+    got = ranking_reference.group_log_probability(logits)[0]
     torch.testing.assert_close(got, logits[0].softmax(-1).amax(0).log2())
 
 
@@ -323,9 +324,9 @@ def test_a_key_that_one_query_wants_ranks_first_in_every_list():
     own = means @ torch.linalg.lstsq(means, batch.query[12, 0, :, None]).solution
     batch.kv_cache[block, 0, key % page, :64] = 3 * (batch.query[12, 0] - own[:, 0])
     (work,) = batch.work()
-    wanted = reference.low_rank_scores(
+    wanted = ranking_reference.low_rank_scores(
         *arguments(batch, work), scale=batch.scale, precision=basis.Precision(67)
     )
     assert int(wanted[0, 0].argmax()) == key
-    mean = reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
+    mean = ranking_reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
     assert int((mean[0, 0] > mean[0, 0, key]).sum()) > 10

@@ -2,22 +2,20 @@ import pytest
 import torch
 
 from cases import make_batch
-from s2o_vllm.kernels.selection import reference as reference_select
+from s2o_vllm.kernels.layout import DENSE_START, LIST_LENGTH
+from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
-from s2o_vllm.kernels.work_list import (
+from s2o_vllm.kernels.tuning import (
     CHUNK,
     COUNTED,
-    DENSE_START,
     ESTIMATE_EVERY,
     HEADS_SHARED,
-    LIST_LENGTH,
     MEAN_OF_MAX,
     TIERS,
     TIERS_SPLIT,
     TIERS_UNORDERED,
-    list_places,
-    longest_list,
 )
+from s2o_vllm.kernels.work_list import list_capacity, longest_list
 
 
 def select_with_kernel(
@@ -27,7 +25,7 @@ def select_with_kernel(
         work.num_items,
         scores.shape[1],
         work.max_history,
-        work.num_items * list_places(work.max_list),
+        work.num_items * list_capacity(work.max_list),
         scores.device,
         chunk,
     )
@@ -75,7 +73,7 @@ def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     for work in batch.work():
         scores = random_scores(work, 2, device, kind)
         got = select_with_kernel(batch, work, scores, tiers=tiers, counted=counted)
-        wanted = reference_select.select(
+        wanted = selection_reference.select(
             scores, batch.block_table, work, page, tiers, counted, chunk=64
         )
         assert_same_lists(work, got, wanted)
@@ -90,7 +88,7 @@ def assert_same_lists(work, got, wanted):
             assert (slots[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
                 history = int(work.items[number, DENSE_START])
-                samples = len(reference_select.sample_positions(history, "cpu"))
+                samples = len(selection_reference.sample_positions(history, "cpu"))
                 one = got.samples[number // ESTIMATE_EVERY, head]
                 other = wanted.samples[number // ESTIMATE_EVERY, head]
                 assert one[:samples].tolist() == other[:samples].tolist()
@@ -111,7 +109,7 @@ def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tie
         got = select_with_kernel(
             batch, work, scores.half(), tiers=tiers, counted=counted, shared=shared
         )
-        wanted = reference_select.select(
+        wanted = selection_reference.select(
             scores.half(), batch.block_table, work, 16, tiers, counted, chunk=64, shared=shared
         )
         assert_same_lists(work, got, wanted)
@@ -148,7 +146,7 @@ def test_a_target_error_ends_lists_where_the_reference_does(device, target, kind
     scores = random_scores(work, 4, device, kind).float() - 8
     scores += torch.linspace(0, 4, 4, device=device)[:, None]
     got = select_with_kernel(batch, work, scores.half()).lengths
-    wanted = reference_select.select(scores.half(), batch.block_table, work, 16).lengths
+    wanted = selection_reference.select(scores.half(), batch.block_table, work, 16).lengths
     assert (got - wanted).abs().max() <= 2, "rounding may need a token more"
     whole = torch.tensor([[item[LIST_LENGTH]] for item in work.items.tolist()], device=device)
     assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
@@ -185,7 +183,7 @@ def test_a_target_error_leaves_out_what_it_allows(p, share):
     """Scores that add up to 1, as where all rows are alike, or to much more."""
     p = p * torch.randn(2, 3000).mul(2).softmax(-1).sort(descending=True).values
     for target in (0.1, 0.01):
-        lengths = reference_select.list_lengths(p.log2(), 2900, target).tolist()
+        lengths = selection_reference.list_lengths(p.log2(), 2900, target).tolist()
         for row, count in zip(p, lengths, strict=True):
             assert 0 < count < 2900
             assert row[count:].sum() * share <= 1.1 * target
@@ -194,12 +192,12 @@ def test_a_target_error_leaves_out_what_it_allows(p, share):
 
 def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
     scores = torch.full((2, 1000), -9.96578)  # a thousandth each
-    assert reference_select.list_lengths(scores, 900, 0.3).tolist() == [700, 700]
+    assert selection_reference.list_lengths(scores, 900, 0.3).tolist() == [700, 700]
 
 
 def test_neither_the_first_nor_the_last_tokens_are_cut_off():
     """Of equal scores all are wanted: what the list cannot hold lies before the last two chunks."""
-    taken = reference_select.select_positions(torch.zeros(1000), 700, chunk=10).tolist()
+    taken = selection_reference.select_positions(torch.zeros(1000), 700, chunk=10).tolist()
     assert sorted(taken) == [*range(680), *range(980, 1000)]
 
 
@@ -210,7 +208,7 @@ def test_a_sink_stays_listed_where_all_else_is_recent():
         scores = torch.randn(16_000) - 25
         scores[0] = -2.0
         scores[12_000:] += 9 * torch.linspace(0, 1, 4000) ** 2
-        assert 0 in reference_select.select_positions(scores.half().float(), 400).tolist()
+        assert 0 in selection_reference.select_positions(scores.half().float(), 400).tolist()
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8])
@@ -246,7 +244,7 @@ def test_chunks_of_a_servers_size(device, kind, tiers):
     (work,) = batch.work()
     scores = random_scores(work, 2, device, kind)
     got = select_with_kernel(batch, work, scores, CHUNK, tiers)
-    wanted = reference_select.select(scores, batch.block_table, work, 16, tiers)
+    wanted = selection_reference.select(scores, batch.block_table, work, 16, tiers)
     assert_same_lists(work, got, wanted)
 
 
@@ -273,7 +271,7 @@ def test_page_table_is_the_only_indirection(device):
 @pytest.mark.parametrize("tiers", [TIERS_SPLIT, TIERS_UNORDERED])
 def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step, tiers):
     lengths = [
-        len(reference_select.select_positions(torch.randn(20000), 1000, tiers, step))
+        len(selection_reference.select_positions(torch.randn(20000), 1000, tiers, step))
         for _ in range(50)
     ]
     unsure = (1000 * (step - 1)) ** 0.5
@@ -289,13 +287,13 @@ def test_a_list_of_nearly_all_tokens_leaves_out_hardly_more_than_it_must():
     """Of 3,000 seeds 127 leave out more: a single tier counts linearly inside the worst bucket."""
     torch.manual_seed(0)
     for tiers in (TIERS, TIERS_UNORDERED, TIERS_SPLIT):
-        assert len(reference_select.select_positions(torch.randn(1400), 1399, tiers)) >= 1398
+        assert len(selection_reference.select_positions(torch.randn(1400), 1399, tiers)) >= 1398
 
 
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_selection_keeps_the_best(tiers):
     scores = torch.randn(5000)
-    taken = reference_select.select_positions(scores, 500, tiers)
+    taken = selection_reference.select_positions(scores, 500, tiers)
     assert 495 <= len(taken) == len(set(taken.tolist())) <= 500
     assert set(scores.topk(400).indices.tolist()) < set(taken.tolist()), "only the worst are cut"
     assert set(taken.tolist()) < set(scores.topk(550).indices.tolist())
@@ -303,7 +301,7 @@ def test_selection_keeps_the_best(tiers):
 
 def test_order_is_by_tier_and_by_address_inside_one():
     scores = torch.tensor([0.0, 9.0, 1.0, 10.0, 2.0, 8.0, 3.0, 9.5])
-    taken = reference_select.select_positions(scores, 4).tolist()
+    taken = selection_reference.select_positions(scores, 4).tolist()
     assert set(taken) == {1, 3, 5, 7}
     assert taken[0] == 3, "the best comes first"
     assert taken[-1] == 5, "the worst comes last"

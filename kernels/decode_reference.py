@@ -4,24 +4,21 @@ from dataclasses import replace
 
 import torch
 
-from .attention import reference as reference_regions
-from .decode_state import (
-    APPEND_COUNT,
-    APPEND_FIRST,
-    APPEND_ROW,
-    APPEND_SLOT,
-    DecodeList,
-    DecodeShape,
-    Kept,
-)
-from .ranking import basis, reference
-from .selection import reference as reference_select
+from . import paging
+from .attention import reference as attention_reference
+from .attention.summary_table import Summaries
+from .decode_state import DecodeList, DecodeShape, Kept
+from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SPAN
+from .ranking import basis
+from .ranking import reference as ranking_reference
+from .selection import reference as selection_reference
 from .selection.reference import physical_slots
-from .work_list import DENSE_START, FIT, REGION_TOKENS, TIERS_SPLIT, Regions, WorkList
+from .tuning import REGION_TOKENS, TIERS_SPLIT
+from .work_list import WorkList
 
 
 class DecodeSlots:
-    """What the requests of a layer are ranked with; see :class:`decode.DecodeWorkspace`.
+    """What the requests of a layer are ranked with; see :class:`decode_step.DecodeWorkspace`.
 
     Attributes:
         images: ``[slots, kv_heads, max_history, WIDTH]``, in the dtype of images.
@@ -48,7 +45,7 @@ class DecodeSlots:
         )
         head_dim, count = shape.head_dim, max(1, shape.max_history // region)
         self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
-        self.regions = Regions(
+        self.regions = Summaries(
             torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
             torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
             torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
@@ -72,12 +69,15 @@ class DecodeSlots:
         for own, part in zip(self.fit, fitted, strict=True):
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
-        held, count = self.regions, tokens // self.regions.tokens
-        found = reference_regions.average(
-            kv_cache, block_table, work, held.means.dtype, held.tokens
+        held, count = self.regions, tokens // self.regions.region_tokens
+        found = attention_reference.average(
+            kv_cache, block_table, work, held.means.dtype, held.region_tokens
         )
         held.means[slot, :, :count] = found.means[:, :count]
-        held.slopes[slot], held.spreads[slot] = found.slopes[fit], found.spreads[fit]
+        held.value_covariances[slot], held.key_covariances[slot] = (
+            found.value_covariances[fit],
+            found.key_covariances[fit],
+        )
         self.known[slot] = count
 
     def project(
@@ -86,7 +86,7 @@ class DecodeSlots:
         """Project the keys of some tokens by a slot's basis."""
         positions = torch.arange(first, first + count, device=kv_cache.device)
         slots = physical_slots(positions, table_row, kv_cache.shape[2])
-        keys, _ = reference.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
+        keys, _ = paging.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
         own = basis.Basis(*(part[slot] for part in self.fit))
         images = basis.key_images(keys, own, self.images.dtype)
         self.images[slot, :, first : first + count] = images.to(self.images.dtype)
@@ -114,13 +114,13 @@ def scores(
         (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     for number, item in enumerate(work.items.tolist()):
-        n, slot = item[DENSE_START], item[FIT]
+        n, slot = item[DENSE_START], item[SPAN]
         if n == 0:
             continue
-        rows = reference.segment_queries(query, item, kv_heads)[:, :, 0]
+        rows = paging.segment_queries(query, item, kv_heads)[:, :, 0]
         every = torch.arange(rows.shape[1], device=query.device).expand(kv_heads, -1)
         own = basis.Basis(*(part[slot] for part in fit))
-        found[number, :, :n] = reference.row_scores(
+        found[number, :, :n] = ranking_reference.row_scores(
             rows, every, item, own, images[slot].float(), images.dtype
         )
     return found.clamp(min=-torch.finfo(torch.half).max).half()
@@ -139,7 +139,7 @@ def decode(
     v_scale: float = 1.0,
     softcap: float = 0.0,
 ) -> None:
-    """Rank, select and attend for every query of a decode step; see :func:`decode.decode`."""
+    """Rank, select and attend for every query of a decode step; see :func:`decode_step.decode`."""
     page = kv_cache.shape[2]
     count = len(rows.rows)
     if count == 0:
@@ -151,8 +151,8 @@ def decode(
             one[APPEND_COUNT],
         )  # fmt: skip
     found = scores(query, space.images, space.fit, work)
-    lists = reference_select.select(found, block_table, work, page, TIERS_SPLIT)
-    reference.attend(
+    lists = selection_reference.select(found, block_table, work, page, TIERS_SPLIT)
+    attention_reference.attend(
         query, kv_cache, block_table, work, lists, space.regions, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip

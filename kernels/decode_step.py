@@ -1,0 +1,178 @@
+"""Sparse decode: one query a request, ranked with what the end of its prompt was ranked by (ours).
+
+The last chunk of a prompt leaves images of all keys and the basis that made them: a request's slot
+keeps both. A decode step projects the keys that are new since then by the slot's basis, scores all
+images by the rows of its one query, selects and attends as prefill does. Programs share a list,
+since there are few of them, and what they found is merged.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .attention.attend import attend
+from .attention.split_kv import Parts, merge
+from .attention.summary_table import Summaries
+from .decode_state import DecodeList, DecodeShape, Kept
+from .ranking import basis
+from .ranking.append import append_keys
+from .ranking.low_rank import LowRankWorkspace
+from .ranking.rows import choose_rows, shift_rows
+from .ranking.score import image_room, score_rows
+from .selection.select import SelectWorkspace, select
+from .tiles import AttendTile, decode_tile
+from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_SPLIT
+
+CHOSEN_BLOCK = 64
+SHIFT_BLOCK_N = 128
+
+
+class DecodeScratch(NamedTuple):
+    """What a step writes and the next one may overwrite: layers of one shape share it."""
+
+    sizes: torch.Tensor
+    chosen: torch.Tensor
+    rows: torch.Tensor
+    selection: SelectWorkspace
+    parts: Parts
+
+
+def scratch(
+    shape: DecodeShape,
+    device: torch.device,
+    image_dtype: torch.dtype | None = None,
+    chunk: int = CHUNK,
+) -> DecodeScratch:
+    """Return scratch for so many requests at a time."""
+    requests, kv_heads = shape.requests, shape.kv_heads
+    group = shape.heads // kv_heads
+    kind = image_dtype or basis.image_dtype(device)
+
+    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(requests, kv_heads, *size, dtype=dtype, device=device)
+
+    return DecodeScratch(
+        empty(group, dtype=torch.float32),
+        empty(group, dtype=torch.int32),
+        empty(group, basis.WIDTH, dtype=kind),
+        SelectWorkspace(requests, kv_heads, shape.max_history, shape.places, device, chunk),
+        Parts(
+            empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
+            empty(DECODE_PARTS, group, dtype=torch.float32),
+        ),
+    )
+
+
+class DecodeWorkspace:
+    """What the requests of one layer are ranked with, a slot each, and a step's scratch.
+
+    Attributes:
+        images: ``[slots, kv_heads, >= max_history, basis.WIDTH]``, of keys.
+        fit: the bases that made them, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
+            ``offset`` ``[slots, kv_heads, WIDTH]``.
+        sizes: of the images of a query's rows.
+        chosen: which of them are scored: all.
+        rows: their images.
+        regions: what stands for what is not visited, of the history that the prompt's end saw.
+        known: how many regions of each slot are set.
+        row_step: 1, all rows are scored.
+    """
+
+    row_step = 1
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: DecodeScratch,
+        region: int = REGION_TOKENS,
+    ):
+        slots, kv_heads, width = shape.requests, shape.kv_heads, basis.WIDTH
+
+        def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(slots, kv_heads, *size, dtype=dtype, device=device)
+
+        self.images = zeros(image_room(shape.max_history), width, dtype=shared.rows.dtype)
+        self.fit = basis.Basis(
+            zeros(shape.head_dim, width, dtype=dtype),
+            zeros(shape.head_dim, width, dtype=dtype),
+            zeros(width, dtype=torch.float32),
+        )
+        self.sizes, self.chosen, self.rows, self.selection, self.parts = shared
+        head_dim = shape.head_dim
+        self.known = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.regions = Summaries(
+            zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            region,
+            known=self.known,
+        )
+
+    def keep(self, kept: Kept, ranked: LowRankWorkspace, regions: Summaries) -> None:
+        """Copy bases, and images and means of what their queries see, into a slot.
+
+        Args:
+            kept: which fit, and where it is kept.
+            ranked: what :func:`low_rank.project_keys` left of them.
+            regions: what :func:`summaries.average` left of it.
+        """
+        slot, fit, tokens, _ = kept
+        self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
+        for name in ("a", "b", "offset"):
+            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name))
+        count = tokens // regions.region_tokens
+        self.regions.means[slot, :, :count].copy_(regions.means[:, :count])
+        self.regions.value_covariances[slot].copy_(regions.value_covariances[fit])
+        self.regions.key_covariances[slot].copy_(regions.key_covariances[fit])
+        self.known[slot : slot + 1].fill_(count)
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: DecodeList,
+    space: DecodeWorkspace,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    v_scale: float = 1.0,
+    softcap: float = 0.0,
+    tile: AttendTile | None = None,
+) -> None:
+    """Rank, select and attend for every query of a decode step.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the queries'
+            own keys and values; ``query``'s dtype, or float8_e4m3fn.
+        block_table: int32 ``[rows, max_blocks]``.
+        rows: the queries; their slots are kept and hold what ``covered`` says.
+        space: the layer's slots.
+        out: ``[tokens, heads, head_dim]``; the rows of the queries are written.
+        counters: int64 ``[NUM_COUNTERS]``, added to; see :func:`attend.attend`.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        v_scale: what one unit of the cache's values stands for.
+        softcap: cap of the scaled scores, 0 for none.
+        tile: tile shape; that of :mod:`tiles` by default.
+    """
+    work, selection, parts = rows.work, space.selection, space.parts
+    head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
+    group = heads // kv_heads
+    append_keys(kv_cache, block_table, rows, space)
+    choose_rows(query, work, space, block=CHOSEN_BLOCK)
+    shift_rows(query, work, space, block_n=SHIFT_BLOCK_N)
+    score_rows(
+        work, selection.scores, selection.bounds, space, group,
+        chunk=selection.chunk, shared=False,
+    )  # fmt: skip
+    select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
+    attend(
+        query, kv_cache, block_table, work, selection.lists(work), space.regions, out, counters,
+        scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,
+        tile=tile or decode_tile(head_dim, query.device, group),
+    )  # fmt: skip
+    merge(work, parts, out)
