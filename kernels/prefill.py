@@ -9,7 +9,7 @@ import torch
 
 from .attention import reference as attention_reference
 from .attention.summary_table import Summaries
-from .layout import NUM_COUNTERS, NUM_QUERIES, QUERY_START
+from .layout import NUM_COUNTERS
 from .ranking import basis
 from .ranking import reference as ranking_reference
 from .selection import reference as selection_reference
@@ -72,9 +72,6 @@ class SparsePrefill:
         scale: softmax scale.
         softcap: cap of the scaled scores, 0 for none.
         stop_threshold: early stop, see :func:`attend.attend`.
-        permute_queries: sort a segment's queries by their likeness to its mean query, so that
-            queries of like behaviour share a tile and stop together. S2O permutes queries by a
-            shared guide vector that the paper's digest does not define; this guide is ours.
 
     Raises:
         ValueError: for a head_dim that no kernel exists for, or an unknown ranking.
@@ -89,12 +86,11 @@ class SparsePrefill:
         scale: float,
         softcap: float = 0.0,
         stop_threshold: float = 0.0,
-        permute_queries: bool = False,
     ):
         if shape.ranking not in RANKINGS:
             raise ValueError(f"ranking is {shape.ranking!r}, must be one of {', '.join(RANKINGS)}")
         self.shape, self.scale, self.softcap = shape, scale, softcap
-        self.stop_threshold, self.permute_queries = stop_threshold, permute_queries
+        self.stop_threshold = stop_threshold
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
         rows = shape.segment * shape.heads // shape.kv_heads
         self.tiles = {
@@ -172,14 +168,12 @@ class SparsePrefill:
         """
         if not self.fp8_products:
             query_e4m3 = None
-        order = query_order(query, work, self.shape) if self.permute_queries else None
         scale = self.scale * k_scale
         options: dict[str, Any] = {
             "scale": scale,
             "v_scale": v_scale,
             "softcap": self.softcap,
             "stop_threshold": self.stop_threshold,
-            "order": order,
         }
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
@@ -274,20 +268,3 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
         means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
         _workspaces[key] = Workspace(made, selection, means, Beside(device))
     return _workspaces[key]
-
-
-def query_order(query: torch.Tensor, work: WorkList, shape: Shape) -> torch.Tensor:
-    """Order each segment's queries by their dot product with the segment's mean query.
-
-    Returns:
-        int32 ``[items, kv_heads, max_queries]``: local query numbers, the likest first; the
-        places after a segment's last query hold numbers beyond it, which no kernel reads.
-    """
-    place = torch.arange(work.max_queries, device=query.device)
-    valid = place < work.items[:, NUM_QUERIES, None]
-    index = (work.items[:, QUERY_START, None] + place).clamp(max=query.shape[0] - 1)
-    queries = query[index].float() * valid[..., None, None]
-    mean = queries.sum(1, keepdim=True) / work.items[:, NUM_QUERIES, None, None, None]
-    likeness = (queries * mean).sum(-1).unflatten(2, (shape.kv_heads, -1)).mean(-1)
-    likeness = likeness.masked_fill(~valid[..., None], float("-inf"))
-    return likeness.argsort(dim=1, descending=True, stable=True).transpose(1, 2).int().contiguous()

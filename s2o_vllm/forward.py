@@ -83,7 +83,6 @@ class SparseImpl:
             scale=self.scale,  # type: ignore[attr-defined]
             softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
             stop_threshold=self._s2o.stop_threshold,
-            permute_queries=self._s2o.permute_queries,
         )
         if self._s2o.decodes:
             self._s2o_decode = SparseDecode(

@@ -49,18 +49,17 @@ from .summary_table import Summaries
 from .tile_ops import as_numbers, load_rows, online_softmax, scores, soft_cap, visit
 
 
-@triton.jit(do_not_specialize=["first_item", "stride_order_item", "stride_order_head"])
+@triton.jit(do_not_specialize=["first_item"])
 def _attend_kernel(
     p_q, p_q_e4m3, p_kv, p_out, p_items, p_slots, p_lengths, p_samples, p_means,
-    p_value_covariances, p_key_covariances, p_table, p_order, p_counters, p_mass, p_known,
+    p_value_covariances, p_key_covariances, p_table, p_counters, p_mass, p_known,
     first_item, scale, v_scale, softcap, stop_threshold,
     stride_q_token, stride_q_head, stride_o_token, stride_o_head,
     stride_block, stride_head, stride_token,
     stride_slots_item, stride_slots_head, stride_means_fit, stride_means, stride_table,
-    stride_order_item, stride_order_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
-    DENSE: tl.constexpr, EARLY_STOP: tl.constexpr, PERMUTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    DENSE: tl.constexpr, EARLY_STOP: tl.constexpr, SOFTCAP: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     DROPPED_PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     REGION: tl.constexpr, LIFT_LEAST: tl.constexpr, LIFT_SPREAD: tl.constexpr,
@@ -112,9 +111,6 @@ def _attend_kernel(
     o_row = tl.arange(0, BLOCK_M)
     o_query = first + o_row // GROUP
     m_row = (o_row < QUERIES * GROUP) & (o_query < num_queries)
-    if PERMUTED:
-        p_order += i_item * stride_order_item + i_head * stride_order_head
-        o_query = tl.load(p_order + o_query, m_row, 0)
     o_d = tl.arange(0, D_PAD)
     # Within a segment 32 bits do: these take registers until the output is stored.
     p_q += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
@@ -297,7 +293,6 @@ def attend(
     stop_threshold: float = 0.0,
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
-    order: torch.Tensor | None = None,
     parts: Parts | None = None,
     query_e4m3: torch.Tensor | None = None,
     tile: AttendTile,
@@ -327,8 +322,6 @@ def attend(
             last ``stop_step`` tokens; 0 visits whole lists.
         stop_step: tokens between two tests of the threshold, at least two tiles of keys.
         softcap: cap of the scaled scores, 0 for none.
-        order: int32 ``[items, kv_heads, segment]``, the order in which a segment's queries
-            fill the tiles; None keeps theirs.
         parts: written to instead of ``out``; without an early stop, and with no estimate of the
             mass that was not visited. Summaries that are each request's own go with it.
         query_e4m3: the same numbers as ``query`` in e4m3, with the same strides, where a layer
@@ -356,7 +349,7 @@ def attend(
             query, query if query_e4m3 is None else query_e4m3, kv_cache,
             out if parts is None else parts.out, work.items, slots, lists.lengths, lists.samples,
             regions.means, regions.value_covariances, regions.key_covariances, block_table,
-            order if order is not None else work.items, counters,
+            counters,
             counters if parts is None else parts.mass,
             counters if regions.known is None else regions.known,
             first, scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
@@ -365,13 +358,10 @@ def attend(
             lists.slots.stride(0), lists.slots.stride(1),
             0 if regions.known is None else regions.means.stride(0), regions.means.stride(-3),
             block_table.stride(0),
-            order.stride(0) if order is not None else 0,
-            order.stride(1) if order is not None else 0,
             GROUP=group, D=head_dim, D_PAD=pad, PAGE=page,
             LIST_PAGE=0 if even else page, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             STOP_STEP=max(2, stop_step // tile.block_n), DENSE=dense,
-            EARLY_STOP=stop_threshold > 0 and not dense, PERMUTED=order is not None,
-            SOFTCAP=softcap > 0,
+            EARLY_STOP=stop_threshold > 0 and not dense, SOFTCAP=softcap > 0,
             EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS, SAMPLE_STEP=ESTIMATE_STEP,
             DROPPED_PER_ROW=1 / DROPPED_UNIT, PARTS=shares,
             REGION=regions.region_tokens, LIFT_LEAST=math.log2(REGION_WEIGHT),

@@ -137,7 +137,6 @@ def attend(
     stop_threshold: float = 0.0,
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
-    order: torch.Tensor | None = None,
     queries_per_tile: int,
 ) -> None:
     """Attend to every segment's own tokens and to its list; see :func:`attend.attend`.
@@ -179,7 +178,6 @@ def attend(
         s_list = s_list.masked_fill(place >= lengths[:, None, None, None], float("-inf"))
         visited = visited_tokens(
             s_own, s_list, lengths, queries_per_tile, stop_threshold, stop_step,
-            order[number, :, :count].long() if order is not None else None,
         )  # fmt: skip  # [kv_heads, queries]
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
@@ -206,11 +204,7 @@ def attend(
 
         dense = (history - dense_start) * count * kv_heads
         tiles = -(-count // queries_per_tile)
-        stopped = (
-            visited[:, ::queries_per_tile]
-            if order is None
-            else tile_firsts(visited, order[number, :, :count].long(), queries_per_tile)
-        )
+        stopped = visited[:, ::queries_per_tile]
         counters += torch.tensor(
             [
                 (int(visited.sum()) + dense) * group,
@@ -239,11 +233,6 @@ def attend(
             counters[DROPPED] += round(dropped / DROPPED_UNIT)
 
 
-def tile_firsts(values: torch.Tensor, order: torch.Tensor, queries_per_tile: int) -> torch.Tensor:
-    """Return ``values`` [kv_heads, queries] at each tile's first query."""
-    return values.gather(1, order)[:, ::queries_per_tile]
-
-
 def visited_tokens(
     s_own: torch.Tensor,
     s_list: torch.Tensor,
@@ -251,7 +240,6 @@ def visited_tokens(
     queries_per_tile: int,
     stop_threshold: float,
     stop_step: int,
-    order: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return how many listed tokens each query visits before its tile stops.
 
@@ -267,7 +255,6 @@ def visited_tokens(
         queries_per_tile: queries that stop together.
         stop_threshold: relative gain of mass, 0 for no stop.
         stop_step: tokens a step.
-        order: ``[kv_heads, queries]``, which query fills which place; None for as they are.
 
     Returns:
         int64 ``[kv_heads, queries]``.
@@ -276,10 +263,7 @@ def visited_tokens(
     visited = lengths.long()[:, None].repeat(1, count)
     if stop_threshold <= 0 or listed == 0:
         return visited
-    places = torch.arange(count, device=s_list.device).expand(kv_heads, -1)
-    tile = torch.empty_like(places).scatter_(
-        1, order if order is not None else places, places // queries_per_tile
-    )
+    tile = torch.arange(count, device=s_list.device).expand(kv_heads, -1) // queries_per_tile
     mass = s_own.double().logsumexp(-1)
     running = torch.ones((kv_heads, count), dtype=torch.bool, device=s_list.device)
     for stop in range(stop_step, listed + 1, stop_step):

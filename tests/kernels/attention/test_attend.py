@@ -8,7 +8,6 @@ from cases import (
     CHUNKS,
     DTYPES,
     ON_GPU,
-    SEGMENT,
     TOLERANCE,
     dense_attention,
     full_lists,
@@ -57,7 +56,7 @@ NO_REGION = 2**20  # longer than any history
 LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
-def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **options):
+def run(batch, lists, function=attend.attend, region=NO_REGION, **options):
     """Attend to every request; ``lists`` pairs each work list with its lists."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
@@ -67,14 +66,14 @@ def run(batch, lists, function=attend.attend, orders=None, region=NO_REGION, **o
         options["queries_per_tile"] = tile.block_m // group
     else:
         options["tile"] = tile
-    for number, (work, own) in enumerate(lists):
+    for work, own in lists:
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
             attention_reference.average(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, region
             ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale,
-            order=orders[number] if orders else None, **options,
+            **options,
         )  # fmt: skip
     return out, counters
 
@@ -85,27 +84,6 @@ def assert_same_counters(counters, wanted):
     assert counters[exact].tolist() == wanted[exact].tolist()
     near = TOLERANCE * int(wanted[SAMPLED]) / DROPPED_UNIT
     assert abs(int(counters[DROPPED] - wanted[DROPPED])) <= int(wanted[TILES]) + near
-
-
-def query_orders(batch, lists):
-    """A random order of the queries of every segment and KV head."""
-    kv_heads = batch.kv_cache.shape[1]
-    return [
-        torch.stack(
-            [
-                torch.stack(
-                    [
-                        torch.nn.functional.pad(torch.randperm(item[2]), (0, SEGMENT - item[2]))
-                        for _ in range(kv_heads)
-                    ]
-                )
-                for item in work.items.tolist()
-            ]
-        )
-        .int()
-        .to(batch.query.device)
-        for work, _ in lists
-    ]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
@@ -188,9 +166,7 @@ def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
 STOP_MARGIN = 1e-3
 
 
-def stopping_case(
-    device, stop_threshold, permuted=False, softcap=0.0, uneven=False, region=NO_REGION, **shape
-):
+def stopping_case(device, stop_threshold, softcap=0.0, uneven=False, region=NO_REGION, **shape):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 
     The higher the threshold, the earlier every tile stops: if as much is visited a little
@@ -200,7 +176,6 @@ def stopping_case(
         batch = make_batch(device, spread=3.0, **shape)
         lists = full_lists(batch, uneven=uneven)
         options = {"stop_step": stop_step(batch), "softcap": softcap, "region": region}
-        options["orders"] = query_orders(batch, lists) if permuted else None
         (_, under), (wanted, over) = (
             run(
                 batch,
@@ -217,13 +192,12 @@ def stopping_case(
 
 
 @pytest.mark.parametrize("stop_threshold", [0.0, 0.5])
-@pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("fp8", CACHES)
-def test_matches_the_reference(device, stop_threshold, permuted, softcap, fp8):
+def test_matches_the_reference(device, stop_threshold, softcap, fp8):
     chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
     case = stopping_case(
-        device, stop_threshold, permuted, softcap, uneven=True, region=REGION, chunks=chunks,
+        device, stop_threshold, softcap, uneven=True, region=REGION, chunks=chunks,
         fp8=fp8,
     )  # fmt: skip
     batch, lists, options, wanted, wanted_counters = case
@@ -254,13 +228,6 @@ def test_order_of_visiting_does_not_change_the_result(device):
             slots[number, :, :count] = slots[number, :, order]
     assert not torch.equal(lists[0][1].slots, shuffled[0][1].slots)
     assert relative_error(one, run(batch, shuffled)[0]) < TOLERANCE
-
-
-def test_query_order_does_not_change_the_result(device):
-    batch = make_batch(device, budget=0.5)
-    lists = full_lists(batch)
-    permuted, _ = run(batch, lists, orders=query_orders(batch, lists))
-    assert relative_error(permuted, run(batch, lists)[0]) < TOLERANCE
 
 
 def test_early_stop_never_drops_a_tile_that_still_gains(device):

@@ -102,8 +102,9 @@ def test_scores_match_the_reference(
         device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
         head_major=head_major, dtype=dtype, fp8=fp8,
     )  # fmt: skip
-    # Twice as many terms are summed in fp16, by the interpreter one at a time.
-    atol = max(ATOL[dtype], 0.1) if ranking is wide else ATOL[dtype]
+    # Twice as many terms are summed in fp16, by the interpreter one at a time: where partial sums
+    # pass 128 a rounding is 0.06, and several may fall one way.
+    atol = max(ATOL[dtype], 0.25) if ranking is wide else ATOL[dtype]
     assert_scores_match(ranking(batch, batch.work()), atol)
 
 
