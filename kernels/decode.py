@@ -1,25 +1,55 @@
-"""Sparse decode of a layer: slots of its requests, filled at the end of a prompt, and each step.
+"""Sparse decode of a layer: states of its requests, taken at the end of a prompt, and each step.
 
-A query of decode is ranked by low-rank keys, for it has no neighbours to be pooled with and reads
+A query of decode is ranked by low-rank keys: it has no neighbours to be pooled with, and reads
 little else. The basis is fitted to the last chunk of the prompt, whatever ranked its prefill.
 """
 
-import functools
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from . import decode_reference
-from .decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable, Kept, keep
+from .decode_reference import DecodeReference
+from .decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable, Snapshot, choose_snapshot
 from .layout import NUM_COUNTERS
 from .tuning import DECODE_RECENT
 from .work_list import WorkList, small_work_list
 
 
+class DecodeBackend(Protocol):
+    """The states of a layer's requests, and what runs on them: kernels or references."""
+
+    def take(
+        self,
+        snapshot: Snapshot,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        *,
+        scale: float,
+    ) -> None:
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: DecodeList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        scale: float,
+        v_scale: float,
+        softcap: float,
+    ) -> None:
+        """Rank, select and attend for every query of a step."""
+
+
 class SparseDecode:
     """Sparse attention of single queries over a paged cache.
 
-    On a CUDA device the Triton kernels run, else :mod:`decode_reference`.
+    On a CUDA device the Triton kernels run, else the references.
 
     Args:
         shape: sizes; heads must be a multiple of kv_heads.
@@ -39,22 +69,11 @@ class SparseDecode:
         softcap: float = 0.0,
     ):
         self.shape, self.scale, self.softcap = shape, scale, softcap
-        self.slots: Any  # a decode_step.DecodeWorkspace on a CUDA device
-        self.fitting: Any = None  # scratch of a fit, on a CUDA device
-        self.decode: Any
-        if device.type == "cuda":
-            from . import decode_step
+        self.backend = make_backend(shape, dtype, device)
 
-            self.slots = decode_step.DecodeWorkspace(shape, dtype, device, scratch(shape, device))
-            self.fitting = fitting(shape, dtype, device)
-            self.decode = decode_step.decode
-        else:
-            self.slots = decode_reference.DecodeSlots(shape, dtype, device)
-            self.decode = decode_reference.decode
-
-    def keep(
+    def take(
         self,
-        kept: Kept,
+        snapshot: Snapshot,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
@@ -62,30 +81,17 @@ class SparseDecode:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Fit a basis to the end of a prompt and keep it, low-rank keys and means in a slot.
+        """Take a snapshot: a basis of the end of a prompt, its projected keys and summaries.
 
         Args:
-            kept: which fit of the chunk, and the request's slot.
+            snapshot: which span of the chunk, and the request's slot.
             query: ``[tokens, heads, head_dim]``.
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
             block_table: int32 ``[rows, max_blocks]``.
             work: a chunk's first list.
             k_scale: what one unit of the cache's keys stands for.
         """
-        scale = self.scale * k_scale
-        if self.fitting is None:
-            self.slots.keep(kept, query, kv_cache, block_table, work, scale)
-            return
-        from .attention import summaries as regions
-        from .ranking import fit, low_rank
-
-        ranked, means = self.fitting
-        span = work.spans[kept.fit]
-        fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
-        fit.find_bases(ranked.fit, scale=scale)
-        low_rank.project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
-        regions.average(kv_cache, block_table, work, means)
-        self.slots.keep(kept, ranked, means)
+        self.backend.take(snapshot, query, kv_cache, block_table, work, scale=self.scale * k_scale)
 
     def __call__(
         self,
@@ -100,8 +106,8 @@ class SparseDecode:
         v_scale: float = 1.0,
     ) -> None:
         """Attend for every query of ``rows``; arguments are those of :func:`decode_step.decode`."""
-        self.decode(
-            query, kv_cache, block_table, rows, self.slots, out, counters,
+        self.backend.attend(
+            query, kv_cache, block_table, rows, out, counters,
             scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
         )  # fmt: skip
 
@@ -110,34 +116,23 @@ class SparseDecode:
     ) -> None:
         """Run every kernel once over the very tensors that requests will use.
 
-        Reads the cache; of a slot, which no request has yet, it writes images.
+        Reads the cache; of a state, which no request has yet, it writes projected keys.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
-        context = min(
-            4 * DECODE_RECENT, block_table.shape[1] * kv_cache.shape[2], self.shape.max_history
-        )
+        cached = block_table.shape[1] * kv_cache.shape[2]
+        context = min(4 * DECODE_RECENT, cached, self.shape.max_history)
         row = DecodeRow(0, 0, context - 1, 0, context - 2)
         rows = DecodeTable(self.shape, 1, query.device).fill([row], 1)
         table = torch.zeros_like(block_table)
         work = small_work_list(query.device, DECODE_RECENT, dense=False)
-        self.keep(keep(work, 0), query, kv_cache, table, work)
+        self.take(choose_snapshot(work, 0), query, kv_cache, table, work)
         self(query, kv_cache, table, rows, torch.empty_like(query), counters)
 
 
-@functools.cache
-def scratch(shape: DecodeShape, device: torch.device) -> Any:
-    """Return a step's scratch for a shape; layers of one shape share it (they run in turn)."""
-    from . import decode_step
+def make_backend(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> DecodeBackend:
+    """Return the kernels' backend on a CUDA device, else that of the references."""
+    if device.type == "cuda":
+        from .decode_step import DecodeKernels
 
-    return decode_step.scratch(shape, device)
-
-
-@functools.cache
-def fitting(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return scratch of a fit and the means of regions; layers of one shape share it."""
-    from .attention import summaries as regions
-    from .ranking import low_rank
-
-    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
-    ranked = low_rank.LowRankWorkspace(*sizes, 1, 1, dtype, device)
-    return ranked, regions.workspace(*sizes[1:], dtype, device)
+        return DecodeKernels(shape, dtype, device)
+    return DecodeReference(shape, dtype, device)

@@ -7,7 +7,7 @@ import torch
 from . import paging
 from .attention import reference as attention_reference
 from .attention.summary_table import Summaries
-from .decode_state import DecodeList, DecodeShape, Kept
+from .decode_state import DecodeList, DecodeShape, Snapshot
 from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SPAN
 from .ranking import basis
 from .ranking import reference as ranking_reference
@@ -17,13 +17,13 @@ from .tuning import REGION_TOKENS, TIERS_SPLIT
 from .work_list import WorkList
 
 
-class DecodeSlots:
-    """What the requests of a layer are ranked with; see :class:`decode_step.DecodeWorkspace`.
+class DecodeReference:
+    """The states of a layer's requests; see `decode.DecodeBackend` and `decode_step.RequestStates`.
 
     Attributes:
         images: ``[slots, kv_heads, max_history, WIDTH]``, in the dtype of images.
         fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
-        regions: what stands for what is not visited, in ``dtype``.
+        summaries: of skipped tokens, in ``dtype``.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DecodeSlots:
         )
         head_dim, count = shape.head_dim, max(1, shape.max_history // region)
         self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
-        self.regions = Summaries(
+        self.summaries = Summaries(
             torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
             torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
             torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
@@ -53,31 +53,30 @@ class DecodeSlots:
             known=self.known,
         )
 
-    def keep(
+    def take(
         self,
-        kept: Kept,
+        snapshot: Snapshot,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         work: WorkList,
+        *,
         scale: float,
     ) -> None:
-        """Fit a chunk's basis into a slot, project what it sees, and average that."""
-        slot, fit, tokens, _ = kept
-        span, bases = work.spans[fit], kv_cache.shape[1]
+        """Fit a chunk's basis into a slot, project the keys it sees, and summarise them."""
+        slot, number, tokens, _ = snapshot
+        span, bases = work.spans[number], kv_cache.shape[1]
         fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
         for own, part in zip(self.fit, fitted, strict=True):
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
-        held, count = self.regions, tokens // self.regions.region_tokens
+        held, count = self.summaries, tokens // self.summaries.region_tokens
         found = attention_reference.average(
             kv_cache, block_table, work, held.means.dtype, held.region_tokens
         )
         held.means[slot, :, :count] = found.means[:, :count]
-        held.value_covariances[slot], held.key_covariances[slot] = (
-            found.value_covariances[fit],
-            found.key_covariances[fit],
-        )
+        held.value_covariances[slot] = found.value_covariances[number]
+        held.key_covariances[slot] = found.key_covariances[number]
         self.known[slot] = count
 
     def project(
@@ -91,6 +90,25 @@ class DecodeSlots:
         images = basis.key_images(keys, own, self.images.dtype)
         self.images[slot, :, first : first + count] = images.to(self.images.dtype)
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: DecodeList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        scale: float,
+        v_scale: float,
+        softcap: float,
+    ) -> None:
+        """See :func:`decode`."""
+        decode(
+            query, kv_cache, block_table, rows, self, out, counters,
+            scale=scale, v_scale=v_scale, softcap=softcap,
+        )  # fmt: skip
+
 
 def scores(
     query: torch.Tensor,
@@ -102,7 +120,7 @@ def scores(
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        images: of keys, those of the queries' own tokens among them; see :class:`DecodeSlots`.
+        images: of keys, those of the queries' own tokens among them; see :class:`DecodeReference`.
         fit: the slots' bases.
         work: of a decode step.
 
@@ -131,7 +149,7 @@ def decode(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     rows: DecodeList,
-    space: DecodeSlots,
+    space: DecodeReference,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -153,6 +171,6 @@ def decode(
     found = scores(query, space.images, space.fit, work)
     lists = selection_reference.select(found, block_table, work, page, TIERS_SPLIT)
     attention_reference.attend(
-        query, kv_cache, block_table, work, lists, space.regions, out,
+        query, kv_cache, block_table, work, lists, space.summaries, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip

@@ -12,30 +12,23 @@ from typing import NamedTuple
 
 import torch
 
-from .layout import SEGMENT_COLUMNS
+from .layout import APPEND_COLUMNS, NO_LIMIT, SEGMENT_COLUMNS
+from .tuning import DECODE_RECENT, SNAPSHOT_QUERIES
 from .work_list import WorkList, list_capacity, longest_list
 
-RECENT = 64  # the dense pass begins at a multiple of so many tokens, one whole of them back
-DECODE_PARTS = 16  # programs that share a list, always so many: an output must not depend on others
 
-KEPT_QUERIES = 512  # of a fit: a basis of fewer tells little of the queries to come
-APPEND_ROW, APPEND_SLOT, APPEND_FIRST, APPEND_COUNT = range(4)
-APPEND_COLUMNS = 4
-NO_LIMIT = 2**31 - 1
-
-
-class Kept(NamedTuple):
-    """What of a prefill chunk's ranking a slot keeps.
+class Snapshot(NamedTuple):
+    """What of a prefill chunk's ranking a request's state holds.
 
     Attributes:
-        slot: a request's.
-        fit: row of ``WorkList.fits``.
-        tokens: that the fit sees: so many the slot covers.
-        queries: that it was fitted to.
+        slot: of the request.
+        span: row of the span table.
+        tokens: that the span's last query sees, and the state covers.
+        queries: that the basis was fitted to.
     """
 
     slot: int
-    fit: int
+    span: int
     tokens: int
     queries: int
 
@@ -98,7 +91,7 @@ class DecodeShape:
     @property
     def max_list(self) -> int:
         """Longest list of a KV head."""
-        row = DecodeRow(0, 0, self.max_history + 2 * RECENT, 0, 0)
+        row = DecodeRow(0, 0, self.max_history + 2 * DECODE_RECENT, 0, 0)
         return longest_list(decode_item(row, self.budget))
 
     @property
@@ -107,20 +100,20 @@ class DecodeShape:
         return self.requests * list_capacity(self.max_list)
 
 
-def keep(work: WorkList, slot: int) -> Kept:
-    """Choose the fit that a slot keeps: the last of ``KEPT_QUERIES``, else that of most queries."""
+def choose_snapshot(work: WorkList, slot: int) -> Snapshot:
+    """Choose the last span of ``SNAPSHOT_QUERIES`` queries, else that of most."""
     sizes = [
-        (min(queries, KEPT_QUERIES) if tokens else 0, number)
+        (min(queries, SNAPSHOT_QUERIES) if tokens else 0, number)
         for number, (_, queries, tokens) in enumerate(work.spans)
     ]
-    fit = max(sizes)[1]
-    _, queries, tokens = work.spans[fit]
-    return Kept(slot, fit, tokens, queries)
+    span = max(sizes)[1]
+    _, queries, tokens = work.spans[span]
+    return Snapshot(slot, span, tokens, queries)
 
 
 def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
     """Return a row's line of the work table: the last 64 to 127 tokens before it are dense."""
-    dense_start = max(0, row.context // RECENT - 1) * RECENT
+    dense_start = max(0, row.context // DECODE_RECENT - 1) * DECODE_RECENT
     count = int(budget * dense_start)
     return (row.row, row.query, 1, row.context, dense_start, count, row.slot)
 

@@ -6,22 +6,25 @@ images by the rows of its one query, selects and attends as prefill does. Progra
 since there are few of them, and what they found is merged.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
+from .attention import summaries
 from .attention.attend import attend
 from .attention.split_kv import Parts, merge
 from .attention.summary_table import Summaries
-from .decode_state import DecodeList, DecodeShape, Kept
-from .ranking import basis
+from .decode_state import DecodeList, DecodeShape, Snapshot
+from .ranking import basis, fit
 from .ranking.append import append_keys
-from .ranking.low_rank import LowRankWorkspace
+from .ranking.low_rank import LowRankWorkspace, project_keys
 from .ranking.rows import choose_rows, shift_rows
 from .ranking.score import image_room, score_rows
 from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile
 from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_SPLIT
+from .work_list import WorkList
 
 CHOSEN_BLOCK = 64
 SHIFT_BLOCK_N = 128
@@ -63,7 +66,7 @@ def scratch(
     )
 
 
-class DecodeWorkspace:
+class RequestStates:
     """What the requests of one layer are ranked with, a slot each, and a step's scratch.
 
     Attributes:
@@ -102,7 +105,7 @@ class DecodeWorkspace:
         self.sizes, self.chosen, self.rows, self.selection, self.parts = shared
         head_dim = shape.head_dim
         self.known = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.regions = Summaries(
+        self.summaries = Summaries(
             zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
             zeros(head_dim, head_dim, dtype=dtype),
             zeros(head_dim, head_dim, dtype=dtype),
@@ -110,22 +113,22 @@ class DecodeWorkspace:
             known=self.known,
         )
 
-    def keep(self, kept: Kept, ranked: LowRankWorkspace, regions: Summaries) -> None:
-        """Copy bases, and images and means of what their queries see, into a slot.
+    def store(self, snapshot: Snapshot, ranked: LowRankWorkspace, summaries: Summaries) -> None:
+        """Copy bases, projected keys and summaries of a prompt's end into a slot.
 
         Args:
-            kept: which fit, and where it is kept.
-            ranked: what :func:`low_rank.project_keys` left of them.
-            regions: what :func:`summaries.average` left of it.
+            snapshot: which span, and its slot.
+            ranked: bases and projected keys, as :func:`low_rank.project_keys` left them.
+            summaries: as :func:`summaries.average` left them.
         """
-        slot, fit, tokens, _ = kept
+        slot, span, tokens, _ = snapshot
         self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
         for name in ("a", "b", "offset"):
             getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name))
-        count = tokens // regions.region_tokens
-        self.regions.means[slot, :, :count].copy_(regions.means[:, :count])
-        self.regions.value_covariances[slot].copy_(regions.value_covariances[fit])
-        self.regions.key_covariances[slot].copy_(regions.key_covariances[fit])
+        own, count = self.summaries, tokens // summaries.region_tokens
+        own.means[slot, :, :count].copy_(summaries.means[:, :count])
+        own.value_covariances[slot].copy_(summaries.value_covariances[span])
+        own.key_covariances[slot].copy_(summaries.key_covariances[span])
         self.known[slot : slot + 1].fill_(count)
 
 
@@ -134,7 +137,7 @@ def decode(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     rows: DecodeList,
-    space: DecodeWorkspace,
+    space: RequestStates,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -150,7 +153,7 @@ def decode(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the queries'
             own keys and values; ``query``'s dtype, or float8_e4m3fn.
         block_table: int32 ``[rows, max_blocks]``.
-        rows: the queries; their slots are kept and hold what ``covered`` says.
+        rows: the queries; their slots hold projected keys of what ``covered`` says.
         space: the layer's slots.
         out: ``[tokens, heads, head_dim]``; the rows of the queries are written.
         counters: int64 ``[NUM_COUNTERS]``, added to; see :func:`attend.attend`.
@@ -171,8 +174,71 @@ def decode(
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
     attend(
-        query, kv_cache, block_table, work, selection.lists(work), space.regions, out, counters,
+        query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,
         tile=tile or decode_tile(head_dim, query.device, group),
     )  # fmt: skip
     merge(work, parts, out)
+
+
+@functools.cache
+def shared_scratch(shape: DecodeShape, device: torch.device) -> DecodeScratch:
+    """Return a step's scratch for a shape; layers of one shape share it (they run in turn)."""
+    return scratch(shape, device)
+
+
+@functools.cache
+def fitting_scratch(
+    shape: DecodeShape, dtype: torch.dtype, device: torch.device
+) -> tuple[LowRankWorkspace, Summaries]:
+    """Return scratch of a fit and summaries; layers of one shape share them."""
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
+    ranked = LowRankWorkspace(*sizes, 1, 1, dtype, device)
+    return ranked, summaries.workspace(*sizes[1:], dtype, device)
+
+
+class DecodeKernels:
+    """The kernels of sparse decode over a layer's request states; see `decode.DecodeBackend`."""
+
+    def __init__(self, shape: DecodeShape, dtype: torch.dtype, device: torch.device):
+        self.states = RequestStates(shape, dtype, device, shared_scratch(shape, device))
+        self.fitting = fitting_scratch(shape, dtype, device)
+        self.tile: AttendTile | None = None  # another one than that of the table
+
+    def take(
+        self,
+        snapshot: Snapshot,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        *,
+        scale: float,
+    ) -> None:
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+        ranked, means = self.fitting
+        span = work.spans[snapshot.span]
+        fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
+        fit.find_bases(ranked.fit, scale=scale)
+        project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
+        summaries.average(kv_cache, block_table, work, means)
+        self.states.store(snapshot, ranked, means)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: DecodeList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        scale: float,
+        v_scale: float,
+        softcap: float,
+    ) -> None:
+        """See :func:`decode`."""
+        decode(
+            query, kv_cache, block_table, rows, self.states, out, counters, scale=scale,
+            v_scale=v_scale, softcap=softcap, tile=self.tile,
+        )  # fmt: skip

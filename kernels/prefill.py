@@ -1,69 +1,32 @@
-"""The whole operator: rank, select, attend, over workspaces that are made once."""
+"""Sparse prefill of a layer: rank, select, attend, over scratch that is made once."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .attention import reference as attention_reference
 from .attention.summary_table import Summaries
 from .layout import NUM_COUNTERS
-from .ranking import basis
-from .ranking import reference as ranking_reference
+from .ranking import RANKINGS, reference_of
 from .selection import reference as selection_reference
-from .side_stream import Beside
+from .shape import Shape
+from .side_stream import SideStream
 from .tiles import WIDE_VISITS, AttendTile, attend_tile, fp8_products
-from .tuning import CHUNK_SPANS, TIERS, TIERS_UNORDERED
-from .work_list import Limits, WorkList, list_capacity, small_work_list, span_queries
+from .tuning import TIERS, TIERS_UNORDERED
+from .work_list import WorkList, small_work_list
 
-WORKSPACE_BYTES = 512 * 2**20  # what one list of segments may take; more segments, more lists
-
-# Rankings by low-rank scores; the wide one estimates them so well that lists are nearly exact
-# (`benchmarks/quality/LOG.md`), and takes four times the products.
-PRECISIONS = {"low_rank": basis.SERVED, "low_rank_wide": basis.Precision(64, 1)}
-RANKINGS = (*PRECISIONS, "mean_query")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the operator must be built for.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: key/value heads.
-        head_dim: size of a head.
-        max_history: longest history, in tokens.
-        max_queries: most queries of a step.
-        segment: queries per segment.
-        ranking: one of ``RANKINGS``.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_history: int
-    max_queries: int
-    segment: int
-    ranking: str = "low_rank"
-
-    @property
-    def limits(self) -> Limits:
-        """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
-        segments = CHUNK_SPANS * span_queries(self.segment) // self.segment
-        chunk = min(-(-self.max_queries // self.segment), segments)
-        each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
-        items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
-        longest = list_capacity(self.max_history)
-        return Limits(items, max(longest, items * longest // 4))
+if TYPE_CHECKING:
+    from .ranking.rankings import Ranking
+    from .selection.select import SelectWorkspace
 
 
 class SparsePrefill:
     """Sparse attention of prefill segments over a paged cache.
 
     On a CUDA device the Triton kernels run, over workspaces that are allocated here; on the
-    CPU :mod:`ranking.reference` runs, which needs none.
+    CPU the references run, which need none.
 
     Args:
         shape: sizes; heads must be a multiple of kv_heads.
@@ -72,6 +35,10 @@ class SparsePrefill:
         scale: softmax scale.
         softcap: cap of the scaled scores, 0 for none.
         stop_threshold: early stop, see :func:`attend.attend`.
+
+    Attributes:
+        space: scratch of the kernels; None on the CPU.
+        reference: the ranking in plain PyTorch, which the CPU takes.
 
     Raises:
         ValueError: for a head_dim that no kernel exists for, or an unknown ranking.
@@ -92,27 +59,17 @@ class SparsePrefill:
         self.shape, self.scale, self.softcap = shape, scale, softcap
         self.stop_threshold = stop_threshold
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
-        rows = shape.segment * shape.heads // shape.kv_heads
+        group = shape.heads // shape.kv_heads
         self.tiles = {
-            (e4m3, visits): attend_tile(shape.head_dim, device, rows, e4m3, visits)
+            (e4m3, visits): attend_tile(shape.head_dim, device, shape.segment * group, e4m3, visits)
             for e4m3, visits in product((False, True), (0, WIDE_VISITS))
         }
         most = min(tile.block_m for tile in self.tiles.values())
-        if device.type == "cuda" and shape.heads // shape.kv_heads > most:
-            raise ValueError(
-                f"{shape.heads // shape.kv_heads} query heads share a KV head, "
-                f"must be at most {most}"
-            )
+        if device.type == "cuda" and group > most:
+            raise ValueError(f"{group} query heads share a KV head, must be at most {most}")
         self.fp8_products = fp8_products(device)
-        self.space: Any = None  # a Workspace, on a CUDA device
-        if device.type == "cuda":
-            self.space = workspace(shape, dtype, device)
-        else:
-            self.reference: Any = ranking_reference.mean_query_scores
-            if shape.ranking in PRECISIONS:
-                self.reference = partial(
-                    ranking_reference.low_rank_scores, precision=PRECISIONS[shape.ranking]
-                )
+        self.reference = reference_of(shape.ranking)
+        self.space = workspace(shape, dtype, device) if device.type == "cuda" else None
 
     def warm_up(
         self,
@@ -166,35 +123,20 @@ class SparsePrefill:
             v_scale: what one unit of the cache's values stands for.
             query_e4m3: see :func:`attend.attend`; left alone where the device has no such products.
         """
-        if not self.fp8_products:
-            query_e4m3 = None
-        scale = self.scale * k_scale
-        options: dict[str, Any] = {
-            "scale": scale,
-            "v_scale": v_scale,
-            "softcap": self.softcap,
-            "stop_threshold": self.stop_threshold,
-        }
         arguments = (query, kv_cache, block_table, work)
         if self.space is None:
-            scores = self.reference(*arguments, scale=scale)
-            lists = selection_reference.select(
-                scores, block_table, work, kv_cache.shape[2], self.tiers,
-                shared=self.shape.limits.shared,
-            )  # fmt: skip
-            queries_per_tile = max(1, 128 * self.shape.kv_heads // self.shape.heads)
-            means = attention_reference.average(kv_cache, block_table, work, query.dtype)
-            attention_reference.attend(
-                *arguments, lists, means, out, counters,
-                queries_per_tile=queries_per_tile, **options,
-            )  # fmt: skip
+            self.refer(*arguments, out, counters, k_scale=k_scale, v_scale=v_scale)
             return
-        self.rank(*arguments, k_scale=k_scale)
         from .attention import attend
 
+        if not self.fp8_products:
+            query_e4m3 = None
+        self.rank(*arguments, k_scale=k_scale)
         attend.attend(
-            *arguments, self.space.selection.lists(work), self.space.regions, out, counters,
-            query_e4m3=query_e4m3, tile=self.tile(work, query_e4m3 is not None), **options,
+            *arguments, self.space.selection.lists(work), self.space.summaries, out, counters,
+            scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
+            stop_threshold=self.stop_threshold, query_e4m3=query_e4m3,
+            tile=self.tile(work, query_e4m3 is not None),
         )  # fmt: skip
 
     def rank(
@@ -206,65 +148,77 @@ class SparsePrefill:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Score, select and average on a CUDA device; the results are left in the workspace."""
-        from .attention import summaries as regions
-        from .ranking import low_rank
-        from .ranking import mean_query as rank
+        """Score, select and summarise on a CUDA device; the results stay in the workspace."""
+        from .attention import summaries
         from .selection import select
 
-        space, scale = self.space, self.scale * k_scale
+        space = self.space
+        assert space is not None, "the CPU has the references alone"
 
-        def average() -> None:
-            regions.average(kv_cache, block_table, work, space.regions)
+        def summarise() -> None:
+            summaries.average(kv_cache, block_table, work, space.summaries)
 
-        results = (space.selection.scores, space.selection.bounds)
-        arguments = (query, kv_cache, block_table, work, *results, space.ranking)
-        if isinstance(space.ranking, rank.RankWorkspace):
-            if work.first_of_chunk:
-                average()
-            rank.mean_query_scores(*arguments, scale=scale)
-        else:
-            low_rank.low_rank_scores(
-                *arguments, scale=scale, beside=space.beside, meanwhile=average
-            )
+        space.ranking.score(
+            query, kv_cache, block_table, work, space.selection.scores, space.selection.bounds,
+            scale=self.scale * k_scale, side_stream=space.side_stream, overlapped=summarise,
+        )  # fmt: skip
         select.select(
             block_table, work, kv_cache.shape[2], space.selection, self.tiers,
             shared=self.shape.limits.shared,
         )  # fmt: skip
 
+    def refer(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        k_scale: float,
+        v_scale: float,
+    ) -> None:
+        """Rank, select and attend in plain PyTorch; arguments are those of a call."""
+        scale = self.scale * k_scale
+        scores = self.reference(query, kv_cache, block_table, work, scale=scale)
+        lists = selection_reference.select(
+            scores, block_table, work, kv_cache.shape[2], self.tiers,
+            shared=self.shape.limits.shared,
+        )  # fmt: skip
+        attention_reference.attend(
+            query, kv_cache, block_table, work, lists,
+            attention_reference.average(kv_cache, block_table, work, query.dtype), out, counters,
+            scale=scale, v_scale=v_scale, softcap=self.softcap, stop_threshold=self.stop_threshold,
+            queries_per_tile=max(1, 128 * self.shape.kv_heads // self.shape.heads),
+        )  # fmt: skip
+
 
 class Workspace(NamedTuple):
-    """Scratch of the ranking in use, of the selection, the means of regions, a second stream."""
+    """The ranking, scratch of the selection, summaries, and a side stream."""
 
-    ranking: Any
-    selection: Any
-    regions: Summaries
-    beside: Beside
+    ranking: "Ranking"
+    selection: "SelectWorkspace"
+    summaries: Summaries
+    side_stream: SideStream
 
 
-_workspaces: dict[tuple, Workspace] = {}
+_workspaces: dict[tuple[Shape, torch.dtype, torch.device], Workspace] = {}
 
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
-    from .attention import summaries as regions
-    from .ranking import low_rank
-    from .ranking import mean_query as rank
+    from .attention import summaries
+    from .ranking.rankings import make_ranking
     from .selection import select
 
     key = (shape, dtype, device)
     if key not in _workspaces:
-        items, places, _ = shape.limits
-        if shape.ranking == "mean_query":
-            made: Any = rank.RankWorkspace(
-                items, shape.heads, shape.head_dim, shape.max_history, dtype, device
-            )
-        else:
-            made = low_rank.LowRankWorkspace(
-                shape.heads, shape.heads, shape.head_dim, shape.max_history, items,
-                shape.segment, dtype, device, precision=PRECISIONS[shape.ranking],
-            )  # fmt: skip
-        selection = select.SelectWorkspace(items, shape.kv_heads, shape.max_history, places, device)
-        means = regions.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device)
-        _workspaces[key] = Workspace(made, selection, means, Beside(device))
+        items, slots, _ = shape.limits
+        _workspaces[key] = Workspace(
+            make_ranking(shape, dtype, device),
+            select.SelectWorkspace(items, shape.kv_heads, shape.max_history, slots, device),
+            summaries.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device),
+            SideStream(device),
+        )
     return _workspaces[key]

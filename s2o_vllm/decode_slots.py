@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from .config import S2OConfig
-from .kernels.decode_state import DecodeRow, Kept, keep
+from .kernels.decode_state import DecodeRow, Snapshot, choose_snapshot
 from .kernels.tuning import CHUNK_SPANS, SNAPSHOT_QUERIES, SPAN_LENGTH
 from .kernels.work_list import WorkList
 from .requests import RequestBudget
@@ -80,13 +80,13 @@ class DecodeSlots:
             self._covered[slot] = total
         return rows, reasons
 
-    def keep(
+    def take_snapshots(
         self,
         work: Sequence[WorkList],
         spending: Sequence[RequestBudget],
         names: Sequence[str | None],
         tail: int,
-    ) -> dict[int, Kept]:
+    ) -> dict[int, Snapshot]:
         """Take slots for the rows of a step whose prompt comes to its end.
 
         A chunk that begins just before the end may have too few queries to fit a basis for decode:
@@ -99,9 +99,9 @@ class DecodeSlots:
             tail: tokens at the end of a prompt that are not prefilled sparsely.
 
         Returns:
-            The snapshots to keep, by the number of the work list: the first one of a chunk.
+            The snapshots to take, by the number of the work list: the first one of a chunk.
         """
-        kept = {}
+        taken = {}
         for number, one in enumerate(work):
             name, prompt = names[one.row], spending[one.row].prompt
             if (
@@ -111,10 +111,10 @@ class DecodeSlots:
                 or one.max_fit_tokens <= max(0, prompt - tail - CHUNK_SPANS * SPAN_LENGTH)
             ):
                 continue
-            found = keep(one, 0)
+            found = choose_snapshot(one, 0)
             ends = one.max_fit_tokens >= prompt - tail
             if found.queries >= SNAPSHOT_QUERIES or (ends and self.of(name) is None):
                 slot = self.take(name, found.tokens)
                 if slot is not None:
-                    kept[number] = found._replace(slot=slot)
-        return kept
+                    taken[number] = found._replace(slot=slot)
+        return taken

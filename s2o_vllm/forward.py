@@ -9,7 +9,8 @@ from .config import S2OConfig
 from .kernels.decode import SparseDecode
 from .kernels.decode_state import DecodeShape
 from .kernels.layout import NUM_COUNTERS
-from .kernels.prefill import Shape, SparsePrefill
+from .kernels.prefill import SparsePrefill
+from .kernels.shape import Shape
 from .kernels.work_list import Limits
 from .step_plan import StepPlan
 
@@ -159,9 +160,9 @@ class SparseImpl:
         result = (output[:tokens], self._s2o_counters)
         for number, work in enumerate(plan.work):
             self._s2o_operator(query, cache, table, work, *result, **units, query_e4m3=quantised)
-            if number in plan.kept:
-                self._s2o_decode.keep(
-                    plan.kept[number], query, cache, table, work,
+            if number in plan.snapshots:
+                self._s2o_decode.take(
+                    plan.snapshots[number], query, cache, table, work,
                     k_scale=units.get("k_scale", 1.0),
                 )  # fmt: skip
         if plan.decode is not None:

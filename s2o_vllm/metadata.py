@@ -145,7 +145,7 @@ class SparseBuilder:
         if decoding:
             plan.decode = self.decode_list(decoding, count)
         if slots is not None and sparse:
-            plan.kept = slots.keep(work, spending, names, DENSE_TAIL)
+            plan.snapshots = slots.take_snapshots(work, spending, names, DENSE_TAIL)
         return plan
 
     def decode_list(self, rows: Sequence[DecodeRow], count: int) -> DecodeList:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels.decode_state import DecodeList, Kept
+from .kernels.decode_state import DecodeList, Snapshot
 from .kernels.work_list import PrefillRow, WorkList
 from .requests import RequestBudget
 
@@ -38,14 +38,14 @@ class StepPlan:
         dense: runs of rows that the parent backend attends to.
         decode: the sparse decode queries, or None. Rows of ``dense`` may hold the same queries:
             their output is then written over.
-        kept: for each work list, by number, the snapshot of its ranking that a decode slot keeps.
+        snapshots: for each work list, by number, the snapshot of its ranking to take.
     """
 
     work: list[WorkList]
     sparse_rows: list[PrefillRow]
     dense: list[DensePart]
     decode: DecodeList | None = None
-    kept: dict[int, Kept] = field(default_factory=dict)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
 
 def dense_work(

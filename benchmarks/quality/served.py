@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from s2o_vllm.kernels.prefill import PRECISIONS
-from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.ranking import PRECISIONS, basis
 from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
 from .attention import Segment

@@ -94,13 +94,13 @@ def operator(
     (size, heads, head_dim), kv_heads = batch.query.shape, batch.kv_cache.shape[1]
     device, dtype = batch.query.device, batch.query.dtype
     shape = DecodeShape(heads, kv_heads, head_dim, batch.context, size, budget)
-    space = decode_step.DecodeWorkspace(
+    space = decode_step.RequestStates(
         shape, dtype, device, decode_step.scratch(shape, device, chunk=chunk)
     )
     for part in (space.fit.a, space.fit.b):
         part[..., : basis.RANK].normal_(std=head_dim**-0.5)
     space.fit.offset[..., basis.RANK :] = -torch.tensor(basis.SHIFT_FACTORS, device=device)
-    space.known.fill_(batch.context // space.regions.tokens)
+    space.known.fill_(batch.context // space.summaries.region_tokens)
     table = DecodeTable(shape, size, device)
     rows = [DecodeRow(number, number, batch.context - 1, number, 0) for number in range(size)]
     append_keys(batch.kv_cache, batch.block_table, table.fill(rows, size), space)

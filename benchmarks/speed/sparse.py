@@ -20,8 +20,9 @@ from s2o_vllm.kernels.layout import (
     SAMPLED,
     VISITED,
 )
-from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.prefill import SparsePrefill, Workspace
 from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import AttendTile
 from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
@@ -191,6 +192,12 @@ class Sparse:
             "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
         }  # fmt: skip
 
+    @property
+    def space(self) -> Workspace:
+        """The operator's scratch."""
+        assert self.operator.space is not None, "the kernels are timed on a card"
+        return self.operator.space
+
     def arguments(self, work: WorkList) -> tuple:
         """Return what every launch takes first."""
         return self.query, self.prompt.kv_cache, self.prompt.block_table, work
@@ -211,10 +218,11 @@ class Sparse:
             self.operator.rank(*self.arguments(work), k_scale=self.k_scale)
 
     def attend(self, stop_threshold: float = 0.0) -> None:
-        """Attend only, over the lists that :meth:`visits` kept and the last chunk's regions."""
+        """Attend only, over the lists that :meth:`visits` kept and the last chunk's summaries."""
+        summaries = self.space.summaries
         for work, lists in zip(self.waves, self.lists, strict=True):
             attend.attend(
-                *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
+                *self.arguments(work), lists, summaries, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
                 stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile(work),
             )  # fmt: skip
@@ -231,7 +239,7 @@ class Sparse:
         dropped, sampled = 0, 0
         for work in self.waves:
             self.operator(*self.arguments(work), self.out, self.counters, **self.units)
-            lists = self.operator.space.selection.lists(work)
+            lists = self.space.selection.lists(work)
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.items[:, NUM_QUERIES].sum())
             gathered += attend_bytes(

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..side_stream import IN_TURN, Beside
+from ..side_stream import IN_TURN
+from ..side_stream import SideStream as Beside
 from ..tiles import input_precision
 from ..tuning import CHUNK
 from ..work_list import WorkList

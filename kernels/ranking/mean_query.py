@@ -131,7 +131,7 @@ def _score_kernel(
         tl.store(p_lse + o_lse + i_chunk, m + tl.log2(tl.where(mass > 0, mass, 1.0)), m_row)
 
 
-class RankWorkspace:
+class MeanQueryWorkspace:
     """Scratch of :func:`mean_query_scores` for up to ``items`` items."""
 
     def __init__(
@@ -157,7 +157,7 @@ def mean_query_scores(
     work: WorkList,
     scores: torch.Tensor,
     bounds: torch.Tensor,
-    space: RankWorkspace,
+    space: MeanQueryWorkspace,
     *,
     scale: float,
 ) -> None:

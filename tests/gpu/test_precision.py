@@ -9,12 +9,13 @@ from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.attention import attend
 from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, LIST_LENGTH, NUM_COUNTERS, ROW, VISITED
-from s2o_vllm.kernels.prefill import PRECISIONS, RANKINGS, Shape, SparsePrefill
-from s2o_vllm.kernels.ranking import low_rank
+from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.ranking import PRECISIONS, RANKINGS, low_rank
 from s2o_vllm.kernels.ranking import mean_query as rank
 from s2o_vllm.kernels.ranking import reference as ranking_reference
 from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
 from s2o_vllm.kernels.tuning import HEADS_SHARED
 from s2o_vllm.kernels.work_list import build_work_lists, list_capacity
@@ -71,7 +72,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
-            space = rank.RankWorkspace(
+            space = rank.MeanQueryWorkspace(
                 work.num_items, heads, head_dim, work.max_history, batch.query.dtype, device
             )
             rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)

@@ -32,7 +32,7 @@ def by_low_rank(batch, work):
 
 def by_mean_query(batch, work):
     heads, head_dim = batch.query.shape[1:]
-    space = rank.RankWorkspace(
+    space = rank.MeanQueryWorkspace(
         work.num_items, heads, head_dim, work.max_history, batch.query.dtype, batch.query.device
     )
     return scored(rank.mean_query_scores, batch, work, space)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from s2o_vllm.kernels.prefill import RANKINGS
+from s2o_vllm.kernels.ranking import RANKINGS
 from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"

@@ -17,11 +17,17 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import decode, decode_reference, decode_step, paging
+from s2o_vllm.kernels import decode_reference, decode_step, paging
 from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention import summaries as regions
 from s2o_vllm.kernels.decode import SparseDecode
-from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape, DecodeTable, decode_item, keep
+from s2o_vllm.kernels.decode_state import (
+    DecodeRow,
+    DecodeShape,
+    DecodeTable,
+    choose_snapshot,
+    decode_item,
+)
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
 from s2o_vllm.kernels.ranking import basis
 from s2o_vllm.kernels.ranking.append import append_keys
@@ -75,14 +81,14 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
     ``by`` fills one: by default the references do, which take less time than the kernels.
     """
     shape, device = shape_of(batch, budget), batch.query.device
-    space = decode_step.DecodeWorkspace(
+    space = decode_step.RequestStates(
         shape, batch.query.dtype, device, decode_step.scratch(shape, device, chunk=CHUNK), REGION
     )
     kind = torch.uint8 if ON_GPU else torch.int16
     space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
     for number, slot in enumerate(slots):
         query, work = prompt_of(batch, number)
-        (by or by_references)(batch, space, keep(work, slot), query, work)
+        (by or by_references)(batch, space, choose_snapshot(work, slot), query, work)
     rows = [
         DecodeRow(number, number, context, slots[number], PROMPTS[number])
         for number, context in enumerate(CONTEXTS)
@@ -93,7 +99,7 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
 def by_references(batch, space, one, query, work):
     """Fill a slot as the references would."""
     cache, table, slot, rank = batch.kv_cache, batch.block_table, one.slot, basis.RANK
-    span, bases = work.spans[one.fit], cache.shape[1]
+    span, bases = work.spans[one.span], cache.shape[1]
     fitted = basis.fit_span(query, cache, table, work.row, span, bases, batch.scale)
     for own, part in zip(space.fit, fitted, strict=True):
         own[slot, ..., :rank] = part
@@ -107,20 +113,22 @@ def by_references(batch, space, one, query, work):
     space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
     averaged = attention_reference.average(cache, table, work, query.dtype, REGION)
     space.known[slot] = one.tokens // REGION
-    space.regions.means[slot, :, : one.tokens // REGION] = averaged.means
-    space.regions.value_covariances[slot] = averaged.value_covariances[one.fit]
-    space.regions.key_covariances[slot] = averaged.key_covariances[one.fit]
+    space.summaries.means[slot, :, : one.tokens // REGION] = averaged.means
+    space.summaries.value_covariances[slot] = averaged.value_covariances[one.span]
+    space.summaries.key_covariances[slot] = averaged.key_covariances[one.span]
 
 
 def by_kernels(batch, space, one, query, work):
     """Fill a slot as a server does on a card."""
     shape, device, dtype = shape_of(batch), query.device, query.dtype
-    operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
-    ranked, _ = decode.fitting(shape, dtype, device)
+    backend = decode_step.DecodeKernels(shape, dtype, device)
+    ranked, _ = decode_step.fitting_scratch(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
     averaged = regions.workspace(*sizes, dtype, device, REGION)
-    operator.slots, operator.fitting = space, (ranked, averaged)
-    operator.keep(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
+    backend.states, backend.fitting = space, (ranked, averaged)
+    operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
+    operator.backend = backend
+    operator.take(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
 
 
 def listed(batch, rows, budget=0.25, items=None):
@@ -207,8 +215,8 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     wanted = nan_like(batch.query)
     counted = torch.zeros_like(counters)
     attention_reference.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, lists, space.regions, wanted, counted,
-        scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
+        batch.query, batch.kv_cache, batch.block_table, work, lists, space.summaries, wanted,
+        counted, scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip
     assert relative_error(out, wanted) < TOLERANCE
     # None stops early, and no mass is estimated.
@@ -263,7 +271,7 @@ def test_the_operator_keeps_and_decodes(device, fp8):
     for number, context in enumerate(CONTEXTS):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
-        operator.keep(keep(work, number), *arguments, **units)
+        operator.take(choose_snapshot(work, number), *arguments, **units)
         rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):

@@ -13,7 +13,9 @@ from cases import (
     relative_error,
 )
 from s2o_vllm.kernels.layout import ELIGIBLE, NUM_COUNTERS, VISITED
-from s2o_vllm.kernels.prefill import RANKINGS, WORKSPACE_BYTES, Shape, SparsePrefill
+from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.ranking import RANKINGS
+from s2o_vllm.kernels.shape import WORKSPACE_BYTES, Shape
 from s2o_vllm.kernels.side_stream import IN_TURN
 from s2o_vllm.kernels.tuning import HEADS_SHARED
 from s2o_vllm.kernels.work_list import build_work_lists
@@ -163,8 +165,8 @@ def test_a_second_stream_changes_nothing(device):
     operator, results = operator_for(batch, "low_rank"), []  # which alone has one
     works = works_of(batch, operator)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    for beside in [IN_TURN] + 20 * [operator.space.beside]:
-        operator.space = operator.space._replace(beside=beside)
+    for side_stream in [IN_TURN] + 20 * [operator.space.side_stream]:
+        operator.space = operator.space._replace(side_stream=side_stream)
         out = nan_like(batch.query)
         for work in works:
             operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)

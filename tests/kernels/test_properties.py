@@ -390,7 +390,8 @@ def test_huge_numbers_give_finite_attention(device, data, what, size):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_request_that_is_no_number_harms_itself_alone(device, ranking, where, value):
     """Overflow in a model, or weights that are broken: stock vLLM answers nonsense and lives."""
-    from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+    from s2o_vllm.kernels.prefill import SparsePrefill
+    from s2o_vllm.kernels.shape import Shape
 
     dtype = torch.bfloat16
     torch.manual_seed(0)

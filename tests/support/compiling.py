@@ -1,6 +1,5 @@
 """Compile a Triton launch for a GPU that need not be there."""
 
-import functools
 import json
 import re
 import subprocess
@@ -175,14 +174,13 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     """Compile every kernel of ranking and selection."""
     from s2o_vllm.kernels import tuning
     from s2o_vllm.kernels.attention import summaries as regions
-    from s2o_vllm.kernels.prefill import PRECISIONS
-    from s2o_vllm.kernels.ranking import low_rank
+    from s2o_vllm.kernels.ranking import PRECISIONS, low_rank
     from s2o_vllm.kernels.ranking import mean_query as rank
     from s2o_vllm.kernels.selection import select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
+    ranking = rank.MeanQueryWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
     sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
     images, wide = (
         low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability), precision)
@@ -247,15 +245,23 @@ def variants_beyond_warm_up(
     or of many, in any row of a block table whose width nothing divides.
     """
     from s2o_vllm.config import RANKINGS
-    from s2o_vllm.kernels import decode, decode_state, decode_step, layout, tiles, work_list
-    from s2o_vllm.kernels import prefill as operator
+    from s2o_vllm.kernels import (
+        decode,
+        decode_state,
+        decode_step,
+        layout,
+        prefill,
+        tiles,
+        work_list,
+    )
+    from s2o_vllm.kernels.shape import Shape
 
     meta = torch.device("meta")
-    shape = operator.Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
-    operation = operator.SparsePrefill(
+    shape = Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
+    operation = prefill.SparsePrefill(
         shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
     )
-    operation.space = operator.workspace(shape, torch.bfloat16, meta)
+    operation.space = prefill.workspace(shape, torch.bfloat16, meta)
     operation.tiles = {
         (e4m3, visits): tiles.E4M3[90][128] if e4m3 else few_or_many
         for e4m3 in (False, True)
@@ -269,10 +275,8 @@ def variants_beyond_warm_up(
     operation.fp8_products = quantised is not None
     sizes = decode_state.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
     decoding = decode.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-    scratch = decode_step.scratch(sizes, meta)
-    decoding.slots = decode_step.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
-    decoding.fitting = decode.fitting(sizes, torch.bfloat16, meta)
-    decoding.decode = functools.partial(decode_step.decode, tile=tiles.DECODE_TILES[128])
+    decoding.backend = decode_step.DecodeKernels(sizes, torch.bfloat16, meta)
+    decoding.backend.tile = tiles.DECODE_TILES[128]
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
     counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device=meta)
@@ -298,8 +302,8 @@ def variants_beyond_warm_up(
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
                 )  # fmt: skip
                 if work.first_of_chunk and work.max_fit_tokens:
-                    end = decode_state.keep(work, 3)
-                    decoding.keep(end, query, kv, table, work, k_scale=0.07)
+                    end = decode_state.choose_snapshot(work, 3)
+                    decoding.take(end, query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
 
@@ -313,7 +317,7 @@ def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     meta = torch.device("meta")
     shape = decode_state.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
     scratch = decode_step.scratch(shape, meta, ranked_in(capability))
-    space = decode_step.DecodeWorkspace(shape, q.dtype, meta, scratch)
+    space = decode_step.RequestStates(shape, q.dtype, meta, scratch)
     rows = [decode_state.DecodeRow(0, 0, 100_000, 1, 99_990)]
     steps = decode_state.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
     counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")

@@ -130,7 +130,7 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
     ):
         for start, count in ((0, 300), (300, prompt - 300)):
             _, plan = ours.attend(ours.part(step, start, count))
-        assert len(plan.kept) == 1
+        assert len(plan.snapshots) == 1
         for position in range(prompt, prompt + tokens):
             output, plan = ours.attend(decoding(ours.part(step, position, 1)))
             ((_, query, context, *_),) = plan.decode.rows

@@ -118,9 +118,9 @@ def test_a_setting_that_was_removed_is_refused_wherever_it_stands(settle):
 
 
 def test_each_ranking_has_its_segment_size_and_a_kernel():
-    from s2o_vllm.kernels import prefill as operator
+    from s2o_vllm.kernels import ranking
 
-    assert tuple(config.RANKINGS) == operator.RANKINGS
+    assert tuple(config.RANKINGS) == ranking.RANKINGS
     assert S2OConfig().ranking == "low_rank"
     assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512

@@ -80,7 +80,7 @@ def kept(slots, *rows, prompt, name="a"):
             [PrefillRow(0, 0, queries, context, 0.1)], 64, 100, torch.device("cpu"),
             Limits(1000, 10**8),
         )  # fmt: skip
-        plan = slots.keep(work, [RequestBudget(0.1, 0.0, prompt)], [name], DENSE_TAIL)
+        plan = slots.take_snapshots(work, [RequestBudget(0.1, 0.0, prompt)], [name], DENSE_TAIL)
         found += plan.values()
     return found
 
@@ -94,12 +94,12 @@ def test_the_end_of_a_prompt_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("queries", "fit"), [(2048 + SNAPSHOT_QUERIES, 1), (2048 + 40, 0), (40, 0)]
+    ("queries", "span"), [(2048 + SNAPSHOT_QUERIES, 1), (2048 + 40, 0), (40, 0)]
 )
-def test_a_basis_of_too_few_queries_is_not_kept_where_there_is_another(queries, fit):
+def test_a_basis_of_too_few_queries_is_not_kept_where_there_is_another(queries, span):
     (one,) = kept(slots_with("a"), (16384, queries), prompt=16384 + queries + DENSE_TAIL)
-    assert one.fit == fit
-    assert one.tokens == 16384 + (queries if fit or queries < 2048 else 2048)
+    assert one.span == span
+    assert one.tokens == 16384 + (queries if span or queries < 2048 else 2048)
 
 
 def test_a_short_last_chunk_leaves_what_the_chunk_before_left():
@@ -175,12 +175,12 @@ def built(builder, *rows):
 
 def test_a_request_from_its_prompt_to_its_answer(builder):
     plan = build(builder, (1064, 1064, True), (664, 664, True))
-    assert sorted(one.slot for one in plan.kept.values()) == [0, 1]
+    assert sorted(one.slot for one in plan.snapshots.values()) == [0, 1]
     assert plan.decode is None
 
     metadata = built(builder, (1, 1065, False), (1, 665, False))
     plan = metadata.s2o
-    assert (plan.work, plan.kept) == ([], {})
+    assert (plan.work, plan.snapshots) == ([], {})
     assert [row.covered for row in plan.decode.rows] == [1000, 600]
     assert plan.decode.work.items[:, 5].tolist() == [int(0.2 * 960), int(0.2 * 576)]
     (part,) = plan.dense

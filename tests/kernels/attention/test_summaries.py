@@ -9,8 +9,9 @@ from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention import summaries as regions
 from s2o_vllm.kernels.attention.summary_table import Summaries, covariance_part, region_samples
 from s2o_vllm.kernels.layout import NUM_COUNTERS
-from s2o_vllm.kernels.prefill import Shape, SparsePrefill
+from s2o_vllm.kernels.prefill import SparsePrefill
 from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import attend_tile
 from s2o_vllm.kernels.tuning import (
     COVARIANCE_GROUP,

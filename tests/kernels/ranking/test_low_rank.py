@@ -12,8 +12,7 @@ import torch
 from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.layout import DENSE_START, NUM_QUERIES
-from s2o_vllm.kernels.prefill import PRECISIONS
-from s2o_vllm.kernels.ranking import basis, low_rank, rows
+from s2o_vllm.kernels.ranking import PRECISIONS, basis, low_rank, rows
 from s2o_vllm.kernels.ranking.fit import find_bases, take_moments
 from s2o_vllm.kernels.ranking.score import bases_together, image_room, score_rows
 from s2o_vllm.kernels.sampling import stratified

@@ -5,8 +5,7 @@ import torch
 
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels.layout import DENSE_START
-from s2o_vllm.kernels.prefill import PRECISIONS
-from s2o_vllm.kernels.ranking import basis, low_rank
+from s2o_vllm.kernels.ranking import PRECISIONS, basis, low_rank
 from s2o_vllm.kernels.ranking import mean_query as rank
 from s2o_vllm.kernels.ranking import reference as ranking_reference
 from s2o_vllm.kernels.ranking.fit import FitWorkspace, find_bases, take_moments
@@ -26,7 +25,7 @@ ATOL = {torch.float32: 3e-2, torch.float16: 0.5 if ON_GPU else 5e-2, torch.bfloa
 def mean_query(batch, works, chunk=64):
     heads, head_dim = batch.query.shape[1:]
     for work in works:
-        space = rank.RankWorkspace(
+        space = rank.MeanQueryWorkspace(
             work.num_items, heads, head_dim, work.max_history, batch.query.dtype,
             batch.query.device, chunk,
         )  # fmt: skip
