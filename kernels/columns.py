@@ -30,4 +30,6 @@ STOPPED = tl.constexpr(layout.STOPPED)
 DROPPED = tl.constexpr(layout.DROPPED)
 SAMPLED = tl.constexpr(layout.SAMPLED)
 
+DROPPED_UNITS = tl.constexpr(1 / layout.DROPPED_UNIT)  # in a row's softmax mass
+
 LN2 = tl.constexpr(layout.LN2)

@@ -12,7 +12,6 @@ from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_S
 from .ranking import basis
 from .ranking import reference as ranking_reference
 from .selection import reference as selection_reference
-from .selection.reference import physical_slots
 from .tuning import REGION_TOKENS, TIERS_SPLIT
 from .work_list import WorkList
 
@@ -21,7 +20,7 @@ class DecodeReference:
     """The states of a layer's requests; see `decode.DecodeBackend` and `decode_step.RequestStates`.
 
     Attributes:
-        images: ``[slots, kv_heads, max_history, WIDTH]``, in the dtype of images.
+        images: projected keys, ``[slots, kv_heads, max_history, WIDTH]``.
         fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
         summaries: of skipped tokens, in ``dtype``.
     """
@@ -71,7 +70,7 @@ class DecodeReference:
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
         held, count = self.summaries, tokens // self.summaries.region_tokens
-        found = attention_reference.average(
+        found = attention_reference.summarise(
             kv_cache, block_table, work, held.means.dtype, held.region_tokens
         )
         held.means[slot, :, :count] = found.means[:, :count]
@@ -84,7 +83,7 @@ class DecodeReference:
     ) -> None:
         """Project the keys of some tokens by a slot's basis."""
         positions = torch.arange(first, first + count, device=kv_cache.device)
-        slots = physical_slots(positions, table_row, kv_cache.shape[2])
+        slots = paging.physical_slots(positions, table_row, kv_cache.shape[2])
         keys, _ = paging.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
         own = basis.Basis(*(part[slot] for part in self.fit))
         images = basis.key_images(keys, own, self.images.dtype)
@@ -120,26 +119,26 @@ def scores(
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        images: of keys, those of the queries' own tokens among them; see :class:`DecodeReference`.
+        images: projected keys, those of the queries' own tokens among them.
         fit: the slots' bases.
         work: of a decode step.
 
     Returns:
-        float16 ``[items, kv_heads, max_history]``.
+        float16 ``[segments, kv_heads, max_history]``.
     """
     kv_heads = images.shape[1]
     found = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
-    for number, item in enumerate(work.items.tolist()):
-        n, slot = item[DENSE_START], item[SPAN]
+    for number, line in enumerate(work.segments.tolist()):
+        n, slot = line[DENSE_START], line[SPAN]
         if n == 0:
             continue
-        rows = paging.segment_queries(query, item, kv_heads)[:, :, 0]
+        rows = paging.segment_queries(query, line, kv_heads)[:, :, 0]
         every = torch.arange(rows.shape[1], device=query.device).expand(kv_heads, -1)
         own = basis.Basis(*(part[slot] for part in fit))
         found[number, :, :n] = ranking_reference.row_scores(
-            rows, every, item, own, images[slot].float(), images.dtype
+            rows, every, line, own, images[slot].float(), images.dtype
         )
     return found.clamp(min=-torch.finfo(torch.half).max).half()
 
@@ -162,7 +161,7 @@ def decode(
     count = len(rows.rows)
     if count == 0:
         return
-    work = replace(rows.work, items=rows.work.items[:count])
+    work = replace(rows.work, segments=rows.work.segments[:count])
     for one in rows.appends[:count].tolist():
         space.project(
             kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],

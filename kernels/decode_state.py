@@ -1,9 +1,9 @@
 """The work list of a decode step: one query of each of several requests, and what it may visit.
 
-Made on the host once a step, like that of prefill in :mod:`work_list`, of whose form it is: an
-item's fit is the *slot* that holds what the end of its prompt was ranked by. But it stays in one
-place of device memory and is launched as if histories were the longest, so that one CUDA graph
-serves all steps of as many rows (ours).
+Made on the host once a step, in the form of that of prefill (:mod:`work_list`); a segment's span is
+the *slot* of its request's state, the snapshot of its prompt's ranking. It stays at one address and
+is launched as if histories were the longest, so that one CUDA graph serves all steps of as many
+rows (ours).
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ class DecodeRow(NamedTuple):
         row: its row in the block table.
         query: index of its query in the step's packed queries.
         context: tokens in the cache before the query's own.
-        slot: what it is ranked with.
-        covered: tokens, from the first on, whose images the slot holds.
+        slot: of its state.
+        covered: tokens, from the first on, whose projected keys the state holds.
     """
 
     row: int
@@ -57,10 +57,8 @@ class DecodeList:
 
     Attributes:
         rows: the requests.
-        work: an item each, of one query; its fit is the request's slot. Items behind them have no
-            queries.
-        appends: int32 ``[items, APPEND_COLUMNS]`` on the device: block-table row, slot, first
-            token whose image the slot lacks, how many it lacks.
+        work: a segment each, of one query. Segments behind them have no queries.
+        appends: int32 ``[segments, APPEND_COLUMNS]`` on the device: the keys that states lack.
     """
 
     rows: tuple[DecodeRow, ...]
@@ -77,7 +75,7 @@ class DecodeShape:
         kv_heads: key/value heads.
         head_dim: size of a head.
         max_history: longest history, in tokens.
-        requests: slots, and most rows of a step.
+        requests: states, and most rows of a step.
         budget: largest share of the history that a query may visit.
     """
 
@@ -92,11 +90,11 @@ class DecodeShape:
     def max_list(self) -> int:
         """Longest list of a KV head."""
         row = DecodeRow(0, 0, self.max_history + 2 * DECODE_RECENT, 0, 0)
-        return longest_list(decode_item(row, self.budget))
+        return longest_list(decode_line(row, self.budget))
 
     @property
-    def places(self) -> int:
-        """Places of all lists of a KV head."""
+    def slots(self) -> int:
+        """Capacity of all lists of a KV head."""
         return self.requests * list_capacity(self.max_list)
 
 
@@ -111,7 +109,7 @@ def choose_snapshot(work: WorkList, slot: int) -> Snapshot:
     return Snapshot(slot, span, tokens, queries)
 
 
-def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
+def decode_line(row: DecodeRow, budget: float) -> tuple[int, ...]:
     """Return a row's line of the work table: the last 64 to 127 tokens before it are dense."""
     dense_start = max(0, row.context // DECODE_RECENT - 1) * DECODE_RECENT
     count = int(budget * dense_start)
@@ -121,7 +119,7 @@ def decode_item(row: DecodeRow, budget: float) -> tuple[int, ...]:
 class DecodeTable:
     """Device memory of the work lists of decode steps.
 
-    What a step does not need is zero: items of no queries, of which kernels do nothing.
+    Lines that a step does not need are zero: segments without queries, which kernels skip.
 
     Args:
         shape: sizes; those of heads are not read.
@@ -129,8 +127,8 @@ class DecodeTable:
         device: where the kernels run.
 
     Attributes:
-        limits: int32 ``[batch]`` on the device: how much of a row's sequence others may see. A row
-            that decodes sparsely costs them one token.
+        limits: int32 ``[batch]`` on the device: how much of a row's sequence the parent backend may
+            see. A row that decodes sparsely costs it one token.
     """
 
     def __init__(self, shape: DecodeShape, batch: int, device: torch.device):
@@ -142,19 +140,19 @@ class DecodeTable:
         parts = [
             part[:size] for part, size in zip(self._all.split(self._sizes), sizes, strict=True)
         ]
-        self.items = parts[0].view(-1, SEGMENT_COLUMNS)
+        self.segments = parts[0].view(-1, SEGMENT_COLUMNS)
         self.appends = parts[1].view(-1, APPEND_COLUMNS)
         self.limits = parts[2]
         self._none = torch.empty(0, 3, dtype=torch.int32, device=device)
 
-    def fill(self, rows: Sequence[DecodeRow], items: int) -> DecodeList:
+    def fill(self, rows: Sequence[DecodeRow], segments: int) -> DecodeList:
         """Write a step's work list, without waiting for the device.
 
         Args:
-            rows: requests with a slot each, at most ``items``.
-            items: that are launched, at most ``shape.requests``.
+            rows: requests with a state each, at most ``segments``.
+            segments: that are launched, at most ``shape.requests``.
         """
-        lines = [decode_item(row, self.shape.budget) for row in rows]
+        lines = [decode_line(row, self.shape.budget) for row in rows]
         appends = [
             (row.row, row.slot, row.covered, max(0, row.context + 1 - row.covered)) for row in rows
         ]
@@ -173,13 +171,13 @@ class DecodeTable:
             row=0,
             target_error=0.0,
             first_of_chunk=False,
-            fits=self._none,
-            fit_span=1,
-            max_fit_tokens=0,
-            items=self.items[:items],
+            span_table=self._none,
+            span_length=1,
+            max_seen=0,
+            segments=self.segments[:segments],
             groups=self._none,
             max_history=self.shape.max_history,
             max_list=self.shape.max_list,
             max_queries=1,
         )
-        return DecodeList(tuple(rows), work, self.appends[:items])
+        return DecodeList(tuple(rows), work, self.appends[:segments])

@@ -1,9 +1,9 @@
-"""Sparse decode: one query a request, ranked with what the end of its prompt was ranked by (ours).
+"""A step of sparse decode: one query a request, ranked by the snapshot of its prompt (ours).
 
-The last chunk of a prompt leaves images of all keys and the basis that made them: a request's slot
-keeps both. A decode step projects the keys that are new since then by the slot's basis, scores all
-images by the rows of its one query, selects and attends as prefill does. Programs share a list,
-since there are few of them, and what they found is merged.
+The last chunk of a prompt leaves a basis, the keys that it projected, and summaries: the request's
+state. A decode step projects the keys that are new since then, scores all projected keys by the
+rows of its one query, selects and attends as prefill does. Several programs share a list (split
+KV), since lists are few.
 """
 
 import functools
@@ -26,12 +26,12 @@ from .tiles import AttendTile, decode_tile
 from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_SPLIT
 from .work_list import WorkList
 
-CHOSEN_BLOCK = 64
-SHIFT_BLOCK_N = 128
+CHOSEN_BLOCK = 64  # query rows that are projected at a time
+SHIFT_BLOCK_N = 128  # projected keys that a row log-sum-exp takes at a time
 
 
 class DecodeScratch(NamedTuple):
-    """What a step writes and the next one may overwrite: layers of one shape share it."""
+    """Scratch of a step, which layers of one shape share."""
 
     sizes: torch.Tensor
     chosen: torch.Tensor
@@ -46,7 +46,7 @@ def scratch(
     image_dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
 ) -> DecodeScratch:
-    """Return scratch for so many requests at a time."""
+    """Return scratch for a step of ``shape.requests`` requests."""
     requests, kv_heads = shape.requests, shape.kv_heads
     group = shape.heads // kv_heads
     kind = image_dtype or basis.image_dtype(device)
@@ -58,7 +58,7 @@ def scratch(
         empty(group, dtype=torch.float32),
         empty(group, dtype=torch.int32),
         empty(group, basis.WIDTH, dtype=kind),
-        SelectWorkspace(requests, kv_heads, shape.max_history, shape.places, device, chunk),
+        SelectWorkspace(requests, kv_heads, shape.max_history, shape.slots, device, chunk),
         Parts(
             empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
             empty(DECODE_PARTS, group, dtype=torch.float32),
@@ -67,18 +67,18 @@ def scratch(
 
 
 class RequestStates:
-    """What the requests of one layer are ranked with, a slot each, and a step's scratch.
+    """The states of one layer's requests, a slot each, and a step's scratch.
 
     Attributes:
-        images: ``[slots, kv_heads, >= max_history, basis.WIDTH]``, of keys.
-        fit: the bases that made them, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
+        images: projected keys, ``[slots, kv_heads, >= max_history, basis.WIDTH]``.
+        fit: their bases, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
             ``offset`` ``[slots, kv_heads, WIDTH]``.
-        sizes: of the images of a query's rows.
-        chosen: which of them are scored: all.
-        rows: their images.
-        regions: what stands for what is not visited, of the history that the prompt's end saw.
+        sizes: of the projected query rows.
+        chosen: which of them are probes: all.
+        rows: the projected query rows.
+        summaries: of the history that the prompt's end saw.
         known: how many regions of each slot are set.
-        row_step: 1, all rows are scored.
+        row_step: 1, every row is a probe.
     """
 
     row_step = 1
@@ -119,7 +119,7 @@ class RequestStates:
         Args:
             snapshot: which span, and its slot.
             ranked: bases and projected keys, as :func:`low_rank.project_keys` left them.
-            summaries: as :func:`summaries.average` left them.
+            summaries: as :func:`summaries.summarise` left them.
         """
         slot, span, tokens, _ = snapshot
         self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
@@ -154,7 +154,7 @@ def decode(
             own keys and values; ``query``'s dtype, or float8_e4m3fn.
         block_table: int32 ``[rows, max_blocks]``.
         rows: the queries; their slots hold projected keys of what ``covered`` says.
-        space: the layer's slots.
+        space: the states of the layer's requests.
         out: ``[tokens, heads, head_dim]``; the rows of the queries are written.
         counters: int64 ``[NUM_COUNTERS]``, added to; see :func:`attend.attend`.
         scale: softmax scale, times what one unit of the cache's keys stands for.
@@ -221,7 +221,7 @@ class DecodeKernels:
         fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
         fit.find_bases(ranked.fit, scale=scale)
         project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
-        summaries.average(kv_cache, block_table, work, means)
+        summaries.summarise(kv_cache, block_table, work, means)
         self.states.store(snapshot, ranked, means)
 
     def attend(

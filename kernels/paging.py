@@ -31,8 +31,8 @@ def load_tokens(
     return tokens[..., :head_dim], tokens[..., head_dim:]
 
 
-def segment_queries(query: torch.Tensor, item: list[int], kv_heads: int) -> torch.Tensor:
+def segment_queries(query: torch.Tensor, line: list[int], kv_heads: int) -> torch.Tensor:
     """Return a segment's queries as float32 ``[kv_heads, group, queries, head_dim]``."""
-    start, count = item[QUERY_START], item[NUM_QUERIES]
+    start, count = line[QUERY_START], line[NUM_QUERIES]
     part = query[start : start + count].float()
     return part.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)

@@ -156,7 +156,7 @@ class SparsePrefill:
         assert space is not None, "the CPU has the references alone"
 
         def summarise() -> None:
-            summaries.average(kv_cache, block_table, work, space.summaries)
+            summaries.summarise(kv_cache, block_table, work, space.summaries)
 
         space.ranking.score(
             query, kv_cache, block_table, work, space.selection.scores, space.selection.bounds,
@@ -188,7 +188,7 @@ class SparsePrefill:
         )  # fmt: skip
         attention_reference.attend(
             query, kv_cache, block_table, work, lists,
-            attention_reference.average(kv_cache, block_table, work, query.dtype), out, counters,
+            attention_reference.summarise(kv_cache, block_table, work, query.dtype), out, counters,
             scale=scale, v_scale=v_scale, softcap=self.softcap, stop_threshold=self.stop_threshold,
             queries_per_tile=max(1, 128 * self.shape.kv_heads // self.shape.heads),
         )  # fmt: skip
@@ -214,10 +214,10 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
 
     key = (shape, dtype, device)
     if key not in _workspaces:
-        items, slots, _ = shape.limits
+        segments, slots, _ = shape.limits
         _workspaces[key] = Workspace(
             make_ranking(shape, dtype, device),
-            select.SelectWorkspace(items, shape.kv_heads, shape.max_history, slots, device),
+            select.SelectWorkspace(segments, shape.kv_heads, shape.max_history, slots, device),
             summaries.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device),
             SideStream(device),
         )

@@ -33,9 +33,9 @@ class Shape:
     @property
     def limits(self) -> Limits:
         """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
-        segments = CHUNK_SPANS * span_queries(self.segment) // self.segment
-        chunk = min(-(-self.max_queries // self.segment), segments)
+        most = CHUNK_SPANS * span_queries(self.segment) // self.segment
+        chunk = min(-(-self.max_queries // self.segment), most)
         each = self.kv_heads * self.max_history * 3  # a score and a quarter of a slot a token
-        items = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
+        segments = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
         longest = list_capacity(self.max_history)
-        return Limits(items, max(longest, items * longest // 4))
+        return Limits(segments, max(longest, segments * longest // 4))

@@ -1,7 +1,7 @@
-"""The work list: which query segments there are, what each may see, how much it may visit.
+"""The work list: the query segments of a step, what each may see, and how much it may visit.
 
-Built on the host from lengths that the scheduler already knows, so no device
-synchronisation is needed. Every kernel reads the same table, one row a segment.
+Built on the host from lengths that the scheduler already knows, so no device synchronisation is
+needed. Every kernel reads the same table, one row a segment; :mod:`layout` names its columns.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,12 +38,12 @@ class PrefillRow(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Queries that a basis is fitted to, and the tokens that the last of them sees.
+    """A run of a request's queries that share covariances; decode fits a basis to one.
 
     Attributes:
         first: the first one in the step's packed queries.
         queries: how many.
-        tokens: of the sequence, from its start on.
+        tokens: that the last query sees, from the start of the sequence on.
     """
 
     first: int
@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
 
 def chunk_end(tokens: int, span: int = SPAN_LENGTH) -> int:
-    """Return where the whole chunk ends that so many tokens reach into, of fits of ``span``."""
+    """Return where the whole chunk ends that ``tokens`` reach into, of spans of this length."""
     return -(-tokens // (CHUNK_SPANS * span)) * CHUNK_SPANS * span
 
 
@@ -60,12 +60,12 @@ class Limits(NamedTuple):
     """How much one launch may handle, of one head of lists.
 
     Attributes:
-        items: segments.
-        slots: places in all their lists together.
+        segments: of one list.
+        slots: capacity of all its lists together.
         shared: lists that share a segment's budget.
     """
 
-    items: int
+    segments: int
     slots: int
     shared: int = HEADS_SHARED
 
@@ -82,77 +82,90 @@ class WorkList:
         row: the request's row in the block table.
         target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
-        fits: int32 ``[num_fits, 3]`` on the device, one row per ``SPAN_LENGTH`` queries of the
-            chunk: first query, queries, tokens that their last segment sees (its own among
-            them; 0 if it ranks none).
-        fit_span: tokens at whose multiples in the sequence the fits are cut.
-        max_fit_tokens: most tokens of a row of ``fits``.
-        items: int32 ``[num_items, SEGMENT_COLUMNS]`` on the device: block-table row, first query,
-            queries, history tokens, first position of the dense pass, slots to visit in the
-            mean of the heads that share, row of ``fits``. The longest history comes first.
-        groups: int32 ``[num_groups, 2]`` on the device: first item and number of items of
-            up to ``SEGMENTS_TOGETHER`` segments.
-        max_history: most tokens that any item ranks.
-        max_list: longest list of any item.
-        dense_items: items that visit all of their history; these are the last ones.
+        span_table: int32 ``[spans, SPAN_COLUMNS]`` on the device: the chunk's spans.
+        span_length: tokens at whose multiples in the sequence spans are cut.
+        max_seen: most tokens that a query of the chunk sees, if any of it is ranked.
+        segments: int32 ``[num_segments, SEGMENT_COLUMNS]`` on the device. The longest history comes
+            first.
+        groups: int32 ``[num_groups, 2]`` on the device: first segment and number of segments of
+            up to ``SEGMENTS_TOGETHER``.
+        max_history: most tokens that any segment ranks.
+        max_list: longest list of any segment.
+        max_queries: most queries of any segment.
+        dense_segments: segments that visit all of their history; these are the last ones.
         max_dense: longest history of these.
-        max_visits: most tokens of its history that any item visits, in the mean of the heads that
-            share.
-        max_queries: most queries of any item.
-        spans: ``fits`` on the host.
+        max_visits: most tokens of its history that any segment visits, averaged over the heads that
+            share a budget.
+        spans: ``span_table`` on the host.
     """
 
     row: int
     target_error: float
     first_of_chunk: bool
-    fits: torch.Tensor
-    fit_span: int
-    max_fit_tokens: int
-    items: torch.Tensor
+    span_table: torch.Tensor
+    span_length: int
+    max_seen: int
+    segments: torch.Tensor
     groups: torch.Tensor
     max_history: int
     max_list: int
     max_queries: int
-    dense_items: int = 0
+    dense_segments: int = 0
     max_dense: int = 0
     max_visits: int = 0
     spans: tuple[Span, ...] = ()
 
     @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return self.segments.shape[0]
+
+    # Older names, by which the low-rank ranking reads a work list.
+    @property
+    def items(self) -> torch.Tensor:
+        """The segments."""
+        return self.segments
+
+    @property
     def num_items(self) -> int:
         """Number of segments."""
-        return self.items.shape[0]
+        return self.num_segments
+
+    @property
+    def max_fit_tokens(self) -> int:
+        """See ``max_seen``."""
+        return self.max_seen
 
     @property
     def chunk(self) -> Span:
         """The chunk's queries and the tokens that they see."""
         queries = sum(span.queries for span in self.spans)
-        return Span(self.spans[0].first, queries, self.max_fit_tokens)
+        return Span(self.spans[0].first, queries, self.max_seen)
 
     @property
     def whole_chunk(self) -> int:
         """Tokens up to the end of the chunk if it were whole.
 
-        What is told of a history in pieces depends on this, and not on how a prompt is cut.
+        How a history is sampled depends on this, and not on how a prompt is cut.
         """
-        return chunk_end(self.max_fit_tokens, self.fit_span)
+        return chunk_end(self.max_seen, self.span_length)
 
 
-def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int, ...]]:
-    """Cut one request's chunk into work items.
+def cut_segments(row: PrefillRow, length: int, min_context: int) -> list[tuple[int, ...]]:
+    """Cut one request's chunk into segments: lines of the work table without their span.
 
-    Cuts lie at multiples of ``segment`` in the *sequence*, not in the chunk, so that a
-    request meets the same segments however its prompt is chunked (ours). A segment with
-    less than ``min_context`` history, or no more than ``min_tokens``, is attended
-    densely: its list is empty and its dense pass starts at token 0.
+    Cuts lie at multiples of ``length`` in the *sequence*, not in the chunk, so that a request meets
+    the same segments however its prompt is chunked (ours). A segment with less than ``min_context``
+    history, or no more than ``min_tokens``, is attended densely: its list is empty and its dense
+    pass starts at token 0.
     """
-    items: list[tuple[int, ...]] = []
+    lines: list[tuple[int, ...]] = []
     position, end = row.context, row.context + row.num_queries
     while position < end:
-        stop = min(end, (position // segment + 1) * segment)
+        stop = min(end, (position // length + 1) * length)
         count = max(int(row.budget * position), row.min_tokens)
         sparse = position >= max(min_context, 1) and position > row.min_tokens
-        items.append(
+        lines.append(
             (
                 row.row,
                 row.query_start + position - row.context,
@@ -163,23 +176,23 @@ def segments(row: PrefillRow, segment: int, min_context: int) -> list[tuple[int,
             )
         )
         position = stop
-    return items
+    return lines
 
 
 def span_queries(segment: int) -> int:
-    """Return the queries that share a basis: whole segments, one at least."""
+    """Return the queries of a span: whole segments, one at least."""
     return segment * max(1, SPAN_LENGTH // segment)
 
 
 def list_capacity(length: int) -> int:
-    """Return the places that a list of this length takes."""
+    """Return the slots that a list of this length has room for."""
     return max(1, -(-length // CAPACITY_STEP)) * CAPACITY_STEP
 
 
-def longest_list(item: Sequence[int], shared: int = HEADS_SHARED) -> int:
-    """Return how long a list of an item can become: what those that share with it need not have."""
-    count = item[LIST_LENGTH]
-    return min(count + (shared - 1) * (count // 2), item[DENSE_START])
+def longest_list(line: Sequence[int], shared: int = HEADS_SHARED) -> int:
+    """Return how long a list can become: half of its budget is safe, the other half is shared."""
+    count = line[LIST_LENGTH]
+    return min(count + (shared - 1) * (count // 2), line[DENSE_START])
 
 
 def build_work_lists(
@@ -191,7 +204,7 @@ def build_work_lists(
 ) -> list[WorkList]:
     """Build the work lists of a step.
 
-    Like segments, fits and chunks are cut at multiples in the sequence.
+    Like segments, spans and chunks are cut at multiples in the sequence.
 
     Args:
         rows: the requests that take the sparse path.
@@ -204,16 +217,16 @@ def build_work_lists(
         The lists of each request, one after the other; in a chunk the longest history first.
 
     Raises:
-        ValueError: if ``segment`` or the limit of items is not positive.
+        ValueError: if ``segment`` or the limit of segments is not positive.
     """
-    if segment <= 0 or limits.items <= 0:
-        raise ValueError(f"segment {segment} and limit {limits.items} must be positive")
+    if segment <= 0 or limits.segments <= 0:
+        raise ValueError(f"segment {segment} and limit {limits.segments} must be positive")
     span = span_queries(segment)
     lists: list[WorkList] = []
     for row in rows:
-        items = segments(row, segment, min_context)
-        for _, chunk in groupby(items, lambda item: item[HISTORY] // (CHUNK_SPANS * span)):
-            parts = [list(part) for _, part in groupby(chunk, lambda item: item[HISTORY] // span)]
+        lines = cut_segments(row, segment, min_context)
+        for _, chunk in groupby(lines, lambda line: line[HISTORY] // (CHUNK_SPANS * span)):
+            parts = [list(part) for _, part in groupby(chunk, lambda line: line[HISTORY] // span)]
             lists += chunk_lists(row, parts, segment, device, limits)
     return lists
 
@@ -225,57 +238,56 @@ def chunk_lists(
     device: torch.device,
     limits: Limits,
 ) -> list[WorkList]:
-    """Make the lists of a chunk from the items of each of its fits."""
-    span = span_queries(segment)
-    fits = [
-        Span(part[0][QUERY_START], sum(item[NUM_QUERIES] for item in part), seen(part[-1]))
+    """Make the lists of a chunk from the segments of each of its spans."""
+    spans = [
+        Span(part[0][QUERY_START], sum(line[NUM_QUERIES] for line in part), seen(part[-1]))
         for part in parts
     ]
-    table = to_device(fits, device)
-    ordered = [(*item, fit) for fit, part in enumerate(parts) for item in part][::-1]
+    table = to_device(spans, device)
+    ordered = [(*line, span) for span, part in enumerate(parts) for line in part][::-1]
     lists: list[WorkList] = []
     while ordered:
         room = max(1, limits.slots // list_capacity(longest_list(ordered[0], limits.shared)))
-        items = ordered[: min(limits.items, room)]
-        ordered = ordered[len(items) :]
-        dense = [item[HISTORY] for item in items if item[DENSE_START] == 0]
+        lines = ordered[: min(limits.segments, room)]
+        ordered = ordered[len(lines) :]
+        dense = [line[HISTORY] for line in lines if line[DENSE_START] == 0]
         lists.append(
             WorkList(
                 row=row.row,
                 target_error=row.target_error,
                 first_of_chunk=not lists,
-                fits=table,
-                fit_span=span,
-                max_fit_tokens=max(tokens for *_, tokens in fits),
-                items=to_device(items, device),
-                groups=to_device(ranked_together(len(items)), device),
-                max_history=items[0][DENSE_START],
-                max_list=longest_list(items[0], limits.shared),
-                max_queries=max(item[NUM_QUERIES] for item in items),
-                dense_items=len(dense),
+                span_table=table,
+                span_length=span_queries(segment),
+                max_seen=max(tokens for *_, tokens in spans),
+                segments=to_device(lines, device),
+                groups=to_device(ranked_together(len(lines)), device),
+                max_history=lines[0][DENSE_START],
+                max_list=longest_list(lines[0], limits.shared),
+                max_queries=max(line[NUM_QUERIES] for line in lines),
+                dense_segments=len(dense),
                 max_dense=max(dense, default=0),
-                max_visits=max(visits(item) for item in items),
-                spans=tuple(fits),
+                max_visits=max(visits(line) for line in lines),
+                spans=tuple(spans),
             )
         )
     return lists
 
 
-def seen(item: Sequence[int]) -> int:
-    """Return the tokens that an item's queries see, if it ranks any."""
-    return item[DENSE_START] + item[NUM_QUERIES] if item[DENSE_START] else 0
+def seen(line: Sequence[int]) -> int:
+    """Return the tokens that a segment's queries see; 0 if it is not ranked."""
+    return line[DENSE_START] + line[NUM_QUERIES] if line[DENSE_START] else 0
 
 
-def visits(item: Sequence[int]) -> int:
-    """Return the tokens that an item visits of its history, in the mean of the heads that share."""
-    return item[LIST_LENGTH] + item[HISTORY] - item[DENSE_START]
+def visits(line: Sequence[int]) -> int:
+    """Return the history tokens that a segment visits, averaged over heads that share a budget."""
+    return line[LIST_LENGTH] + line[HISTORY] - line[DENSE_START]
 
 
-def ranked_together(items: int) -> list[tuple[int, int]]:
-    """Return the first item and the number of items of each group."""
+def ranked_together(segments: int) -> list[tuple[int, int]]:
+    """Return the first segment and the number of segments of each group."""
     return [
-        (start, min(SEGMENTS_TOGETHER, items - start))
-        for start in range(0, items, SEGMENTS_TOGETHER)
+        (start, min(SEGMENTS_TOGETHER, segments - start))
+        for start in range(0, segments, SEGMENTS_TOGETHER)
     ]
 
 

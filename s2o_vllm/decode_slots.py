@@ -108,11 +108,11 @@ class DecodeSlots:
                 not one.first_of_chunk
                 or name is None
                 or prompt < self.settings.decode_min_context
-                or one.max_fit_tokens <= max(0, prompt - tail - CHUNK_SPANS * SPAN_LENGTH)
+                or one.max_seen <= max(0, prompt - tail - CHUNK_SPANS * SPAN_LENGTH)
             ):
                 continue
             found = choose_snapshot(one, 0)
-            ends = one.max_fit_tokens >= prompt - tail
+            ends = one.max_seen >= prompt - tail
             if found.queries >= SNAPSHOT_QUERIES or (ends and self.of(name) is None):
                 slot = self.take(name, found.tokens)
                 if slot is not None:

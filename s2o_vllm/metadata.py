@@ -213,7 +213,7 @@ class SparseBuilder:
         updated.s2o = replace(plan, dense=dense)
         if plan.decode is not None and self.s2o_table is not None:
             # The plan may be another group's: what graphs of this one read is its own.
-            updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_items)
+            updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_segments)
             if not plan.sparse_rows:
                 (whole,) = dense
                 whole.metadata.seq_lens = self.shortened(whole.metadata.seq_lens)

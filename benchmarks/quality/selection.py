@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.attention.reference import covariance, region_positions, slope_positions
+from s2o_vllm.kernels.attention.reference import covariance, covariance_positions, region_positions
 from s2o_vllm.kernels.attention.summary_table import covariance_part, region_samples
 from s2o_vllm.kernels.selection.reference import list_lengths
 from s2o_vllm.kernels.tuning import COVARIANCE_WEIGHT, HEADS_SHARED, REGION_TOKENS, SPAN_LENGTH
@@ -237,7 +237,7 @@ class Selector:
         """Return the value-key and the key covariance that a segment has of its history."""
         history = self.segment.history
         known, span = history // SPAN_LENGTH * SPAN_LENGTH, covariance_part(chunk_end(history + 1))
-        positions = slope_positions(known, span, self.segment.k.device)
+        positions = covariance_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
         slope, spread = (covariance(keys, x, len(positions))[0] for x in (values, keys))
         return COVARIANCE_WEIGHT * slope, spread

@@ -82,10 +82,10 @@ def exact_scores(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     scores = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
     )
-    items = [(i, item) for i, item in enumerate(work.items.tolist()) if item[DENSE_START] > 0]
-    pages = -(-work.max_fit_tokens // page)
+    items = [(i, item) for i, item in enumerate(work.segments.tolist()) if item[DENSE_START] > 0]
+    pages = -(-work.max_seen // page)
     blocks = kv_cache[block_table[work.row, :pages].long(), ..., :head_dim]
     keys = blocks.transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens, head_dim]
     for first in range(0, len(items), TOGETHER):
@@ -134,13 +134,13 @@ class ExactRanking:
         if work.max_history == 0:
             return
         found = exact_scores(query, kv_cache, block_table, work, scale=scale)
-        scores[: work.num_items, :, : work.max_history] = found
+        scores[: work.num_segments, :, : work.max_history] = found
         chunks = -(-work.max_history // CHUNK)
         padded = torch.nn.functional.pad(found.float(), (0, chunks * CHUNK - work.max_history))
         padded = padded.unflatten(2, (chunks, CHUNK))
         token = torch.arange(chunks * CHUNK, device=found.device).unflatten(0, (chunks, CHUNK))
-        inside = token < work.items[:, DENSE_START, None, None, None]
-        own = bounds.unflatten(0, (-1, found.shape[1]))[: work.num_items, :, :chunks]
+        inside = token < work.segments[:, DENSE_START, None, None, None]
+        own = bounds.unflatten(0, (-1, found.shape[1]))[: work.num_segments, :, :chunks]
         own[..., 0] = padded.masked_fill(~inside, float("-inf")).amax(-1)
         own[..., 1] = padded.masked_fill(~inside, float("inf")).amin(-1)
 

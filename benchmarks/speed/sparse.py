@@ -241,12 +241,12 @@ class Sparse:
             self.operator(*self.arguments(work), self.out, self.counters, **self.units)
             lists = self.space.selection.lists(work)
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
-            counters, queries = self.counters.tolist(), int(work.items[:, NUM_QUERIES].sum())
+            counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())
             gathered += attend_bytes(
                 shape, self.tile(work).block_m, queries, counters[VISITED] - before[VISITED],
                 self.prompt.kv_dtype, lists.lengths.shape[1],
             )  # fmt: skip
-            if int(work.items[:, HISTORY].min()) >= first:
+            if int(work.segments[:, HISTORY].min()) >= first:
                 dropped += counters[DROPPED] - before[DROPPED]
                 sampled += counters[SAMPLED] - before[SAMPLED]
             before = counters

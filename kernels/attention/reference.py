@@ -33,17 +33,17 @@ from ..work_list import WorkList
 from .summary_table import Summaries, covariance_part, region_samples
 
 
-def average(
+def summarise(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
     dtype: torch.dtype,
     region: int = REGION_TOKENS,
 ) -> Summaries:
-    """Average the regions of a request's history into ``dtype``; see :func:`summaries.average`."""
+    """Summarise a request's history in ``dtype``; see :func:`summaries.summarise`."""
     page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
     samples = region_samples(work.whole_chunk, region)
-    positions = region_positions(work.max_fit_tokens, samples, kv_cache.device, region)
+    positions = region_positions(work.max_seen, samples, kv_cache.device, region)
     tokens = torch.cat(
         load_tokens(
             kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
@@ -52,11 +52,13 @@ def average(
     )
     means = tokens.unflatten(1, positions.shape).mean(2)
     span = covariance_part(work.whole_chunk, region)
-    sampled = slope_positions(work.max_fit_tokens, span, kv_cache.device, region)
+    sampled = covariance_positions(work.max_seen, span, kv_cache.device, region)
     slots = physical_slots(sampled.flatten(), block_table[work.row], page)
     keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
-    cuts = work.fit_span
-    starts = [max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.fits.tolist()]
+    cuts = work.span_length
+    starts = [
+        max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.span_table.tolist()
+    ]
     most = torch.finfo(dtype).max
     value_covariances, key_covariances = (
         torch.stack([covariance(keys, others, start // span) * weight for start in starts])
@@ -73,15 +75,15 @@ def average(
 def region_positions(
     history: int, samples: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
-    """Return which tokens tell the mean of every whole region: ``[regions, samples]``."""
+    """Return the sampled tokens of every whole region: ``[regions, samples]``."""
     starts = torch.arange(history // region, device=device)[:, None] * region
     return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
 
 
-def slope_positions(
+def covariance_positions(
     history: int, span: int, device: torch.device, region: int = REGION_TOKENS
 ) -> torch.Tensor:
-    """Return which tokens tell a slope and a spread: ``[parts, groups, samples of a group]``."""
+    """Return the sampled tokens of covariance parts ``[parts, groups, samples of a group]``."""
     samples = min(COVARIANCE_SAMPLES, region)
     step = span // samples
     starts = torch.arange(history // span, device=device)[:, None] * span
@@ -90,12 +92,12 @@ def slope_positions(
 
 
 def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return what the first ``parts`` of :func:`slope_positions` tell of keys and others.
+    """Return the covariance of keys and others inside groups, over the first ``parts``.
 
     Args:
-        keys: ``[kv_heads, parts, groups, samples, head_dim]``, at those positions.
+        keys: ``[kv_heads, parts, groups, samples, head_dim]``, see :func:`covariance_positions`.
         others: keys or values, likewise.
-        parts: how many count; none give zeros.
+        parts: how many count; without any the result is 0.
 
     Returns:
         ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and others inside
@@ -107,18 +109,18 @@ def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Te
     return total / max(1, keys.shape[1:4].numel())
 
 
-def region_weight(queries: torch.Tensor, spread: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return how many times a token of a region counts for each query (ours; see :mod:`work_list`).
+def region_mass(queries: torch.Tensor, key_covariance: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return exp(log-mass correction): how many times a region's tokens count for each query.
 
     Args:
         queries: ``[..., n, head_dim]``.
-        spread: covariance of the keys, ``[..., head_dim, head_dim]``.
+        key_covariance: ``[..., head_dim, head_dim]``.
         scale: softmax scale.
 
     Returns:
         ``[..., n]``.
     """
-    variance = ((queries @ spread) * queries).sum(-1).clamp(min=0) * scale**2
+    variance = ((queries @ key_covariance) * queries).sum(-1).clamp(min=0) * scale**2
     return (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
 
 
@@ -127,8 +129,8 @@ def attend(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    lists: SelectedTokens,
-    regions: Summaries,
+    selected: SelectedTokens,
+    summaries: Summaries,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -151,26 +153,26 @@ def attend(
         s = torch.einsum("hgqd,hnd->hgqn", queries, keys) * scale
         return softcap * torch.tanh(s / softcap) if softcap else s
 
-    for number, item in enumerate(work.items.tolist()):
-        start, count = item[QUERY_START], item[NUM_QUERIES]
-        history, dense_start = item[HISTORY], item[DENSE_START]
-        lengths = lists.lengths[number]
+    for number, line in enumerate(work.segments.tolist()):
+        start, count = line[QUERY_START], line[NUM_QUERIES]
+        history, dense_start = line[HISTORY], line[DENSE_START]
+        lengths = selected.lengths[number]
         listed = int(lengths.max())
-        queries = segment_queries(query, item, kv_heads)
+        queries = segment_queries(query, line, kv_heads)
         device = query.device
 
         # Pass 1: dense and causal, from dense_start on.
         positions = torch.arange(dense_start, history + count, device=device)
         k_own, v_own = load_tokens(
-            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim
+            kv_cache, physical_slots(positions, block_table[line[ROW]], page), head_dim
         )
         s_own = scores(queries, k_own)
         own = torch.arange(history, history + count, device=device)
         s_own = s_own.masked_fill(positions > own[:, None], float("-inf"))
 
-        # Pass 2: the listed slots, visible to every query, in the list's order.
+        # Pass 2: the selected slots, visible to every query, in the list's order.
         place = torch.arange(listed, device=device)
-        slots = lists.slots[number, :, :listed] * (place < lengths[:, None])
+        slots = selected.slots[number, :, :listed] * (place < lengths[:, None])
         k_list, v_list = load_tokens(kv_cache, slots, head_dim)
         # Slot 0 is somebody else's, and may hold NaN.
         v_list = v_list.masked_fill((place >= lengths[:, None])[..., None], 0.0)
@@ -181,26 +183,26 @@ def attend(
         )  # fmt: skip  # [kv_heads, queries]
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
-        # What was not visited, as means of whole regions.
-        means = regions.means_of(item[SPAN], dense_start).float()
+        # Skipped tokens, as summaries of whole regions.
+        means = summaries.means_of(line[SPAN], dense_start).float()
         k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
-        missing = regions.region_tokens * (1 - visited / max(dense_start, 1))[:, None]
+        missing = summaries.region_tokens * (1 - visited / max(dense_start, 1))[:, None]
         if means.shape[1]:
-            spread = regions.key_covariances[item[SPAN]].float()[:, None]
-            missing = missing * region_weight(queries, spread, scale)
+            key_covariance = summaries.key_covariances[line[SPAN]].float()[:, None]
+            missing = missing * region_mass(queries, key_covariance, scale)
         s_mean = scores(queries, k_mean) + missing.log()[..., None]
 
         p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
         values = torch.cat([v_own, v_list, v_mean], 1)
         result = torch.einsum("hgqn,hnd->hgqd", p, values)
         if means.shape[1]:
-            lean = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
+            weights = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
             result += torch.einsum(
-                "hgqd,hde->hgqe", lean, regions.value_covariances[item[SPAN]].float()
+                "hgqd,hde->hgqe", weights, summaries.value_covariances[line[SPAN]].float()
             )
         result *= v_scale
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
-        out[item[QUERY_START] : start + count] = result.to(out.dtype)
+        out[line[QUERY_START] : start + count] = result.to(out.dtype)
 
         dense = (history - dense_start) * count * kv_heads
         tiles = -(-count // queries_per_tile)
@@ -222,10 +224,10 @@ def attend(
         if dense_start > 0:
             sample = sample_positions(dense_start, device)
             k, _ = load_tokens(
-                kv_cache, physical_slots(sample, block_table[item[ROW]], page), head_dim
+                kv_cache, physical_slots(sample, block_table[line[ROW]], page), head_dim
             )
-            places = lists.samples[number // ESTIMATE_EVERY, :, None, : len(sample)]
-            skipped = (places >= visited[..., None]) | (visited[..., None] == 0)
+            sampled = selected.samples[number // ESTIMATE_EVERY, :, None, : len(sample)]
+            skipped = (sampled >= visited[..., None]) | (visited[..., None] == 0)
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
             lost += math.log(dense_start / max(len(sample), 1))
             mass = torch.cat([s_own, s_list], -1).logsumexp(-1)
@@ -251,7 +253,7 @@ def visited_tokens(
         s_own: ``[kv_heads, group, queries, own]`` scores of pass 1, -inf where masked.
         s_list: ``[kv_heads, group, queries, listed]`` scores in the order of visiting, -inf
             behind a list's end.
-        lengths: ``[kv_heads]``, tokens of the lists.
+        lengths: ``[kv_heads]``, tokens of the selected.
         queries_per_tile: queries that stop together.
         stop_threshold: relative gain of mass, 0 for no stop.
         stop_step: tokens a step.

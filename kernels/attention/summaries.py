@@ -1,14 +1,13 @@
-"""Mean keys and values of the regions of a history, which stand for what a list leaves out.
+"""Summaries of a history: region means of keys and values, and two covariances.
 
-Softmax attention to few tokens leaves the mass of all others out. A mean key and a mean value tell
-of a whole region what that mass is about; the attend kernel adds them as tokens of the weight
-that is missing (FlashPrefill's mean term, of fixed regions instead of blocks: ours).
+The attend kernel adds each region's mean key and value as a token that weighs as much as the
+region's skipped tokens (FlashPrefill's mean term, of fixed regions instead of blocks: ours).
 
-A softmax does not weigh a region's values alike: those whose keys are like the query count for
-more. To first order in the query its mean value moves by Cov(value, key)·query, as it does
-exactly where keys and values are jointly normal. One covariance serves all regions of a history:
-its slope. Likewise a region has more mass than its mean key tells, by the variance of the scores
-inside it: the covariance of keys tells it for every query, its spread (both ours).
+A softmax does not weigh a region's values alike: values whose keys are like the query count for
+more. To first order in the query the mean value moves by Cov(value, key) query, as it does exactly
+where keys and values are jointly normal. Likewise a region has more mass than its mean key says, by
+the variance of its scores, query' Cov(key, key) query. One covariance of either kind serves all
+regions of a history (both ours).
 """
 
 import torch
@@ -30,7 +29,7 @@ from ..work_list import WorkList
 from .summary_table import Summaries, covariance_part, region_samples
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
-ROWS = 4  # of a slope that a program averages
+ROWS = 4  # of a covariance that a program averages
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -41,7 +40,7 @@ def _region_kernel(
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr,
     REGION: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Mean of a region's keys and values, which are neighbours, of one KV head."""
+    """Mean = sum of (k, v) / samples over a region's sample, of one KV head."""
     i_region, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (i_region + 1) * REGION > history:
         return
@@ -61,28 +60,28 @@ def _region_kernel(
     tl.store(p_means + o_w, mean.to(p_means.dtype.element_ty), m_w)
 
 
-@triton.jit(do_not_specialize=["row", "history", "span"])
+@triton.jit(do_not_specialize=["row", "history", "part"])
 def _covariance_kernel(
-    p_kv, p_table, p_sums, row, history, span,
+    p_kv, p_table, p_sums, row, history, part,
     stride_block, stride_head, stride_token, stride_table,
     D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr, PAGE: tl.constexpr,
     SAMPLES: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of keys and a strip of keys or values about their means, summed over a part."""
+    """Sum of (k - mean k)(x - mean x)' over a part's groups; x is a strip of keys or of values."""
     i_part, i_head = tl.program_id(0), tl.program_id(1)
     i_half, i_strip = tl.program_id(2) // (D_PAD // STRIP), tl.program_id(2) % (D_PAD // STRIP)
-    if (i_part + 1) * span > history:
+    if (i_part + 1) * part > history:
         return
     p_table += row.to(tl.int64) * stride_table
     p_kv += i_head.to(tl.int64) * stride_head
     o_d = tl.arange(0, D_PAD)
     o_x = i_strip * STRIP + tl.arange(0, STRIP)
-    step = span // SAMPLES
+    step = part // SAMPLES
     total = tl.zeros([D_PAD, STRIP], tl.float32)
     for group in range(0, SAMPLES, GROUP):
         number = group + tl.arange(0, GROUP)
-        position = i_part * span + number * step + step // 2
+        position = i_part * part + number * step + step // 2
         page = tl.load(p_table + position // PAGE).to(tl.int64)
         p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
         k = tl.load(p_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0).to(tl.float32)
@@ -96,39 +95,38 @@ def _covariance_kernel(
 
 
 @triton.jit
-def _fit_start(p_fit, fit_span):
-    """Return where in the sequence a fit is cut; 0 if it ranks nothing."""
-    first = tl.load(p_fit + SPAN_TOKENS) - tl.load(p_fit + SPAN_QUERIES)
-    return tl.maximum(first, 0) // fit_span * fit_span
+def _span_start(p_span, span_length):
+    """Return the multiple of the span length that a span begins at; 0 if it ranks nothing."""
+    first = tl.load(p_span + SPAN_TOKENS) - tl.load(p_span + SPAN_QUERIES)
+    return tl.maximum(first, 0) // span_length * span_length
 
 
-@triton.jit(do_not_specialize=["span", "fits", "fit_span", "samples"])
-def _slope_kernel(
-    p_sums, p_fits, p_value_covariances, p_key_covariances, span, fits, fit_span, samples,
-    slope_weight,
+@triton.jit(do_not_specialize=["part", "spans", "span_length", "samples"])
+def _span_covariance_kernel(
+    p_sums, p_spans, p_value_cov, p_key_cov, part, spans, span_length, samples, value_weight,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of either covariance of all spans: the parts that end before each is cut."""
+    """cov[span] = weight / n * sum of the n parts before the span; ROWS rows of it."""
     i_strip, i_head, i_half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
     o_part = tl.arange(0, PARTS)
     o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
     # Parts are read at once: one after the other, each read would wait for the one before.
-    start = _fit_start(p_fits + SPAN_COLUMNS * (fits - 1), fit_span)
+    start = _span_start(p_spans + SPAN_COLUMNS * (spans - 1), span_length)
     o_sum = ((2 * o_part + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
     o_sum += o_entry[None, :]
-    weight = tl.where(i_half == 0, 1.0, slope_weight) / samples
-    p_covariances = p_key_covariances if i_half == 0 else p_value_covariances
-    sums = tl.load(p_sums + o_sum, (o_part < start // span)[:, None], 0.0)
-    for fit in range(fits):
-        count = _fit_start(p_fits + SPAN_COLUMNS * fit, fit_span) // span
+    weight = tl.where(i_half == 0, 1.0, value_weight) / samples
+    p_cov = p_key_cov if i_half == 0 else p_value_cov
+    sums = tl.load(p_sums + o_sum, (o_part < start // part)[:, None], 0.0)
+    for i_span in range(spans):
+        count = _span_start(p_spans + SPAN_COLUMNS * i_span, span_length) // part
         total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
         one = total * (weight / tl.maximum(count, 1))
-        one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # keys may spread beyond fp16
-        out = p_covariances + (fit * kv_heads + i_head) * (D * D) + o_row * D + o_d
-        tl.store(out, one.to(p_value_covariances.dtype.element_ty), (o_row < D) & (o_d < D))
+        one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # variances may exceed fp16
+        out = p_cov + (i_span * kv_heads + i_head) * (D * D) + o_row * D + o_d
+        tl.store(out, one.to(p_value_cov.dtype.element_ty), (o_row < D) & (o_d < D))
 
 
 def workspace(
@@ -139,7 +137,7 @@ def workspace(
     device: torch.device,
     region: int = REGION_TOKENS,
 ) -> Summaries:
-    """Return room for the regions of a history; nothing in it is set."""
+    """Return room for the summaries of a history; nothing in it is set."""
     pad = triton.next_power_of_2(head_dim)
     means = (kv_heads, max(1, max_history // region), 2 * head_dim)
     covariances = (CHUNK_SPANS, kv_heads, head_dim, head_dim)
@@ -152,46 +150,47 @@ def workspace(
     )
 
 
-def average(
-    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, regions: Summaries
+def summarise(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, summaries: Summaries
 ) -> None:
     """Average the regions that a work list's chunk sees, and sum its covariances, from samples.
 
-    All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A slope or
-    spread holds no token behind its fit's first query, so that nothing is told of what comes later,
-    and is the same however a prompt is cut.
+    All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A
+    covariance holds no token behind its span's first query: it reveals nothing of later tokens, and
+    is the same however a prompt is cut.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
-        regions: written to.
+        summaries: written to.
     """
     count = max(
-        1, work.max_fit_tokens // regions.region_tokens
+        1, work.max_seen // summaries.region_tokens
     )  # a warm-up compiles it without a region
     kv_heads, page, width = kv_cache.shape[1:]
     strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
     _region_kernel[(count, kv_heads)](
-        kv_cache, block_table, regions.means, work.row, work.max_fit_tokens,
-        region_samples(work.whole_chunk, regions.region_tokens), *strides, regions.means.stride(0),
-        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page,
-        REGION=regions.region_tokens, PIECE=min(REGION_PIECE, regions.region_tokens), num_warps=8,
+        kv_cache, block_table, summaries.means, work.row, work.max_seen,
+        region_samples(work.whole_chunk, summaries.region_tokens), *strides,
+        summaries.means.stride(0), WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page,
+        REGION=summaries.region_tokens, PIECE=min(REGION_PIECE, summaries.region_tokens),
+        num_warps=8,
     )  # fmt: skip
     head_dim = width // 2
     pad = triton.next_power_of_2(head_dim)
     strip = min(pad, STRIP_ENTRIES // pad)
-    samples = min(COVARIANCE_SAMPLES, regions.region_tokens)
-    span = covariance_part(work.whole_chunk, regions.region_tokens)
-    dtype = regions.value_covariances.dtype
-    _covariance_kernel[(max(1, work.max_fit_tokens // span), kv_heads, 2 * (pad // strip))](
-        kv_cache, block_table, regions.sums, work.row, work.max_fit_tokens, span, *strides,
+    samples = min(COVARIANCE_SAMPLES, summaries.region_tokens)
+    part = covariance_part(work.whole_chunk, summaries.region_tokens)
+    dtype = summaries.value_covariances.dtype
+    _covariance_kernel[(max(1, work.max_seen // part), kv_heads, 2 * (pad // strip))](
+        kv_cache, block_table, summaries.sums, work.row, work.max_seen, part, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
         GROUP=min(COVARIANCE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
         num_warps=8,
     )  # fmt: skip
-    _slope_kernel[(pad // ROWS, kv_heads, 2)](
-        regions.sums, work.fits, regions.value_covariances, regions.key_covariances, span,
-        work.fits.shape[0], work.fit_span, samples, COVARIANCE_WEIGHT,
+    _span_covariance_kernel[(pad // ROWS, kv_heads, 2)](
+        summaries.sums, work.span_table, summaries.value_covariances, summaries.key_covariances,
+        part, work.span_table.shape[0], work.span_length, samples, COVARIANCE_WEIGHT,
         D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=COVARIANCE_PARTS, LIMIT=torch.finfo(dtype).max,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from ..decode_state import DecodeList
 from ..tiles import input_precision
 from .workspace import RankingWorkspace
 
-APPEND_BLOCK = 16  # keys that a program projects at a time: mostly there is one
+APPEND_BLOCK = 16  # keys that a program projects at a time; mostly there is one
 APPEND_PROGRAMS = 8  # that share what a slot lacks: once, after a prompt, some thousand
 
 
@@ -20,7 +20,7 @@ def _append_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Images of a request's new keys of one head by its slot's basis: k B − offset."""
+    """Projected key = k B − offset, of a request's new keys of one head, by its slot's basis."""
     i_head = tl.program_id(1).to(tl.int64)
     p_append = p_appends + tl.program_id(2) * APPEND_COLUMNS
     row = tl.load(p_append + APPEND_ROW).to(tl.int64)
@@ -56,10 +56,10 @@ def _append_kernel(
 def append_keys(
     kv_cache: torch.Tensor, block_table: torch.Tensor, rows: DecodeList, space: RankingWorkspace
 ) -> None:
-    """Project the keys whose images the slots lack, the step's own among them."""
+    """Project the keys that the slots lack, the step's own among them."""
     kv_heads, page, width = kv_cache.shape[1:]
     images, head_dim = space.images, width // 2
-    _append_kernel[(APPEND_PROGRAMS, kv_heads, rows.work.num_items)](
+    _append_kernel[(APPEND_PROGRAMS, kv_heads, rows.work.num_segments)](
         kv_cache, block_table, space.fit.b, space.fit.offset, images, rows.appends,
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         images.stride(0), images.stride(1),

@@ -2,8 +2,7 @@
 
 The paper's ranking as we read it: tokens of the whole history against a mean-pooled
 representative of the segment's queries. One list a KV head is ours: the heads of its GQA
-group are reduced to the largest log-probability. This file is the seam for other rankings:
-what follows it only needs ``scores[item, kv_head, token]``.
+group are reduced to the largest log-probability.
 """
 
 import torch
@@ -21,14 +20,14 @@ BLOCK = 64
 
 @triton.jit
 def _mean_kernel(
-    p_q, p_items, p_means, stride_q_token, stride_q_head,
+    p_q, p_segments, p_means, stride_q_token, stride_q_head,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean of a segment's queries for one head."""
-    i_head, i_item = tl.program_id(0), tl.program_id(1)
-    p_item = p_items + i_item * SEGMENT_COLUMNS
-    start = tl.load(p_item + QUERY_START).to(tl.int64)
-    count = tl.load(p_item + NUM_QUERIES)
+    """Mean = sum of q / n over a segment's queries of one head."""
+    i_head, i_segment = tl.program_id(0), tl.program_id(1)
+    p_segment = p_segments + i_segment * SEGMENT_COLUMNS
+    start = tl.load(p_segment + QUERY_START).to(tl.int64)
+    count = tl.load(p_segment + NUM_QUERIES)
     o_d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
     for o in range(0, count, BLOCK):
@@ -38,47 +37,48 @@ def _mean_kernel(
             p_q + o_q[:, None] + o_d[None, :], (o_n < count)[:, None] & (o_d < D)[None, :], 0.0
         )
         total += tl.sum(q.to(tl.float32), 0)
-    p_means += (i_item * tl.num_programs(0) + i_head) * D
+    p_means += (i_segment * tl.num_programs(0) + i_head) * D
     tl.store(p_means + o_d, (total / count).to(p_means.dtype.element_ty), o_d < D)
 
 
 @triton.jit
-def _score_kernel(
-    p_means, p_kv, p_items, p_groups, p_table, p_lse, p_scores, p_bounds,
+def _mean_score_kernel(
+    p_means, p_kv, p_segments, p_groups, p_table, p_lse, p_scores, p_bounds,
     scale_log2, stride_block, stride_head, stride_token, stride_table,
-    stride_scores_item, stride_scores_head, max_chunks,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ITEMS: tl.constexpr,
+    stride_scores_segment, stride_scores_head, max_chunks,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENTS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     WRITE_SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of up to ITEMS mean queries x GROUP heads against a chunk of one request's keys.
+    """score[key] = max over the group of (scale mean.k - lse), base 2; lse is over the history.
 
+    One program: up to SEGMENTS mean queries x GROUP heads against a chunk of one request's keys.
     Run twice: first for every chunk's log-sum-exp by row (WRITE_SCORES off), then for the
     scores, which need it over the whole history.
     """
     i_chunk, i_head, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(p_groups + 2 * i_group)
-    items = tl.load(p_groups + 2 * i_group + 1)
-    row = tl.load(p_items + first * SEGMENT_COLUMNS + ROW).to(tl.int64)
-    # Items are sorted by history: the first one sees the most.
-    longest = tl.load(p_items + first * SEGMENT_COLUMNS + DENSE_START)
+    count = tl.load(p_groups + 2 * i_group + 1)
+    row = tl.load(p_segments + first * SEGMENT_COLUMNS + ROW).to(tl.int64)
+    # Segments are sorted by history: the first one sees the most.
+    longest = tl.load(p_segments + first * SEGMENT_COLUMNS + DENSE_START)
     start = i_chunk * CHUNK
     if start >= longest:
         return
 
-    ROWS: tl.constexpr = ITEMS * GROUP_PAD
+    ROWS: tl.constexpr = SEGMENTS * GROUP_PAD
     o_row = tl.arange(0, ROWS)
-    o_item = first + o_row // GROUP_PAD
+    o_segment = first + o_row // GROUP_PAD
     o_group = o_row % GROUP_PAD
-    m_row = (o_row // GROUP_PAD < items) & (o_group < GROUP)
+    m_row = (o_row // GROUP_PAD < count) & (o_group < GROUP)
     o_d = tl.arange(0, D_PAD)
     heads = tl.num_programs(1) * GROUP
-    o_vector = o_item * heads + i_head * GROUP + o_group
+    o_vector = o_segment * heads + i_head * GROUP + o_group
     q = tl.load(
         p_means + o_vector[:, None] * D + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], 0.0
     )
-    n = tl.load(p_items + o_item * SEGMENT_COLUMNS + DENSE_START, m_row, 0)
+    n = tl.load(p_segments + o_segment * SEGMENT_COLUMNS + DENSE_START, m_row, 0)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     o_lse = o_vector * max_chunks
     if WRITE_SCORES:
@@ -89,12 +89,14 @@ def _score_kernel(
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         total = tl.sum(tl.exp2(parts - largest[:, None]), 1)
         lse = largest + tl.log2(tl.where(total > 0, total, 1.0))
-        o_score_item = first + tl.arange(0, ITEMS)
-        m_score_item = tl.arange(0, ITEMS) < items
-        n_score = tl.load(p_items + o_score_item * SEGMENT_COLUMNS + DENSE_START, m_score_item, 0)
+        o_score_segment = first + tl.arange(0, SEGMENTS)
+        m_score_segment = tl.arange(0, SEGMENTS) < count
+        n_score = tl.load(
+            p_segments + o_score_segment * SEGMENT_COLUMNS + DENSE_START, m_score_segment, 0
+        )
         p_scores += i_head * stride_scores_head
-        best = tl.full([ITEMS], float("-inf"), tl.float32)
-        worst = tl.full([ITEMS], float("inf"), tl.float32)
+        best = tl.full([SEGMENTS], float("-inf"), tl.float32)
+        worst = tl.full([SEGMENTS], float("inf"), tl.float32)
     else:
         m = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
@@ -108,10 +110,10 @@ def _score_kernel(
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2
         s = tl.where(m_row[:, None] & (o_n[None, :] < n[:, None]), s, float("-inf"))
         if WRITE_SCORES:
-            s = tl.reshape(s - lse[:, None], [ITEMS, GROUP_PAD, BLOCK])
+            s = tl.reshape(s - lse[:, None], [SEGMENTS, GROUP_PAD, BLOCK])
             s = tl.max(s, 1).to(tl.float16)
-            m_score = m_score_item[:, None] & (o_n[None, :] < n_score[:, None])
-            o_score = o_score_item.to(tl.int64)[:, None] * stride_scores_item + o_n[None, :]
+            m_score = m_score_segment[:, None] & (o_n[None, :] < n_score[:, None])
+            o_score = o_score_segment.to(tl.int64)[:, None] * stride_scores_segment + o_n[None, :]
             tl.store(p_scores + o_score, s, m_score)
             s = s.to(tl.float32)  # bounds are those of what is stored
             best = tl.maximum(best, tl.max(tl.where(m_score, s, float("-inf")), 1))
@@ -122,9 +124,9 @@ def _score_kernel(
             mass = mass * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             m = m_new
     if WRITE_SCORES:
-        o_list = o_score_item.to(tl.int64) * tl.num_programs(1) + i_head
+        o_list = o_score_segment.to(tl.int64) * tl.num_programs(1) + i_head
         o_bound = 2 * (o_list * max_chunks + i_chunk)
-        m_bound = m_score_item & (start < n_score)
+        m_bound = m_score_segment & (start < n_score)
         tl.store(p_bounds + o_bound, best, m_bound)
         tl.store(p_bounds + o_bound + 1, worst, m_bound)
     else:
@@ -132,11 +134,11 @@ def _score_kernel(
 
 
 class MeanQueryWorkspace:
-    """Scratch of :func:`mean_query_scores` for up to ``items`` items."""
+    """Scratch of :func:`mean_query_scores` for up to ``segments`` segments."""
 
     def __init__(
         self,
-        items: int,
+        segments: int,
         heads: int,
         head_dim: int,
         max_history: int,
@@ -146,8 +148,8 @@ class MeanQueryWorkspace:
     ):
         self.chunk = chunk
         self.chunks = max(1, -(-max_history // chunk))
-        self.means = torch.empty(items, heads, head_dim, dtype=dtype, device=device)
-        self.lse = torch.empty(items, heads, self.chunks, dtype=torch.float32, device=device)
+        self.means = torch.empty(segments, heads, head_dim, dtype=dtype, device=device)
+        self.lse = torch.empty(segments, heads, self.chunks, dtype=torch.float32, device=device)
 
 
 def mean_query_scores(
@@ -161,17 +163,17 @@ def mean_query_scores(
     *,
     scale: float,
 ) -> None:
-    """Score every item's history, one score per KV head and token.
+    """Score every segment's history, one score per KV head and token.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, ``query``'s dtype or fp8.
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
-        scores: float16 ``[items, kv_heads, max_history]``; written up to each item's
+        scores: float16 ``[segments, kv_heads, max_history]``; written up to each segment's
             ``dense_start``: the largest over the group of the log2-probability that the
             segment's mean query gives the token.
-        bounds: float32 ``[items * kv_heads, chunks, 2]``: best and worst score of each chunk.
+        bounds: float32 ``[segments * kv_heads, chunks, 2]``: best and worst score of each chunk.
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
     """
@@ -181,17 +183,17 @@ def mean_query_scores(
     kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = heads // kv_heads
     d_pad = triton.next_power_of_2(head_dim)
-    _mean_kernel[(heads, work.num_items)](
-        query, work.items, space.means, query.stride(0), query.stride(1),
+    _mean_kernel[(heads, work.num_segments)](
+        query, work.segments, space.means, query.stride(0), query.stride(1),
         D=head_dim, D_PAD=d_pad, BLOCK=32,
     )  # fmt: skip
     grid = (-(-work.max_history // space.chunk), kv_heads, work.groups.shape[0])
     for write_scores in (False, True):
-        _score_kernel[grid](
-            space.means, kv_cache, work.items, work.groups, block_table, space.lse, scores,
+        _mean_score_kernel[grid](
+            space.means, kv_cache, work.segments, work.groups, block_table, space.lse, scores,
             bounds, scale * LOG2E, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
             block_table.stride(0), scores.stride(0), scores.stride(1), space.chunks,
-            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), ITEMS=SEGMENTS_TOGETHER,
+            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), SEGMENTS=SEGMENTS_TOGETHER,
             D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,
             BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
             WRITE_SCORES=write_scores,

@@ -52,7 +52,7 @@ class MeanQueryRanking:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         self.space = MeanQueryWorkspace(
-            shape.limits.items, shape.heads, shape.head_dim, shape.max_history, dtype, device
+            shape.limits.segments, shape.heads, shape.head_dim, shape.max_history, dtype, device
         )
 
     def score(
@@ -81,7 +81,7 @@ class LowRankRanking:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
         self.space = LowRankWorkspace(
-            shape.heads, shape.heads, shape.head_dim, shape.max_history, shape.limits.items,
+            shape.heads, shape.heads, shape.head_dim, shape.max_history, shape.limits.segments,
             shape.segment, dtype, device, precision=PRECISIONS[shape.ranking],
         )  # fmt: skip
 

@@ -25,9 +25,9 @@ def mean_query_scores(
     """Score a segment's history by its mean query; see :func:`mean_query.mean_query_scores`."""
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n = item[DENSE_START]
         if n == 0:
             continue
@@ -59,7 +59,7 @@ def low_rank_scores(
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     if work.max_history == 0:
         return scores.half()
@@ -67,13 +67,13 @@ def low_rank_scores(
     own = basis.fit_span(
         query, kv_cache, block_table, work.row, work.chunk, heads, scale, precision.rank
     )
-    positions = torch.arange(work.max_fit_tokens, device=query.device)
+    positions = torch.arange(work.max_seen, device=query.device)
     keys, _ = load_tokens(
         kv_cache, physical_slots(positions, block_table[work.row], page), head_dim, heads
     )
     dtype = basis.image_dtype(query.device)
     images = basis.key_images(keys, own, dtype)  # [heads, tokens, width]
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n = item[DENSE_START]
         if n == 0:
             continue

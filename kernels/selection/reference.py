@@ -37,39 +37,39 @@ def select(
     shared: int = HEADS_SHARED,
 ) -> SelectedTokens:
     """Turn scores into lists; see :func:`select.select`."""
-    items, heads = scores.shape[:2]
-    sampled = -(-items // ESTIMATE_EVERY)
+    segments, heads = scores.shape[:2]
+    sampled = -(-segments // ESTIMATE_EVERY)
 
     def zeros(*size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=scores.device)
 
     lists = SelectedTokens(
-        zeros(items, heads, max(work.max_list, 1)),
-        zeros(items, heads),
+        zeros(segments, heads, max(work.max_list, 1)),
+        zeros(segments, heads),
         zeros(sampled, heads, ESTIMATE_TOKENS),
     )
-    for number, item in enumerate(work.items.tolist()):
-        n = item[DENSE_START]
-        if item[LIST_LENGTH] == 0:
+    for number, line in enumerate(work.segments.tolist()):
+        n = line[DENSE_START]
+        if line[LIST_LENGTH] == 0:
             continue
         step = -(-n // counted)
-        table_row = block_table[item[ROW]]
+        table_row = block_table[line[ROW]]
         # What is no number is the worst of all: a request whose keys are none harms itself alone.
-        of_item = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
-        pairs = of_item.split(shared)
+        own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
+        pairs = own.split(shared)
         lengths = torch.cat(
-            [list_lengths(pair, item[LIST_LENGTH], work.target_error, step) for pair in pairs]
+            [list_lengths(pair, line[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )
         for head, length in enumerate(lengths.tolist()):
-            positions = select_positions(of_item[head], length, tiers, step, chunk)
+            positions = select_positions(own[head], length, tiers, step, chunk)
             count = len(positions)
             lists.lengths[number, head] = count
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
             if number % ESTIMATE_EVERY == 0:
-                places = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
-                places[positions] = torch.arange(count, dtype=torch.int32, device=scores.device)
+                place = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
+                place[positions] = torch.arange(count, dtype=torch.int32, device=scores.device)
                 sample = sample_positions(n, scores.device)
-                lists.samples[number // ESTIMATE_EVERY, head, : len(sample)] = places[sample]
+                lists.samples[number // ESTIMATE_EVERY, head, : len(sample)] = place[sample]
     return lists
 
 

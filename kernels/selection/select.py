@@ -1,14 +1,13 @@
-"""Select: from scores to a list of physical slots, without a sort.
+"""Select: from scores to lists of physical slots, without a sort.
 
-Three launches. One program a list counts its scores by bucket, of long histories those of a sample.
-One program a segment and group of lists shares their budget among them, and finds the score that so
-many tokens reach. One program a list then walks its scores in order of address, the last chunks
-first, and writes the slots of those that reach it. Importance orders the tiers, address orders a
+Three launches. The first counts each list's scores by bucket, from a sample in long histories. The
+second shares a segment's budget among its lists and finds each list's thresholds: the scores that
+as many tokens reach. The third walks the scores in order of address, the last chunks first, and
+writes the slots of those that reach a threshold. Importance orders the tiers, address orders a
 tier, so the gather that follows reads memory in runs. Ours; the paper sorts.
 
-Half of the budget is dealt equally, half by one level of probability for all lists that share.
-A list ends earlier where the scores say that what it leaves out holds less softmax mass than the
-request's target error.
+Half of the budget is dealt equally, half by one level of probability for all lists that share it.
+A list ends earlier where its skipped tokens hold less softmax mass than the request's target error.
 """
 
 import torch
@@ -41,7 +40,7 @@ ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
 
 @triton.jit
 def _buckets(scores, best, worst, BUCKETS: tl.constexpr):
-    """Bucket 0 holds the best scores."""
+    """Bucket = floor((best - score) BUCKETS / (best - worst)): 0 holds the best."""
     scores = scores.to(tl.float32)
     width = tl.maximum(best - worst, 1e-20)
     bucket = (best - scores) * (BUCKETS / width)
@@ -50,7 +49,7 @@ def _buckets(scores, best, worst, BUCKETS: tl.constexpr):
 
 @triton.jit
 def _bounds_of_list(p_bounds, chunks, CHUNKS_PAD: tl.constexpr):
-    """Best and worst score of a list from its chunks' bounds."""
+    """Return the best and the worst score of a list from its chunks' bounds."""
     o = tl.arange(0, CHUNKS_PAD)
     best = tl.max(tl.load(p_bounds + 2 * o, o < chunks, float("-inf")))
     worst = tl.min(tl.load(p_bounds + 2 * o + 1, o < chunks, float("inf")))
@@ -59,7 +58,7 @@ def _bounds_of_list(p_bounds, chunks, CHUNKS_PAD: tl.constexpr):
 
 @triton.jit
 def _lengths_above(level, total, edge, least):
-    """Lengths of lists that take the buckets above a level, and ``least`` tokens in any case."""
+    """Return the lengths of lists that take the buckets above a level, ``least`` at the least."""
     return tl.maximum(tl.sum(tl.where(edge >= level, total, 0), 1), least)
 
 
@@ -77,19 +76,19 @@ def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr)
 
 @triton.jit
 def _count_kernel(
-    p_scores, p_items, p_bounds, p_counts, p_ranges, stride_item, stride_head, max_chunks,
+    p_scores, p_segments, p_bounds, p_counts, p_ranges, stride_segment, stride_head, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Count a list's scores by bucket, one of each stratum, and store their range."""
-    i_head, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
-    if (n == 0) | (tl.load(p_items + i_item * SEGMENT_COLUMNS + LIST_LENGTH) == 0):
+    """counts[b] = step * |scores of bucket b, of a sample of one per stratum|; and their range."""
+    i_head, i_segment = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
+    if (n == 0) | (tl.load(p_segments + i_segment * SEGMENT_COLUMNS + LIST_LENGTH) == 0):
         return
-    i_list = i_item * tl.num_programs(0) + i_head
+    i_list = i_segment * tl.num_programs(0) + i_head
     step = tl.cdiv(n, COUNTED)
     strata = n // step
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    p_scores += i_item * stride_item + i_head * stride_head
+    p_scores += i_segment * stride_segment + i_head * stride_head
     counts = tl.zeros([BUCKETS], tl.int32)
     for first in range(0, strata, CHUNK):
         o_n = first + tl.arange(0, CHUNK)
@@ -102,19 +101,22 @@ def _count_kernel(
 
 @triton.jit
 def _plan_kernel(
-    p_items, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
+    p_segments, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
     BUCKETS: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
     MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr,
 ):  # fmt: skip
-    """Share the budget of a segment among the lists of SHARED heads; find what scores fill each."""
-    i_item = tl.program_id(1).to(tl.int64)
-    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
-    count = tl.load(p_items + i_item * SEGMENT_COLUMNS + LIST_LENGTH)
+    """length[h] = max(half the budget, tokens above the lowest level that fits); and thresholds.
+
+    The lists of SHARED heads share the budget of a segment.
+    """
+    i_segment = tl.program_id(1).to(tl.int64)
+    n = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
+    count = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + LIST_LENGTH)
     first_head = tl.program_id(0) * SHARED
     o_h = first_head + tl.arange(0, SHARED_PAD)
     m_h = (tl.arange(0, SHARED_PAD) < SHARED) & (o_h < heads)
     sharing = tl.sum(m_h.to(tl.int32))
-    i_list = i_item * heads + o_h
+    i_list = i_segment * heads + o_h
     if count == 0:
         tl.store(p_lengths + i_list, tl.zeros([SHARED_PAD], tl.int32), m_h)
         return
@@ -128,8 +130,8 @@ def _plan_kernel(
     width = tl.maximum(best - worst, 1e-20) / BUCKETS
     edge = best[:, None] - (o_b + 1).to(tl.float32)[None, :] * width[:, None]
 
-    # The lowest level whose lists fit the budget; below it they do not. Many are tried at a time:
-    # a sum over buckets is a round of messages between warps, for one level or for as many.
+    # The lowest level whose lists fit the budget. LEVELS are tried at a time: a sum over buckets is
+    # a round of messages between warps, for one level or for many.
     least = tl.where(m_h, (count + 1) // 2, 0)
     o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
     for _ in range(ROUNDS):
@@ -150,7 +152,7 @@ def _plan_kernel(
         whole = tl.sum(mass, 1)
         mass *= tl.maximum(MEAN_OF_MAX, 1.0 / tl.maximum(whole, 1e-30))[:, None]
         beyond = tl.sum(mass, 1)[:, None] - tl.cumsum(mass, 1)
-        # Buckets before the last that is needed count whole, of that one as much as is needed.
+        # Buckets before the last needed one count whole, that one as far as it is needed.
         needed = tl.sum((beyond > target_error).to(tl.int32), 1)[:, None]
         last = o_b[None, :] == needed
         excess = tl.sum(tl.where(last, beyond + mass, 0.0), 1) - target_error
@@ -161,8 +163,8 @@ def _plan_kernel(
         lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
-    # Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
-    # spread evenly. The last tier aims at so much more, and is cut off; a single one at less.
+    # Counts of a sample are uncertain by some root of themselves, and inside a bucket scores are
+    # not even. The last tier aims at that much more, and is cut off; a single tier at less.
     unsure = tl.sqrt_rn(lengths.to(tl.float32) * (step - 1).to(tl.float32)).to(tl.int32)
     # It cannot be longer by more than it leaves out.
     unsure = tl.minimum(unsure + lengths // UNEVEN, n - lengths)
@@ -182,7 +184,7 @@ def _plan_kernel(
 
 @triton.jit
 def _ones(bits):
-    """Count the ones of numbers of sixteen bits."""
+    """Return the number of ones of sixteen bits."""
     bits -= (bits >> 1) & 0x5555
     bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
     bits = (bits + (bits >> 4)) & 0x0F0F
@@ -191,7 +193,7 @@ def _ones(bits):
 
 @triton.jit
 def _bits(scores, least, below, o_in, BOUNDED: tl.constexpr):
-    """Return which of the scores [N, M] are listed: a bit each, of N numbers."""
+    """Return which of the scores [N, M] reach a threshold: N numbers of M bits."""
     scores = scores.to(tl.float32)
     listed = scores >= least
     if BOUNDED:
@@ -201,30 +203,30 @@ def _bits(scores, least, below, o_in, BOUNDED: tl.constexpr):
 
 @triton.jit
 def _emit_kernel(
-    p_scores, p_items, p_lengths, p_thresholds, p_table, p_slots, p_samples,
-    stride_item, stride_head, stride_table, stride_slots_item, stride_slots_head,
+    p_scores, p_segments, p_lengths, p_thresholds, p_table, p_slots, p_samples,
+    stride_segment, stride_head, stride_table, stride_slots_segment, stride_slots_head,
     PAGE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     NOT_LISTED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write the slots of a list's tokens, and how many they became.
+    """slots[place] = table[n / PAGE] PAGE + n % PAGE of the tokens n that reach a tier's threshold.
 
-    RUN neighbouring tokens lie on one page, and are the bits of one number: what is done for every
-    token is little. CHUNK tokens are handled at a time. With SPLIT the programs of the last
+    RUN neighbouring tokens lie on one page, and are the bits of one number, so that little is done
+    for each token. CHUNK tokens are handled at a time. With SPLIT the programs of the last
     dimension share a list, which has one tier then.
     """
     i_head = tl.program_id(0)
-    i_item = tl.program_id(1).to(tl.int64)
-    row = tl.load(p_items + i_item * SEGMENT_COLUMNS + ROW).to(tl.int64)
-    n = tl.load(p_items + i_item * SEGMENT_COLUMNS + DENSE_START)
-    i_list = i_item * tl.num_programs(0) + i_head
+    i_segment = tl.program_id(1).to(tl.int64)
+    row = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + ROW).to(tl.int64)
+    n = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
+    i_list = i_segment * tl.num_programs(0) + i_head
     count = tl.load(p_lengths + i_list)
     if count == 0:
         return
-    p_scores += i_item * stride_item + i_head * stride_head
-    p_slots += i_item * stride_slots_item + i_head * stride_slots_head
+    p_scores += i_segment * stride_segment + i_head * stride_head
+    p_slots += i_segment * stride_slots_segment + i_head * stride_slots_head
     p_table += row * stride_table
-    p_samples += (i_item // EVERY * tl.num_programs(0) + i_head) * SAMPLES
+    p_samples += (i_segment // EVERY * tl.num_programs(0) + i_head) * SAMPLES
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     room = step - SAMPLE_STEP + 1
     o_run = tl.arange(0, CHUNK // RUN) * RUN
@@ -233,15 +235,15 @@ def _emit_kernel(
     share = tl.cdiv(chunks, tl.num_programs(2))
     begin = tl.minimum(tl.program_id(2) * share, chunks)
     end = tl.minimum(begin + share, chunks)
-    # The last two chunks first: what a list has too much is cut off its end, and neither the first
-    # tokens of a history, which are attention sinks, nor the last may be lost.
+    # The last two chunks first: a list that is too long is cut off at its end, and neither the
+    # first tokens of a history, which are attention sinks, nor the last may be lost.
     origin = tl.maximum(chunks - 2, 0)
     before = 0
     below = float("inf")
     for t in tl.static_range(TIERS):
         least = tl.load(p_thresholds + i_list * TIERS + t)
         if SPLIT:
-            # What other programs list before this one's share is counted, so that none waits.
+            # Count what other programs list before this one's share, so that none waits.
             o_n = tl.arange(0, CHUNK)
             others = tl.zeros([CHUNK], tl.int32)
             for i in range(origin, origin + begin):
@@ -273,9 +275,9 @@ def _emit_kernel(
                 exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
                 m_token = (lowest != 0) & (place + i_token < count)
                 tl.store(p_slots + place + i_token, slot + exponent - 127, m_token)
-            if i_item % EVERY == 0:
-                # Half of a run has one of them at most: that of the stratum it begins in, or the
-                # next one's.
+            if i_segment % EVERY == 0:
+                # Half of a run has one sample at most: that of the stratum it begins in, or of the
+                # next one.
                 for half in tl.static_range(2):
                     begun = start + half * (RUN // 2)
                     stratum = begun // step
@@ -285,46 +287,44 @@ def _emit_kernel(
                     m_sample = (sample < begun + RUN // 2) & (number < n // step)
                     bit = 1 << tl.minimum(tl.maximum(sample - start, 0), RUN)
                     at = tl.where((bits & bit) != 0, place + _ones(bits & (bit - 1)), NOT_LISTED)
-                    # What one pass says is not listed a later one may list.
+                    # A token that one pass does not list a later one may list.
                     m_sample &= (at < count) | (t == 0)
                     tl.store(p_samples + number, tl.where(at < count, at, NOT_LISTED), m_sample)
             before += tl.sum(of_run)
         below = least
-    # Who reads it after that lists the same: no place is beyond.
+    # A program that reads it later lists the same: no place is beyond.
     if tl.program_id(2) == tl.num_programs(2) - 1:
         tl.store(p_lengths + i_list, tl.minimum(before, count))
 
 
 class SelectWorkspace:
-    """Scratch of :func:`select` for up to ``items`` items of ``heads`` lists each.
+    """Scratch of :func:`select` for up to ``segments`` segments of ``heads`` lists each.
 
-    A head's lists have ``places`` places together.
-
-    Holds what a ranking writes as well: ``scores``, float16 ``[items, heads, >= max_history]``,
-    whole chunks, and ``bounds``, float32 ``[items * heads, chunks, 2]``, best and worst score of
-    each chunk.
+    A head's lists have room for ``slots`` slots together. What a ranking writes is here as well:
+    ``scores``, float16 ``[segments, heads, >= max_history]``, whole chunks, and ``bounds``, float32
+    ``[segments * heads, chunks, 2]``, best and worst score of each chunk.
     """
 
     def __init__(
         self,
-        items: int,
+        segments: int,
         heads: int,
         max_history: int,
-        places: int,
+        slots: int,
         device: torch.device,
         chunk: int = CHUNK,
     ):
         self.chunk = chunk
         self.chunks = max(1, -(-max_history // chunk))
-        lists = items * heads
+        lists = segments * heads
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.scores = empty(items, heads, self.chunks * chunk, dtype=torch.float16)
-        self.slots = empty(heads * places, dtype=torch.int32)
-        self.lengths = empty(items, heads, dtype=torch.int32)
-        sampled = -(-items // ESTIMATE_EVERY)
+        self.scores = empty(segments, heads, self.chunks * chunk, dtype=torch.float16)
+        self.slots = empty(heads * slots, dtype=torch.int32)
+        self.lengths = empty(segments, heads, dtype=torch.int32)
+        sampled = -(-segments // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.counts = empty(lists, BUCKETS, dtype=torch.int32)
@@ -332,10 +332,10 @@ class SelectWorkspace:
         self.thresholds = empty(lists, TIERS, dtype=torch.float32)
 
     def lists(self, work: WorkList) -> SelectedTokens:
-        """Return where the lists of a work list are."""
-        heads, places = self.scores.shape[1], list_capacity(work.max_list)
-        slots = self.slots[: work.num_items * heads * places].view(-1, heads, places)
-        return SelectedTokens(slots, self.lengths[: work.num_items], self.samples)
+        """Return the lists of a work list: views of the scratch."""
+        heads, capacity = self.scores.shape[1], list_capacity(work.max_list)
+        slots = self.slots[: work.num_segments * heads * capacity].view(-1, heads, capacity)
+        return SelectedTokens(slots, self.lengths[: work.num_segments], self.samples)
 
 
 def select(
@@ -352,17 +352,16 @@ def select(
 
     Args:
         block_table: int32 ``[rows, max_blocks]``.
-        work: the segments; ``space.scores[i, h, :dense_start]`` holds the scores of item i, and
+        work: the segments; ``space.scores[i, h, :dense_start]`` holds those of segment i, and
             ``space.bounds`` their bounds.
         page: tokens per block of the cache, a multiple of ``RUN``.
         space: scratch; ``space.lists(work)`` are the lists.
         tiers: ``TIERS``, or ``TIERS_UNORDERED`` where the order is of no use, or ``TIERS_SPLIT``.
         counted: most scores of a list that are counted.
-        split: let every chunk of a list have a program of its own, where lists are few; of one
-            tier alone.
+        split: give every chunk of a list its program, where lists are few; for one tier alone.
         shared: neighbouring lists of a segment that share its budget.
 
-    :mod:`selection.reference` says exactly how many are chosen, which and in which order.
+    :mod:`selection.reference` says exactly how many are selected, which and in which order.
     """
     heads, (slots, lengths, samples) = space.scores.shape[1], space.lists(work)
     if work.max_list == 0:
@@ -370,24 +369,24 @@ def select(
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
     shape = {"CHUNK": space.chunk, "TIERS": tiers}
-    _count_kernel[(heads, work.num_items)](
-        space.scores, work.items, space.bounds, space.counts, space.ranges, *strides, space.chunks,
-        CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
+    _count_kernel[(heads, work.num_segments)](
+        space.scores, work.segments, space.bounds, space.counts, space.ranges, *strides,
+        space.chunks, CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
         CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         num_warps=8 if split else 4, enable_fp_fusion=False,
     )  # fmt: skip
     # Fused, a threshold is rounded once and not twice: equal scores on it would be listed here and
     # not by the reference.
     pad = triton.next_power_of_2(shared)
-    _plan_kernel[(triton.cdiv(heads, shared), work.num_items)](
-        work.items, space.counts, space.ranges, lengths, space.thresholds, work.target_error, heads,
-        BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
+    _plan_kernel[(triton.cdiv(heads, shared), work.num_segments)](
+        work.segments, space.counts, space.ranges, lengths, space.thresholds, work.target_error,
+        heads, BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
         MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers,
         num_warps=min(max(4, pad), 32), enable_fp_fusion=False,  # levels of all lists in registers
     )  # fmt: skip
     programs = triton.cdiv(work.max_history, space.chunk) if split else 1
-    _emit_kernel[(heads, work.num_items, programs)](
-        space.scores, work.items, lengths, space.thresholds, block_table, slots, samples,
+    _emit_kernel[(heads, work.num_segments, programs)](
+        space.scores, work.segments, lengths, space.thresholds, block_table, slots, samples,
         *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
         RUN=RUN, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
         SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split,

@@ -10,8 +10,7 @@ from s2o_vllm.kernels.attention import attend
 from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, LIST_LENGTH, NUM_COUNTERS, ROW, VISITED
 from s2o_vllm.kernels.prefill import SparsePrefill
-from s2o_vllm.kernels.ranking import PRECISIONS, RANKINGS, low_rank
-from s2o_vllm.kernels.ranking import mean_query as rank
+from s2o_vllm.kernels.ranking import PRECISIONS, RANKINGS, low_rank, mean_query
 from s2o_vllm.kernels.ranking import reference as ranking_reference
 from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
@@ -45,7 +44,7 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
     for work, lists in full_lists(batch):
-        own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, 32)
+        own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, dtype, 32)
         attend.attend(
             batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
             scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
@@ -67,19 +66,19 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     for work in batch.work(segment=64):
         if work.max_list == 0:
             continue
-        places = work.num_items * list_capacity(work.max_list)
-        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, device)
+        places = work.num_segments * list_capacity(work.max_list)
+        selection = select.SelectWorkspace(work.num_segments, 8, work.max_history, places, device)
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
-            space = rank.MeanQueryWorkspace(
-                work.num_items, heads, head_dim, work.max_history, batch.query.dtype, device
+            space = mean_query.MeanQueryWorkspace(
+                work.num_segments, heads, head_dim, work.max_history, batch.query.dtype, device
             )
-            rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
+            mean_query.mean_query_scores(*arguments, *results, space, scale=batch.scale)
             wanted = ranking_reference.mean_query_scores(*arguments, scale=batch.scale)
         else:
             space = low_rank.LowRankWorkspace(
-                heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
+                heads, heads, head_dim, work.max_seen, work.num_segments, 64,
                 batch.query.dtype, device, precision=PRECISIONS[ranking],
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
@@ -90,7 +89,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
         select.select(batch.block_table, work, page, selection)
         lists = selection_reference.select(wanted, batch.block_table, work, page)
         own = selection.lists(work)
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
             # Of a budget that a pair shares rounding moves a bucket from one list to the other.
             pairs, likewise = (

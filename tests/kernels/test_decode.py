@@ -19,14 +19,14 @@ from cases import (
 )
 from s2o_vllm.kernels import decode_reference, decode_step, paging
 from s2o_vllm.kernels.attention import reference as attention_reference
-from s2o_vllm.kernels.attention import summaries as regions
+from s2o_vllm.kernels.attention import summaries
 from s2o_vllm.kernels.decode import SparseDecode
 from s2o_vllm.kernels.decode_state import (
     DecodeRow,
     DecodeShape,
     DecodeTable,
     choose_snapshot,
-    decode_item,
+    decode_line,
 )
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
 from s2o_vllm.kernels.ranking import basis
@@ -111,7 +111,7 @@ def by_references(batch, space, one, query, work):
         keys, basis.Basis(*(part[slot] for part in fit_of(space))), space.images.dtype
     )
     space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
-    averaged = attention_reference.average(cache, table, work, query.dtype, REGION)
+    averaged = attention_reference.summarise(cache, table, work, query.dtype, REGION)
     space.known[slot] = one.tokens // REGION
     space.summaries.means[slot, :, : one.tokens // REGION] = averaged.means
     space.summaries.value_covariances[slot] = averaged.value_covariances[one.span]
@@ -124,17 +124,17 @@ def by_kernels(batch, space, one, query, work):
     backend = decode_step.DecodeKernels(shape, dtype, device)
     ranked, _ = decode_step.fitting_scratch(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
-    averaged = regions.workspace(*sizes, dtype, device, REGION)
+    averaged = summaries.workspace(*sizes, dtype, device, REGION)
     backend.states, backend.fitting = space, (ranked, averaged)
     operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
     operator.backend = backend
     operator.take(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
 
 
-def listed(batch, rows, budget=0.25, items=None):
-    """A step's work list, by default without items to spare."""
+def listed(batch, rows, budget=0.25, segments=None):
+    """A step's work list, by default without segments to spare."""
     table = DecodeTable(shape_of(batch, budget), len(CONTEXTS), batch.query.device)
-    return table.fill(rows, len(rows) if items is None else items)
+    return table.fill(rows, len(rows) if segments is None else segments)
 
 
 def run(batch, rows, space, function=decode_step.decode, **options):
@@ -187,8 +187,8 @@ def test_scores_are_the_references(device, size):
     space, rows = kept(batch)
     run(batch, rows, space)
     wanted = decode_reference.scores(batch.query, space.images, fit_of(space), rows.work)
-    got = space.selection.scores[: rows.work.num_items]
-    for number, item in enumerate(rows.work.items.tolist()):
+    got = space.selection.scores[: rows.work.num_segments]
+    for number, item in enumerate(rows.work.segments.tolist()):
         n = item[DENSE_START]
         # Rough exponentials, and rows that end with their shift in three roundings.
         torch.testing.assert_close(
@@ -204,12 +204,12 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     out, counters = run(batch, rows, space, softcap=softcap)
     work, page = rows.work, batch.kv_cache.shape[2]
     got = space.selection.lists(work)
-    scores = space.selection.scores[: work.num_items, :, : work.max_history]
+    scores = space.selection.scores[: work.num_segments, :, : work.max_history]
     lists = selection_reference.select(
         scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK
     )
     assert torch.equal(got.lengths, lists.lengths)
-    for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
+    for number, head in itertools.product(range(work.num_segments), range(scores.shape[1])):
         count = int(lists.lengths[number, head])
         assert torch.equal(got.slots[number, head, :count], lists.slots[number, head, :count])
     wanted = nan_like(batch.query)
@@ -272,7 +272,7 @@ def test_the_operator_keeps_and_decodes(device, fp8):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
         operator.take(choose_snapshot(work, number), *arguments, **units)
-        rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
+        rows.append(DecodeRow(number, number, context, number, work.max_seen))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):
         out = nan_like(batch.query)
@@ -284,10 +284,10 @@ def test_the_operator_keeps_and_decodes(device, fp8):
 
 
 def test_the_dense_part_is_recent_and_whole_tokens_of_it():
-    starts = [decode_item(DecodeRow(0, 0, n, 0, 0), 0.1)[DENSE_START] for n in range(700)]
+    starts = [decode_line(DecodeRow(0, 0, n, 0, 0), 0.1)[DENSE_START] for n in range(700)]
     assert starts[127] == 0
     assert all(64 <= n - start <= 127 for n, start in enumerate(starts) if n >= 128)
-    assert decode_item(DecodeRow(4, 7, 1000, 2, 0), 0.1) == (4, 7, 1, 1000, 896, 89, 2)
+    assert decode_line(DecodeRow(4, 7, 1000, 2, 0), 0.1) == (4, 7, 1, 1000, 896, 89, 2)
 
 
 def test_the_step_lists_what_its_slots_lack():
@@ -295,13 +295,13 @@ def test_the_step_lists_what_its_slots_lack():
     table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
     made = table.fill(rows, 4)
     assert made.appends.tolist() == [[1, 2, 440, 61], [0, 0, 300, 1], [2, 1, 10, 0], [0, 0, 0, 0]]
-    assert made.work.items[:, DENSE_START].tolist() == [384, 192, 0, 0]
+    assert made.work.segments[:, DENSE_START].tolist() == [384, 192, 0, 0]
     assert table.limits[:3].tolist() == [1, 1, 1]
     assert (table.limits[3:] > 10**9).all()
     assert (made.work.max_history, made.work.max_list) == (700, 105)
 
     after = table.fill([], 5)
-    assert (after.work.items.any() or after.appends.any()) == 0, "nothing of the step before"
+    assert (after.work.segments.any() or after.appends.any()) == 0, "nothing of the step before"
     assert (table.limits > 10**9).all()
 
 
@@ -315,7 +315,7 @@ def test_every_step_is_in_the_same_place_and_of_the_same_shape():
         assert a.data_ptr() == b.data_ptr() if name == "items" else a == b
     assert one.appends.data_ptr() == other.appends.data_ptr()
     # Alignment is part of what a kernel is compiled for.
-    assert all(x.data_ptr() % 16 == 0 for x in (table.items, table.appends, table.limits))
+    assert all(x.data_ptr() % 16 == 0 for x in (table.segments, table.appends, table.limits))
 
 
 def test_items_to_spare_write_nothing(device):
@@ -324,8 +324,11 @@ def test_items_to_spare_write_nothing(device):
     run(batch, rows, space)
     some = rows.rows[1:]
     wanted, counted = run(batch, listed(batch, some), space)
-    images, lists = space.images.clone(), space.selection.lists(listed(batch, some, items=5).work)
-    got, again = run(batch, listed(batch, some, items=5), space)
+    images, lists = (
+        space.images.clone(),
+        space.selection.lists(listed(batch, some, segments=5).work),
+    )
+    got, again = run(batch, listed(batch, some, segments=5), space)
     assert torch.equal(got[1:], wanted[1:])
     assert torch.isnan(got[0]).all()
     assert torch.equal(again, counted)
@@ -333,18 +336,18 @@ def test_items_to_spare_write_nothing(device):
     kind = torch.uint8 if ON_GPU else torch.int16
     assert torch.equal(space.images.view(kind), images.view(kind))
 
-    nothing, counters = run(batch, listed(batch, [], items=5), space)
+    nothing, counters = run(batch, listed(batch, [], segments=5), space)
     assert torch.isnan(nothing).all()
     assert not counters.any()
     decode_reference.decode(
-        batch.query, batch.kv_cache, batch.block_table, listed(batch, [], items=5), None, nothing,
-        counters, scale=batch.scale,
+        batch.query, batch.kv_cache, batch.block_table, listed(batch, [], segments=5), None,
+        nothing, counters, scale=batch.scale,
     )  # fmt: skip
     assert torch.isnan(nothing).all()
 
 
 def test_room_for_the_lists_of_all_slots():
     shape = DecodeShape(32, 8, 128, 131072, 4, 0.05)
-    assert shape.places == 4 * 9840
+    assert shape.slots == 4 * 9840
     full = DecodeShape(32, 8, 128, 131072, 4, 1.0)
-    assert full.places == 4 * (131072 + 64)
+    assert full.slots == 4 * (131072 + 64)

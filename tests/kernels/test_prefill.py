@@ -75,8 +75,8 @@ def test_dense_segments_are_exact(device, fp8):
 def test_dense_segments_beside_ranked_ones_are_exact(device):
     batch = make_batch(device, budget=0.1, chunks=((90, 3 * SEGMENT), (0, 40)))
     first, other = batch.work(min_context=100)
-    assert (first.num_items, first.dense_items, first.max_dense) == (4, 2, 96)
-    assert (other.num_items, other.dense_items, other.max_dense) == (2, 2, SEGMENT)
+    assert (first.num_segments, first.dense_segments, first.max_dense) == (4, 2, 96)
+    assert (other.num_segments, other.dense_segments, other.max_dense) == (2, 2, SEGMENT)
     out, counters = run(batch, [first, other], stop_threshold=1e-30)
     dense = SEGMENT + 96 - 90  # queries of the first one's two dense segments
     exact = dense_attention(batch)
@@ -148,8 +148,8 @@ def test_warm_up_touches_nothing(device, ranking, fp8):
 
 def test_one_launch_takes_a_chunk_and_a_quarter_of_its_history():
     assert Shape(32, 8, 128, 131072, 8192, 64).limits == (128, 32 * 131072, HEADS_SHARED)
-    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.items == 16
-    assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.items == 2
+    assert Shape(32, 8, 128, 131072, 8192, 512, "mean_query").limits.segments == 16
+    assert Shape(32, 8, 128, 131072, 8192, 4096, "mean_query").limits.segments == 2
 
 
 def test_scratch_is_bounded():

@@ -80,7 +80,7 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
     seen: dict[int, list[tuple[int, int]]] = {row.row: [] for row in rows}
     for one in lists:
         row = rows[one.row]
-        table = one.items.tolist()
+        table = one.segments.tolist()
         assert 1 <= len(table) <= items
         assert one.target_error == row.target_error
         lengths = [longest_list(item, shared) for item in table]
@@ -91,10 +91,10 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
         assert [item[HISTORY] for item in table] == sorted(
             (item[HISTORY] for item in table), reverse=True
         )
-        assert one.dense_items == sum(item[DENSE_START] == 0 for item in table)
-        assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_items :])
+        assert one.dense_segments == sum(item[DENSE_START] == 0 for item in table)
+        assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_segments :])
         assert sum(count for _, count in one.groups.tolist()) == len(table)
-        assert one.fits.tolist() == [list(span) for span in one.spans]
+        assert one.span_table.tolist() == [list(span) for span in one.spans]
         assert len(one.spans) <= tuning.CHUNK_SPANS
         for item in table:
             history, queries = item[HISTORY], item[NUM_QUERIES]
@@ -143,7 +143,7 @@ def test_whole_segments_do_not_depend_on_how_a_prompt_is_cut(row, segment, min_c
         return {
             (item[HISTORY], item[NUM_QUERIES]): (item[DENSE_START], item[LIST_LENGTH])
             for one in lists
-            for item in one.items.tolist()
+            for item in one.segments.tolist()
         }
 
     together = {key: value for part in parts for key, value in found(part).items()}
@@ -183,13 +183,13 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
     """Lists of the kernels and of the reference; places that nobody wrote hold -7."""
     heads, page = scores.shape[1], batch.kv_cache.shape[2]
     space = select.SelectWorkspace(
-        work.num_items, heads, work.max_history, work.num_items * list_capacity(work.max_list),
-        scores.device, chunk,
+        work.num_segments, heads, work.max_history,
+        work.num_segments * list_capacity(work.max_list), scores.device, chunk,
     )  # fmt: skip
     space.scores.fill_(math.nan)
     space.scores[:, :, : scores.shape[2]] = scores
     space.bounds.fill_(math.nan)
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         for head in range(heads if item[DENSE_START] else 0):
             parts = scores[number, head, : item[DENSE_START]].float().split(chunk)
             for place, part in enumerate(parts):
@@ -207,7 +207,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
 def assert_sound(batch, work, lists, shared):
     """Every list holds slots of its own request's history, once each, within its limits."""
     page = batch.kv_cache.shape[2]
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n = item[DENSE_START]
         positions = torch.arange(n, device=batch.block_table.device)
         own = set(
@@ -251,7 +251,7 @@ def test_a_selection_is_sound_and_that_of_the_reference(
     for work in batch.work(shared=shared):
         if work.max_list == 0:
             continue
-        scores = some_scores((work.num_items, heads, work.max_history), kind, device)
+        scores = some_scores((work.num_segments, heads, work.max_history), kind, device)
         got, wanted = select_both(batch, work, scores, *mode, shared)
         assert_sound(batch, work, wanted, shared)
         assert_sound(batch, work, got, shared)
@@ -315,7 +315,7 @@ def run_both(batch, lists, softcap):
         out = nan_like(batch.query)
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
         for work, own in lists:
-            regions = attention_reference.average(
+            regions = attention_reference.summarise(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
             )
             function(
@@ -332,7 +332,7 @@ def visited(batch, lists):
     found = torch.zeros(batch.kv_cache.shape[:3], dtype=torch.bool)
     for work, own in lists:
         table = batch.block_table[work.row].cpu()
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             dense = torch.arange(item[DENSE_START], item[HISTORY] + item[NUM_QUERIES])
             found[table[dense // page].long(), :, dense % page] = True
             for head, count in enumerate(own.lengths[number].tolist()):

@@ -37,7 +37,7 @@ def test_exact_scores_are_the_largest_probability_of_any_row():
     (work,) = batch.work(segment=32)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work)
     scores = in_process.exact_scores(*arguments, scale=batch.scale)
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n, count = item[DENSE_START], item[NUM_QUERIES]
         rows = paging.segment_queries(batch.query, item, 2).flatten(1, 2)
         positions = torch.arange(n + count, device=device)

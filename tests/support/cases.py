@@ -175,12 +175,12 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Se
     page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
     for work in batch.work():
-        sampled = -(-work.num_items // ESTIMATE_EVERY)
-        slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
-        lengths = torch.zeros(work.num_items, kv_heads, dtype=torch.int32)
+        sampled = -(-work.num_segments // ESTIMATE_EVERY)
+        slots = torch.zeros(work.num_segments, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+        lengths = torch.zeros(work.num_segments, kv_heads, dtype=torch.int32)
         samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             for head in range(kv_heads):
                 count = item[5]
                 if uneven and head:

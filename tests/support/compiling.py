@@ -76,21 +76,30 @@ def specialisation(kernel, args, kwargs) -> tuple[dict, dict, dict]:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(number,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + DTYPES[value.dtype]
-            attributes[(number,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(
+                kind_of(one, (number, place), constants, attributes)
+                for place, one in enumerate(value)
+            )
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if parameter.do_not_specialize:
-                continue
-            if value == 1:
-                signature[parameter.name] = "constexpr"
-                constants[(number,)] = 1
-            elif value % 16 == 0:
-                attributes[(number,)] = [["tt.divisibility", 16]]
+            plain = parameter.do_not_specialize
+            signature[parameter.name] = kind_of(value, (number,), constants, attributes, plain)
     return signature, constants, attributes
+
+
+def kind_of(value, path: tuple, constants: dict, attributes: dict, plain: bool = False) -> str:
+    """The type of a value of a launch; what it is specialised to goes to the other two."""
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + DTYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and not plain):
+        constants[path] = value
+        return "constexpr"
+    if value % 16 == 0 and not plain:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
 
 
 def describe(name: str, result) -> Compiled:
@@ -152,15 +161,14 @@ def compile_attend(
 ) -> Compiled:
     """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
     from s2o_vllm.kernels import layout
-    from s2o_vllm.kernels.attention import attend
-    from s2o_vllm.kernels.attention import summaries as regions
+    from s2o_vllm.kernels.attention import attend, summaries
     from s2o_vllm.kernels.selection import select
 
     dense = stop_threshold is None
     q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
-    space = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, "meta")
+    space = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, "meta")
     counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")
-    means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
+    means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
             q, kv, table, work, space.lists(work), means, q, counters, scale=0.1,
@@ -173,29 +181,30 @@ def compile_attend(
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
     from s2o_vllm.kernels import tuning
-    from s2o_vllm.kernels.attention import summaries as regions
-    from s2o_vllm.kernels.ranking import PRECISIONS, low_rank
-    from s2o_vllm.kernels.ranking import mean_query as rank
+    from s2o_vllm.kernels.attention import summaries
+    from s2o_vllm.kernels.ranking import PRECISIONS, low_rank, mean_query
     from s2o_vllm.kernels.selection import select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    ranking = rank.MeanQueryWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
-    sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
+    ranking = mean_query.MeanQueryWorkspace(
+        work.num_segments, HEADS, head_dim, MAX_HISTORY, q.dtype, meta
+    )
+    sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_segments, 512)
     images, wide = (
         low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability), precision)
         for precision in PRECISIONS.values()
     )
-    selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
+    selection = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
-        rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
+        mean_query.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, wide, scale=0.1)
         for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
-        means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
-        regions.average(kv, table, work, means)
+        means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
+        summaries.summarise(kv, table, work, means)
     return compiled
 
 
@@ -301,7 +310,7 @@ def variants_beyond_warm_up(
                     query, kv, table, work, query, counters,
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
                 )  # fmt: skip
-                if work.first_of_chunk and work.max_fit_tokens:
+                if work.first_of_chunk and work.max_seen:
                     end = decode_state.choose_snapshot(work, 3)
                     decoding.take(end, query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known), "the steps launch something"

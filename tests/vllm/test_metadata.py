@@ -155,7 +155,7 @@ def test_a_mixed_step():
     metadata = Builder().build(0, common)
     plan = metadata.s2o
     assert [row.row for row in plan.sparse_rows] == [1]
-    assert [work.num_items for work in plan.work] == [2, 1], "cut at 1024 and 1088"
+    assert [work.num_segments for work in plan.work] == [2, 1], "cut at 1024 and 1088"
     assert [(part.rows, part.tokens) for part in plan.dense] == [
         ((0, 1), (0, 1)),
         ((2, 3), (131, 181)),

@@ -20,7 +20,7 @@ from cases import (
 from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.attention import attend
 from s2o_vllm.kernels.attention import reference as attention_reference
-from s2o_vllm.kernels.attention.tile_ops import as_numbers
+from s2o_vllm.kernels.attention.tile_ops import cast
 from s2o_vllm.kernels.layout import (
     DROPPED,
     DROPPED_UNIT,
@@ -69,7 +69,7 @@ def run(batch, lists, function=attend.attend, region=NO_REGION, **options):
     for work, own in lists:
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
-            attention_reference.average(
+            attention_reference.summarise(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, region
             ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale,
@@ -127,7 +127,7 @@ def test_queries_in_fp8_are_multiplied_as_they_are(
 @triton.jit
 def _numbers_kernel(p_x, p_out):
     o = tl.arange(0, 256)
-    tl.store(p_out + o, as_numbers(tl.load(p_x + o), p_out.dtype.element_ty))
+    tl.store(p_out + o, cast(tl.load(p_x + o), p_out.dtype.element_ty))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,7 +155,7 @@ def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
     slot = int(batch.block_table[0, key // page]) * page + key % page
     slots[slots == slot] = slots[place].clone()
     slots[place] = slot
-    assert work.num_items == 1
+    assert work.num_segments == 1
     out, _ = run(batch, lists, stop_threshold=stop_threshold)
     wanted = token[batch.query.shape[2] :].expand_as(out)
     torch.testing.assert_close(out.float(), wanted.float(), rtol=1e-2, atol=1e-2)
@@ -222,7 +222,7 @@ def test_order_of_visiting_does_not_change_the_result(device):
     one, _ = run(batch, lists)
     shuffled = [(work, own._replace(slots=own.slots.clone())) for work, own in lists]
     for work, (slots, *_) in shuffled:
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             count = item[LIST_LENGTH]
             order = torch.randperm(count, device=device)
             slots[number, :, :count] = slots[number, :, order]
@@ -246,8 +246,8 @@ def test_early_stop_never_drops_a_tile_that_still_gains(device):
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     queries_per_tile = attend_tile(head_dim, device).block_m // 2
     start = 0
-    for item in sorted(work.items.tolist(), key=lambda item: item[1]):
-        number = work.items.tolist().index(item)
+    for item in sorted(work.segments.tolist(), key=lambda item: item[1]):
+        number = work.segments.tolist().index(item)
         listed = slots[number, 0, : item[LIST_LENGTH]].long()
         for first in range(0, item[2], queries_per_tile):
             count = min(queries_per_tile, item[2] - first)
@@ -314,7 +314,7 @@ def test_the_dropped_mass_is_that_of_what_was_not_visited(
         device, chunks=((ESTIMATE_TOKENS, 20),), head_dim=128, budget=budget, spread=2.0, fp8=fp8
     )  # of a head_dim whose tiles are so short that a list has two
     ((work, own),) = lists = full_lists(batch)
-    assert work.num_items == 1
+    assert work.num_segments == 1
     options = {"stop_threshold": stop_threshold, "stop_step": stop_step(batch)}
     _, counters = run(batch, lists, **options)
     _, visited = run(batch, lists, attention_reference.attend, **options)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
-from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import attend, summaries
 from s2o_vllm.kernels.attention import reference as attention_reference
-from s2o_vllm.kernels.attention import summaries as regions
 from s2o_vllm.kernels.attention.summary_table import Summaries, covariance_part, region_samples
 from s2o_vllm.kernels.layout import NUM_COUNTERS
 from s2o_vllm.kernels.prefill import SparsePrefill
@@ -29,12 +28,12 @@ def averaged(batch, work, region):
     """The kernel's means, over room that held NaN."""
     kv_heads, _, width = batch.kv_cache.shape[1:]
     device = batch.kv_cache.device
-    space = regions.workspace(
+    space = summaries.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
     )
     for part in (space.means, space.value_covariances, space.key_covariances, space.sums):
         part.fill_(float("nan"))
-    regions.average(batch.kv_cache, batch.block_table, work, space)
+    summaries.summarise(batch.kv_cache, batch.block_table, work, space)
     return space
 
 
@@ -47,7 +46,7 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     )
     (work,) = batch.work()
     means = averaged(batch, work, region).means
-    count = work.max_fit_tokens // region
+    count = work.max_seen // region
     assert torch.isnan(means[:, count:]).all(), "no region that is not whole"
     keys, values = tokens_of(batch, batch.rows[0])
     tokens = torch.cat([keys / batch.k_scale, values / batch.v_scale], -1)
@@ -57,7 +56,9 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
     wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
     rounding = 4 * torch.finfo(dtype).eps
     assert relative_error(means[:, :count], wanted) < rounding
-    own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, region).means
+    own = attention_reference.summarise(
+        batch.kv_cache, batch.block_table, work, dtype, region
+    ).means
     assert relative_error(means[:, :count], own) < rounding
 
 
@@ -71,7 +72,7 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
         device, chunks=((4064, 64),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
     )
     (work,) = batch.work(segment=32)
-    assert work.fits.shape[0] == 2
+    assert work.span_table.shape[0] == 2
     span = covariance_part(work.whole_chunk, region)
     assert span == 4 * region
     got = averaged(batch, work, region)
@@ -86,7 +87,7 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
         spread = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
         for covariances, wanted in ((got.value_covariances, slope), (got.key_covariances, spread)):
             assert relative_error(covariances[fit], wanted) < 40 * torch.finfo(dtype).eps
-    own = attention_reference.average(batch.kv_cache, batch.block_table, work, dtype, region)
+    own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, dtype, region)
     for one, other in (
         (got.value_covariances, own.value_covariances),
         (got.key_covariances, own.key_covariances),
@@ -99,7 +100,7 @@ def test_keys_may_spread_further_than_their_dtype(device):
     batch = make_batch(device, chunks=((2048, 32),), dtype=torch.float16)
     batch.kv_cache *= 400
     (work,) = batch.work(segment=32)
-    own = attention_reference.average(batch.kv_cache, batch.block_table, work, torch.float16, 128)
+    own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, torch.float16, 128)
     got = averaged(batch, work, 128)
     for one in (got, own):
         assert one.key_covariances[0].isfinite().all()
@@ -112,7 +113,7 @@ def test_a_history_shorter_than_a_part_has_no_slope(device):
     (work,) = batch.work()
     own = averaged(batch, work, 128)
     assert torch.isnan(own.sums).all()
-    wanted = attention_reference.average(batch.kv_cache, batch.block_table, work, DTYPE, 128)
+    wanted = attention_reference.summarise(batch.kv_cache, batch.block_table, work, DTYPE, 128)
     for one in (own, wanted):
         assert (one.value_covariances[0] == 0).all()
         assert (one.key_covariances[0] == 0).all()
@@ -135,9 +136,9 @@ def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
         ]
         (part,) = batch.work(segment=32)
         cut = averaged(batch, part, 128)
-        seen = part.max_fit_tokens // 128
+        seen = part.max_seen // 128
         assert torch.equal(cut.means[:, :seen], own.means[:, :seen])
-        fits = part.fits.shape[0]
+        fits = part.span_table.shape[0]
         of_whole = slice(2 - fits, 2) if start else slice(0, 1)
         assert torch.equal(cut.value_covariances[:fits], own.value_covariances[of_whole])
         assert torch.equal(cut.key_covariances[:fits], own.key_covariances[of_whole])
@@ -155,7 +156,11 @@ def attended(batch, work, own):
     device, kv_heads = batch.query.device, batch.kv_cache.shape[1]
     slots, lengths, samples = (
         torch.zeros(shape, dtype=torch.int32, device=device)
-        for shape in ((work.num_items, kv_heads, 1), (work.num_items, kv_heads), (1, kv_heads, 256))
+        for shape in (
+            (work.num_segments, kv_heads, 1),
+            (work.num_segments, kv_heads),
+            (1, kv_heads, 256),
+        )
     )
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)

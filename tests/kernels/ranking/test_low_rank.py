@@ -153,7 +153,7 @@ def test_a_shift_does_not_depend_on_the_segment_it_shares_a_tile_with(device, mo
     query = torch.empty(150, bases, 64, device=device)
     rows.shift_rows(query, work, spaces[0], block_n=16)
     for number in range(items):
-        one = replace(work, items=work.items[number : number + 1])
+        one = replace(work, segments=work.items[number : number + 1])
         space = SimpleNamespace(**vars(spaces[1]))
         space.rows, space.chosen = space.rows[number:], space.chosen[number:]
         rows.shift_rows(query, one, space, block_n=16)

@@ -6,9 +6,9 @@ import torch
 from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels.layout import DENSE_START
 from s2o_vllm.kernels.ranking import PRECISIONS, basis, low_rank
-from s2o_vllm.kernels.ranking import mean_query as rank
 from s2o_vllm.kernels.ranking import reference as ranking_reference
 from s2o_vllm.kernels.ranking.fit import FitWorkspace, find_bases, take_moments
+from s2o_vllm.kernels.ranking.mean_query import MeanQueryWorkspace, mean_query_scores
 from s2o_vllm.kernels.sampling import stratified
 
 SHAPES = [
@@ -25,20 +25,23 @@ ATOL = {torch.float32: 3e-2, torch.float16: 0.5 if ON_GPU else 5e-2, torch.bfloa
 def mean_query(batch, works, chunk=64):
     heads, head_dim = batch.query.shape[1:]
     for work in works:
-        space = rank.MeanQueryWorkspace(
-            work.num_items, heads, head_dim, work.max_history, batch.query.dtype,
+        space = MeanQueryWorkspace(
+            work.num_segments, heads, head_dim, work.max_history, batch.query.dtype,
             batch.query.device, chunk,
         )  # fmt: skip
         results = empty_results(batch, work, chunk)
-        rank.mean_query_scores(*arguments(batch, work), *results, space, scale=batch.scale)
+        mean_query_scores(*arguments(batch, work), *results, space, scale=batch.scale)
         wanted = ranking_reference.mean_query_scores(*arguments(batch, work), scale=batch.scale)
         yield work, *results, wanted
 
 
 def every_query(batch, works, chunk=64, precision=basis.SERVED):
     heads, head_dim = batch.query.shape[1:]
-    history = max(work.max_fit_tokens for work in works)
-    items, segment = max(work.num_items for work in works), max(work.max_queries for work in works)
+    history = max(work.max_seen for work in works)
+    items, segment = (
+        max(work.num_segments for work in works),
+        max(work.max_queries for work in works),
+    )
     space = low_rank.LowRankWorkspace(
         heads, heads, head_dim, history, items, segment, batch.query.dtype, batch.query.device,
         precision=precision,
@@ -65,8 +68,8 @@ def arguments(batch, work):
 def empty_results(batch, work, chunk):
     """Scores and bounds full of NaN."""
     kv_heads = batch.kv_cache.shape[1]
-    sizes = ((work.num_items, kv_heads, work.max_history),
-             (work.num_items * kv_heads, -(-work.max_history // chunk), 2))  # fmt: skip
+    sizes = ((work.num_segments, kv_heads, work.max_history),
+             (work.num_segments * kv_heads, -(-work.max_history // chunk), 2))  # fmt: skip
     dtypes = (torch.float16, torch.float32)
     return [
         torch.full(size, float("nan"), dtype=dtype, device=batch.query.device)
@@ -76,7 +79,7 @@ def empty_results(batch, work, chunk):
 
 def assert_scores_match(results, tolerance, chunk=64):
     for work, scores, bounds, wanted in results:
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             n = item[DENSE_START]
             if n == 0:
                 continue

@@ -22,10 +22,10 @@ def select_with_kernel(
     batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED, shared=HEADS_SHARED
 ):
     space = select.SelectWorkspace(
-        work.num_items,
+        work.num_segments,
         scores.shape[1],
         work.max_history,
-        work.num_items * list_capacity(work.max_list),
+        work.num_segments * list_capacity(work.max_list),
         scores.device,
         chunk,
     )
@@ -42,7 +42,7 @@ def select_with_kernel(
 def set_bounds(space, work, scores):
     """What a ranking writes beside the scores."""
     space.bounds.fill_(float("nan"))
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         for head in range(scores.shape[1] if item[DENSE_START] else 0):
             parts = scores[number, head, : item[DENSE_START]].float().split(space.chunk)
             for place, part in enumerate(parts):
@@ -51,7 +51,7 @@ def set_bounds(space, work, scores):
 
 
 def random_scores(work, kv_heads, device, kind):
-    shape = (work.num_items, kv_heads, work.max_history)
+    shape = (work.num_segments, kv_heads, work.max_history)
     if kind == "equal":
         return torch.full(shape, -3.0, device=device).half()
     scores = torch.randn(shape, device=device)
@@ -87,7 +87,7 @@ def assert_same_lists(work, got, wanted):
             assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
             assert (slots[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
-                history = int(work.items[number, DENSE_START])
+                history = int(work.segments[number, DENSE_START])
                 samples = len(selection_reference.sample_positions(history, "cpu"))
                 one = got.samples[number // ESTIMATE_EVERY, head]
                 other = wanted.samples[number // ESTIMATE_EVERY, head]
@@ -113,7 +113,7 @@ def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tie
             scores.half(), batch.block_table, work, 16, tiers, counted, chunk=64, shared=shared
         )
         assert_same_lists(work, got, wanted)
-        for lengths, item in zip(got.lengths.split(1), work.items.tolist(), strict=True):
+        for lengths, item in zip(got.lengths.split(1), work.segments.tolist(), strict=True):
             assert int(lengths.max()) <= longest_list(item, shared) <= work.max_list
             for group in lengths[0].split(shared):
                 assert int(group.sum()) <= len(group) * item[LIST_LENGTH]
@@ -123,7 +123,7 @@ def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tie
 def test_one_likely_list_may_take_what_all_that_share_can_spare(device, shared):
     batch = make_batch(device, budget=0.1, chunks=((704, 32),), heads=2 * shared)
     (work,) = batch.work(shared=shared)
-    count = int(work.items[0, LIST_LENGTH])
+    count = int(work.segments[0, LIST_LENGTH])
     scores = torch.randn(1, 2 * shared, 704, device=device)
     scores[0, 1] += 20
     lists = select_with_kernel(batch, work, scores.half(), 256, TIERS_UNORDERED, shared=shared)
@@ -148,7 +148,7 @@ def test_a_target_error_ends_lists_where_the_reference_does(device, target, kind
     got = select_with_kernel(batch, work, scores.half()).lengths
     wanted = selection_reference.select(scores.half(), batch.block_table, work, 16).lengths
     assert (got - wanted).abs().max() <= 2, "rounding may need a token more"
-    whole = torch.tensor([[item[LIST_LENGTH]] for item in work.items.tolist()], device=device)
+    whole = torch.tensor([[item[LIST_LENGTH]] for item in work.segments.tolist()], device=device)
     assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
 
 
@@ -156,7 +156,7 @@ def test_lists_of_likelier_tokens_are_longer(device):
     """Pairs of heads share the budget of a segment by probability, within bounds."""
     batch = make_batch(device, budget=0.2, chunks=((704, 32),), heads=5, kv_heads=5)
     (work,) = batch.work()
-    count = int(work.items[0, LIST_LENGTH])
+    count = int(work.segments[0, LIST_LENGTH])
     scores = torch.randn(1, 5, 704, device=device)
     scores[0, 0] += 0.3
     scores[0, 2] += 9
@@ -175,7 +175,7 @@ def test_equal_heads_have_equal_lists(device):
     scores = torch.randn(1, 1, 704, device=device).half().expand(-1, 2, -1)
     one, other = select_with_kernel(batch, work, scores).lengths[0].tolist()
     assert one == other
-    assert 0.95 * int(work.items[0, LIST_LENGTH]) <= one <= int(work.items[0, LIST_LENGTH])
+    assert 0.95 * int(work.segments[0, LIST_LENGTH]) <= one <= int(work.segments[0, LIST_LENGTH])
 
 
 @pytest.mark.parametrize(("p", "share"), [(1.0, 1.0), (100.0, MEAN_OF_MAX)])
@@ -220,12 +220,12 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
     torch.manual_seed(0)
     batch = make_batch(device, budget=0.03, chunks=((12_000, 5),), heads=2, kv_heads=1)
     (work,) = batch.work()
-    n = int(work.items[0, DENSE_START])
+    n = int(work.segments[0, DENSE_START])
     scores = torch.randn(1, 1, n, device=device) - 12
     scores[..., 5::24] += 16
     counted = -(-n // step)
     lists = select_with_kernel(batch, work, scores.half(), CHUNK, TIERS_UNORDERED, counted=counted)
-    count = int(work.items[0, LIST_LENGTH])
+    count = int(work.segments[0, LIST_LENGTH])
     length = int(lists.lengths[0, 0])
     slots = lists.slots[0, 0, :length].long()
     page = batch.kv_cache.shape[2]
@@ -315,7 +315,7 @@ def test_lists_are_nearly_full_and_without_repeats(device):
     )
     for number, of_item in enumerate(lengths.tolist()):
         # Of equal scores all are taken or none.
-        assert sum(of_item) > 0.4 * 2 * int(work.items[number, LIST_LENGTH])
+        assert sum(of_item) > 0.4 * 2 * int(work.segments[number, LIST_LENGTH])
         for head, count in enumerate(of_item):
             chosen = slots[number, head, :count].tolist()
             assert len(set(chosen)) == count
