@@ -1,18 +1,19 @@
 """Constants that were measured.
 
-A line each: meaning; unit; range; the heading of `benchmarks/quality/LOG.md` that has the figures.
+A line each: meaning; unit; range; the heading of `benchmarks/quality/LOG.md` that has the figures,
+or that none has.
 """
 
 # Ranking.
-CHUNK = 4096  # history scored by one program; tokens; a power of two; "What it costs on the card"
-SEGMENTS_TOGETHER = 16  # that `mean_query` scores at a time; segments; "What it costs on the card"
+CHUNK = 4096  # history that one program scores; tokens; a power of two; not logged
+SEGMENTS_TOGETHER = 16  # that `mean_query` scores at a time; segments; >= 1; not logged
 SPAN_LENGTH = 2048  # that share covariances; queries; whole segments; "A mean value that follows"
 CHUNK_SPANS = 4  # of a chunk, which share their bases; spans; >= 1; "A basis of each head"
-ROW_STEP = 2  # one query row in this many is a probe; >= 1; "Which half of the rows"
+ROW_STEP = 2  # one query row in this many is a probe; >= 1; "Which half of the query rows"
 
 # Selection.
-BUCKETS = 128  # of a list's scores; a power of two; "How the budget is spent"
-COUNTED = 16384  # most scores of a list that are counted; tokens; "Four segments, bits, and fewer"
+BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs in proportion
+COUNTED = 16384  # scores of a list that are counted, at most; "What a fourth card run said"
 UNEVEN = 32  # one token of a list in this many is uncertain; tokens; "Read this first"
 # Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/4, 1/2, 7/8 of the list
 # and the rest where tiles may stop early; 7/8 and the rest where they may not, so that only the
@@ -27,14 +28,14 @@ HEADS_SHARED = 2  # KV heads that share a budget; >= 1; "Own mass, and budgets s
 MEAN_OF_MAX = 0.022
 
 # Attention.
-STOP_STEP_TOKENS = 2048  # between two tests of the early stop; tokens; "What it costs on the card"
+STOP_STEP_TOKENS = 2048  # between tests of the early stop; tokens; "By hand on an H100 and an H200"
 
-# Estimate of the dropped mass: "What was dropped can be told from a sample".
+# Estimate of the dropped mass: "The dropped mass, estimated from a sample".
 ESTIMATE_EVERY = 8  # one segment in this many has an estimate; segments
 ESTIMATE_TOKENS = 256  # sampled from its history; tokens; within a factor of 1.5 for 97 % of tiles
 ESTIMATE_STEP = 8  # least distance of two samples; tokens; keeps a page's samples few
 
-# Summaries of skipped tokens: "What is left out has a mean".
+# Summaries of skipped tokens: "Skipped tokens, summarised by region means".
 REGION_TOKENS = 1024  # that one summary stands for; tokens
 REGION_SAMPLES = 256  # most samples of a region's mean; tokens
 REGIONS_SAMPLES = 16384  # most samples of all regions, above one piece for each; tokens
@@ -51,7 +52,7 @@ COVARIANCE_SAMPLES = 256  # of a part; tokens
 COVARIANCE_GROUP = 64  # samples about one local mean; tokens
 COVARIANCE_WEIGHT = 0.9  # of the value-key covariance, as lists hold what has most of it; 0 to 1
 
-# Decode: "Decode by a basis of the queries before".
+# Decode: "Decode by the basis of a prompt's end".
 DECODE_RECENT = 64  # the dense pass covers this many to twice as many recent tokens; tokens
 DECODE_PARTS = 16  # programs that share a list, however many requests there are; programs
 SNAPSHOT_QUERIES = 512  # that make a basis good enough for decode; queries; below, most win
