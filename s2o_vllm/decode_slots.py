@@ -53,7 +53,7 @@ class DecodeSlots:
         starts: Sequence[int],
         seq_lens: Sequence[int],
         prefilling: Sequence[bool],
-        spending: Sequence[RequestBudget],
+        budgets: Sequence[RequestBudget],
         names: Sequence[str | None],
     ) -> tuple[list[DecodeRow], list[str]]:
         """Return the rows of a batch that decode sparsely, and why others do not that could.
@@ -68,7 +68,7 @@ class DecodeSlots:
             if (
                 starts[row + 1] - starts[row] != 1
                 or prefilling[row]
-                or spending[row].sparsity_budget >= 1
+                or budgets[row].sparsity_budget >= 1
                 or context < max(self.settings.decode_min_context, 1)
             ):
                 continue
@@ -83,7 +83,7 @@ class DecodeSlots:
     def take_snapshots(
         self,
         work: Sequence[WorkList],
-        spending: Sequence[RequestBudget],
+        budgets: Sequence[RequestBudget],
         names: Sequence[str | None],
         tail: int,
     ) -> dict[int, Snapshot]:
@@ -94,7 +94,7 @@ class DecodeSlots:
 
         Args:
             work: lists of the sparse rows.
-            spending: of every row of the batch.
+            budgets: of every row of the batch.
             names: of every row's request.
             tail: tokens at the end of a prompt that are not prefilled sparsely.
 
@@ -103,7 +103,7 @@ class DecodeSlots:
         """
         taken = {}
         for number, one in enumerate(work):
-            name, prompt = names[one.row], spending[one.row].prompt
+            name, prompt = names[one.row], budgets[one.row].prompt
             if (
                 not one.first_of_chunk
                 or name is None

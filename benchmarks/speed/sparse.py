@@ -188,7 +188,7 @@ class Sparse:
             self.query_e4m3 = to_fp8(prompt.query)
             self.query = self.query_e4m3.to(prompt.query.dtype)
             self.k_scale *= prompt.unit
-        self.units: dict[str, Any] = {
+        self.kv_scales: dict[str, Any] = {
             "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
         }  # fmt: skip
 
@@ -209,7 +209,7 @@ class Sparse:
     def run(self) -> torch.Tensor:
         """Rank, select and attend; return the output."""
         for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
+            self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
         return self.out
 
     def rank(self) -> None:
@@ -238,7 +238,7 @@ class Sparse:
         shape, gathered, before = self.operator.shape, 0.0, [0] * NUM_COUNTERS
         dropped, sampled = 0, 0
         for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
+            self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
             lists = self.space.selection.lists(work)
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())

@@ -29,10 +29,10 @@ TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # which no card has run, up to 60.
 SPILLED_CROWDED = {BF16: 256, FP8: 256 if TRITON < (3, 8) else 304}
 LOOP_SPILLS_CROWDED = {BF16: 8, FP8: 16 if TRITON < (3, 8) else 64}
-# Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these two go without: one
+# Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these go without: one
 # stage would cost them their speed, and they have passed on cards.
 FENCED = TRITON >= (3, 7, 1)
-UNFENCED = () if FENCED else ("_score_kernel", "_attend_kernel")
+UNFENCED = () if FENCED else ("_mean_score_kernel", "_score_kernel", "_attend_kernel")
 # vLLM's FlashAttention takes an fp8 cache on these two only.
 TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (100, FP8)]
 

@@ -266,19 +266,19 @@ def test_the_operator_keeps_and_decodes(device, fp8):
     )
     operator.warm_up(batch.query, batch.kv_cache, batch.block_table)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    units = {"k_scale": batch.k_scale}
+    kv_scales = {"k_scale": batch.k_scale}
     rows = []
     for number, context in enumerate(CONTEXTS):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
-        operator.take(choose_snapshot(work, number), *arguments, **units)
+        operator.take(choose_snapshot(work, number), *arguments, **kv_scales)
         rows.append(DecodeRow(number, number, context, number, work.max_seen))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):
         out = nan_like(batch.query)
         operator(
             batch.query, batch.kv_cache, batch.block_table,
-            listed(batch, rows, budget), out, counters, v_scale=batch.v_scale, **units,
+            listed(batch, rows, budget), out, counters, v_scale=batch.v_scale, **kv_scales,
         )  # fmt: skip
         assert relative_error(out, dense_attention(batch)) < limit
 
