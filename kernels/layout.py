@@ -1,35 +1,44 @@
-"""Columns of the tables that kernels read and write, by name; :mod:`plan` says what they hold."""
+"""Integers and units that the host, the kernels and their readers agree on.
 
-import triton.language as tl
+A column is an index into a row of a table. Kernels read the same numbers as Triton constants, from
+:mod:`columns`.
+"""
 
-from . import decode_plan, plan
+# The work table, a row per segment; decode has a row per query.
+ROW = 0  # row of the block table
+QUERY_START = 1  # first query in the step's packed queries
+NUM_QUERIES = 2
+HISTORY = 3  # tokens of the sequence before the segment
+DENSE_START = 4  # position where the dense pass begins; the tokens before it are ranked
+LIST_LENGTH = 5  # tokens to select, averaged over the heads that share a budget
+SPAN = 6  # row of the span table; in decode the request's slot
+SEGMENT_COLUMNS = 7
 
-# A line of the work table.
-ROW = tl.constexpr(plan.ROW)
-QUERY_START = tl.constexpr(plan.QUERY_START)
-NUM_QUERIES = tl.constexpr(plan.NUM_QUERIES)
-HISTORY = tl.constexpr(plan.HISTORY)
-DENSE_START = tl.constexpr(plan.DENSE_START)
-LIST_LENGTH = tl.constexpr(plan.LIST_LENGTH)
-FIT = tl.constexpr(plan.FIT)
-ITEM_COLUMNS = tl.constexpr(plan.COLUMNS)
+# The span table, a row per span of queries that share covariances.
+SPAN_FIRST = 0  # first query in the step's packed queries
+SPAN_QUERIES = 1
+SPAN_TOKENS = 2  # tokens that the last query sees; 0 if no segment is ranked
+SPAN_COLUMNS = 3
 
-# A line of `WorkList.fits`: a `plan.Span`.
-SPAN_QUERIES = tl.constexpr(plan.Span._fields.index("queries"))
-SPAN_TOKENS = tl.constexpr(plan.Span._fields.index("tokens"))
-SPAN_COLUMNS = tl.constexpr(len(plan.Span._fields))
+# The append table of decode, a row per query: keys that a request's slot lacks.
+APPEND_ROW = 0  # row of the block table
+APPEND_SLOT = 1
+APPEND_FIRST = 2  # position of the first key
+APPEND_COUNT = 3
+APPEND_COLUMNS = 4
 
-# A line of what decode appends.
-APPEND_ROW = tl.constexpr(decode_plan.APPEND_ROW)
-APPEND_SLOT = tl.constexpr(decode_plan.APPEND_SLOT)
-APPEND_FIRST = tl.constexpr(decode_plan.APPEND_FIRST)
-APPEND_COUNT = tl.constexpr(decode_plan.APPEND_COUNT)
-APPEND_COLUMNS = tl.constexpr(decode_plan.APPEND_COLUMNS)
+# Counters that an attend launch adds to, int64, summed over queries and heads.
+VISITED = 0  # history tokens that were attended to
+ELIGIBLE = 1  # history tokens
+TILES = 2
+STOPPED = 3  # tiles that stopped early
+DROPPED = 4  # estimated dropped mass of the sampled queries, in DROPPED_UNIT
+SAMPLED = 5  # queries of which the dropped mass was estimated
+NUM_COUNTERS = 6
+DROPPED_UNIT = 1e-6  # share of a query's softmax mass
 
-# Counters of an attend launch.
-VISITED = tl.constexpr(plan.VISITED)
-ELIGIBLE = tl.constexpr(plan.ELIGIBLE)
-TILES = tl.constexpr(plan.TILES)
-STOPPED = tl.constexpr(plan.STOPPED)
-DROPPED = tl.constexpr(plan.DROPPED)
-SAMPLED = tl.constexpr(plan.SAMPLED)
+NOT_LISTED = 2**30  # place in a list of a token that the list leaves out
+NO_LIMIT = 2**31 - 1  # tokens of a sequence that the parent backend may see: all
+
+LOG2E = 1.4426950408889634  # base-2 logarithm of e: scores are base-2
+LN2 = 0.6931471805599453

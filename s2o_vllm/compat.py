@@ -184,7 +184,7 @@ def one_scale(layer: Any) -> bool:
     return all(scale.numel() == 1 for scale in (layer._q_scale, layer._k_scale, layer._v_scale))
 
 
-def units(layer: Any, query_dtype: Any) -> dict[str, float]:
+def kv_scales(layer: Any, query_dtype: Any) -> dict[str, float]:
     """Return what one unit of q·k and of a value stands for, without asking the device.
 
     Args:

@@ -48,7 +48,6 @@ class S2OConfig:
         ranking: how the history is ranked, one of ``RANKINGS``.
         segment_size: queries that are ranked together (S2O's segment); 0 takes what suits the
             ranking.
-        permute_queries: group like queries into tiles (S2O's Q permutation).
         max_request_budget: the largest budget that a request may ask for; 0 forbids requests to
             ask for any.
         dense_layers: numbers of the layers that stay dense; negative ones count from the last.
@@ -69,7 +68,6 @@ class S2OConfig:
     dense_where_faster: bool = True
     ranking: str = "low_rank"
     segment_size: int = 0
-    permute_queries: bool = False
     max_request_budget: float = 1.0
     dense_layers: tuple[int, ...] = ()
     decode_budget: float = 1.0
@@ -91,9 +89,9 @@ class S2OConfig:
             raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if not isinstance(self.ranking, str) or self.ranking not in RANKINGS:
             raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
-        for key in ("dense_where_faster", "permute_queries"):
-            if not isinstance(getattr(self, key), bool):
-                raise refusal(key, getattr(self, key), "true or false")
+        value = self.dense_where_faster
+        if not isinstance(value, bool):
+            raise refusal("dense_where_faster", value, "true or false")
         value = self.max_request_budget
         if not _number(value) or not 0 <= value <= 1:
             raise refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
@@ -165,7 +163,6 @@ HELP = {
     "ranking": "How the history is ranked: low_rank (single queries against low-rank keys) or "
     "mean_query (the paper's). Default: low_rank.",
     "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",
-    "permute_queries": "Group like queries into tiles (true or false). Default: false.",
     "max_request_budget": "Largest sparsity budget that a request may ask for (sparsity_budget "
     "to 1); 0 forbids requests to ask for any. Default: 1.",
     "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
@@ -177,6 +174,9 @@ HELP = {
     "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "
     "some 6 % of its KV cache. Default: 4.",
 }
+
+# Settings that were removed, and why: who still gives one is told.
+REMOVED = {"permute_queries": "no measurement showed a use for it"}
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}
 
@@ -193,6 +193,11 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def removed(key: str) -> ConfigError:
+    """Return the refusal of a setting that was removed."""
+    return ConfigError(f"s2o: {key} was removed ({REMOVED[key]}): leave it out")
 
 
 def check_budget(key: str, value: Any) -> float:
@@ -263,6 +268,8 @@ def from_mapping(settings: Any, place: str = KEY) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise refusal(f"additional_config {place!r}", settings, "a JSON object")
     for key in settings:
+        if key in REMOVED:
+            raise removed(key)
         if key not in FIELDS:
             known = ", ".join(FIELDS)
             raise ConfigError(f"s2o: unknown setting {shown(key)}, must be one of {known}")
@@ -288,6 +295,8 @@ def given_in(additional: Any) -> tuple[dict[str, Any], Any]:
     for key in additional:
         if key in (KEY, FLAGS) or not str(key).lower().startswith(KEY):
             continue
+        if plain(key) in REMOVED:
+            raise removed(plain(key))
         if plain(key) in FIELDS:
             raise misplaced(key)
         raise ConfigError(f"s2o: additional_config has {shown(key)}, must be {KEY!r}")
@@ -335,6 +344,9 @@ def resolve(
         ConfigError: at the first setting that is refused.
     """
     environment = os.environ if environment is None else environment
+    for key in REMOVED:
+        if ENV_PREFIX + key.upper() in environment:
+            raise removed(key)
     settings = {
         key: parse_text(key, environment[ENV_PREFIX + key.upper()])
         for key in FIELDS

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from .config import S2OConfig
-from .kernels.decode_plan import KEPT_QUERIES, DecodeRow, Kept, keep
-from .kernels.plan import FIT_QUERIES, FITS, WorkList
+from .kernels.decode_state import DecodeRow, Snapshot, choose_snapshot
+from .kernels.tuning import CHUNK_SPANS, SNAPSHOT_QUERIES, SPAN_LENGTH
+from .kernels.work_list import WorkList
 from .requests import RequestBudget
 
 NO_STATE = "no_decode_state"
@@ -52,7 +53,7 @@ class DecodeSlots:
         starts: Sequence[int],
         seq_lens: Sequence[int],
         prefilling: Sequence[bool],
-        spending: Sequence[RequestBudget],
+        budgets: Sequence[RequestBudget],
         names: Sequence[str | None],
     ) -> tuple[list[DecodeRow], list[str]]:
         """Return the rows of a batch that decode sparsely, and why others do not that could.
@@ -67,7 +68,7 @@ class DecodeSlots:
             if (
                 starts[row + 1] - starts[row] != 1
                 or prefilling[row]
-                or spending[row].sparsity_budget >= 1
+                or budgets[row].sparsity_budget >= 1
                 or context < max(self.settings.decode_min_context, 1)
             ):
                 continue
@@ -79,13 +80,13 @@ class DecodeSlots:
             self._covered[slot] = total
         return rows, reasons
 
-    def keep(
+    def take_snapshots(
         self,
         work: Sequence[WorkList],
-        spending: Sequence[RequestBudget],
+        budgets: Sequence[RequestBudget],
         names: Sequence[str | None],
         tail: int,
-    ) -> dict[int, Kept]:
+    ) -> dict[int, Snapshot]:
         """Take slots for the rows of a step whose prompt comes to its end.
 
         A chunk that begins just before the end may have too few queries to fit a basis for decode:
@@ -93,27 +94,27 @@ class DecodeSlots:
 
         Args:
             work: lists of the sparse rows.
-            spending: of every row of the batch.
+            budgets: of every row of the batch.
             names: of every row's request.
             tail: tokens at the end of a prompt that are not prefilled sparsely.
 
         Returns:
-            The snapshots to keep, by the number of the work list: the first one of a chunk.
+            The snapshots to take, by the number of the work list: the first one of a chunk.
         """
-        kept = {}
+        taken = {}
         for number, one in enumerate(work):
-            name, prompt = names[one.row], spending[one.row].prompt
+            name, prompt = names[one.row], budgets[one.row].prompt
             if (
                 not one.first_of_chunk
                 or name is None
                 or prompt < self.settings.decode_min_context
-                or one.max_fit_tokens <= max(0, prompt - tail - FITS * FIT_QUERIES)
+                or one.max_seen <= max(0, prompt - tail - CHUNK_SPANS * SPAN_LENGTH)
             ):
                 continue
-            found = keep(one, 0)
-            ends = one.max_fit_tokens >= prompt - tail
-            if found.queries >= KEPT_QUERIES or (ends and self.of(name) is None):
+            found = choose_snapshot(one, 0)
+            ends = one.max_seen >= prompt - tail
+            if found.queries >= SNAPSHOT_QUERIES or (ends and self.of(name) is None):
                 slot = self.take(name, found.tokens)
                 if slot is not None:
-                    kept[number] = found._replace(slot=slot)
-        return kept
+                    taken[number] = found._replace(slot=slot)
+        return taken

@@ -8,7 +8,17 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from .config import FIELDS, FLAGS, HELP, ConfigError, check, parse_text, refusal
+from .config import (
+    FIELDS,
+    FLAGS,
+    HELP,
+    REMOVED,
+    ConfigError,
+    check,
+    parse_text,
+    refusal,
+    removed,
+)
 
 ADDITIONAL = "additional_config"
 
@@ -45,6 +55,22 @@ class Flag(argparse.Action):
             return check(self.key, False)
         value = parse_text(self.key, ",".join(values) if isinstance(values, list) else values)
         return list(value) if isinstance(value, tuple) else value
+
+
+class Removed(argparse.Action):
+    """Refuses a flag of a setting that was removed, whatever stands behind it."""
+
+    def __init__(self, option_strings: list[str], dest: str, key: str, **kwargs: Any):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
+        self.key = key
+
+    def __call__(self, *_: Any) -> None:
+        """Refuse it.
+
+        Raises:
+            argparse.ArgumentError: always.
+        """
+        raise argparse.ArgumentError(self, str(removed(self.key)))
 
 
 def keep(action: argparse.Action, namespace: argparse.Namespace, flags: Mapping[str, Any]) -> None:
@@ -102,3 +128,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--no-{name}", action=Flag, key=key, dest=dest, nargs=0, help=argparse.SUPPRESS
         )
+    for key in REMOVED:
+        name = "s2o-" + key.replace("_", "-")
+        words = {"action": Removed, "key": key, "help": argparse.SUPPRESS}
+        dest = name.replace("-", "_")
+        group.add_argument(f"--{name}", nargs="?", dest=dest, **words)
+        group.add_argument(f"--no-{name}", nargs=0, dest=dest, **words)

@@ -6,10 +6,12 @@ import torch
 
 from . import compat, metrics
 from .config import S2OConfig
-from .kernels.decode_operator import SparseDecode
-from .kernels.decode_plan import DecodeShape
-from .kernels.operator import Shape, SparsePrefill
-from .kernels.plan import NUM_COUNTERS, Limits
+from .kernels.decode import SparseDecode
+from .kernels.decode_state import DecodeShape
+from .kernels.layout import NUM_COUNTERS
+from .kernels.prefill import SparsePrefill
+from .kernels.shape import Shape
+from .kernels.work_list import Limits
 from .step_plan import StepPlan
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
@@ -82,7 +84,6 @@ class SparseImpl:
             scale=self.scale,  # type: ignore[attr-defined]
             softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
             stop_threshold=self._s2o.stop_threshold,
-            permute_queries=self._s2o.permute_queries,
         )
         if self._s2o.decodes:
             self._s2o_decode = SparseDecode(
@@ -152,20 +153,22 @@ class SparseImpl:
                 layer, query[rows], *own, kv_cache, part.metadata, output[rows], *scales
             )
         tokens = attn_metadata.num_actual_tokens
-        units = compat.units(layer, query.dtype) if self.fp8 else {}
+        kv_scales = compat.kv_scales(layer, query.dtype) if self.fp8 else {}
         quantised, query = in_both(query[:tokens], output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
         result = (output[:tokens], self._s2o_counters)
         for number, work in enumerate(plan.work):
-            self._s2o_operator(query, cache, table, work, *result, **units, query_e4m3=quantised)
-            if number in plan.kept:
-                self._s2o_decode.keep(
-                    plan.kept[number], query, cache, table, work,
-                    k_scale=units.get("k_scale", 1.0),
+            self._s2o_operator(
+                query, cache, table, work, *result, **kv_scales, query_e4m3=quantised
+            )
+            if number in plan.snapshots:
+                self._s2o_decode.take(
+                    plan.snapshots[number], query, cache, table, work,
+                    k_scale=kv_scales.get("k_scale", 1.0),
                 )  # fmt: skip
         if plan.decode is not None:
-            self._s2o_decode(query, cache, table, plan.decode, *result, **units)
+            self._s2o_decode(query, cache, table, plan.decode, *result, **kv_scales)
         if self._s2o_published is not self._s2o_counters:
             self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
         return output

@@ -10,8 +10,8 @@ import torch
 from . import __version__, compat, cost, metrics, support
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
-from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
-from .kernels.plan import Limits, build_work_lists
+from .kernels.decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable
+from .kernels.work_list import Limits, build_work_lists
 from .requests import budget_of
 from .step_plan import DENSE_TAIL, DensePart, StepPlan, dense_work, split_rows
 
@@ -103,14 +103,14 @@ class SparseBuilder:
         prefill = prefilling[:count].tolist()
         prefill += [False] * (count - len(prefill))  # runner V2 pads the others alone
         asked = compat.requests.of_rows(common, count)
-        spending = [budget_of(one, settings) for one in asked]
+        budgets = [budget_of(one, settings) for one in asked]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or support.dense_step_reason(common)
         decoding: list[DecodeRow] = []
         missed: list[str] = []
         names = [one.name for one in asked]
         if slots is not None and dense_reason is None:
-            decoding, missed = slots.step(starts, lengths, prefill, spending, names)
+            decoding, missed = slots.step(starts, lengths, prefill, budgets, names)
         decoding_rows = {one.row for one in decoding}
         attended = self.s2o_heads * dense_work(starts, lengths, prefill, decoding_rows)
         metrics.worker.add("s2o:attention_tokens", attended)
@@ -118,7 +118,7 @@ class SparseBuilder:
             self.count(0, missed)
             return self.decode_plan(common, decoding) if decoding or self.s2o_graphs else None
         sparse, runs, reasons = split_rows(
-            starts, lengths, prefill, spending, settings.min_context, decoding_rows,
+            starts, lengths, prefill, budgets, settings.min_context, decoding_rows,
             self.s2o_least_new,
         )  # fmt: skip
         reasons += missed
@@ -145,7 +145,7 @@ class SparseBuilder:
         if decoding:
             plan.decode = self.decode_list(decoding, count)
         if slots is not None and sparse:
-            plan.kept = slots.keep(work, spending, names, DENSE_TAIL)
+            plan.snapshots = slots.take_snapshots(work, budgets, names, DENSE_TAIL)
         return plan
 
     def decode_list(self, rows: Sequence[DecodeRow], count: int) -> DecodeList:
@@ -213,7 +213,7 @@ class SparseBuilder:
         updated.s2o = replace(plan, dense=dense)
         if plan.decode is not None and self.s2o_table is not None:
             # The plan may be another group's: what graphs of this one read is its own.
-            updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_items)
+            updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_segments)
             if not plan.sparse_rows:
                 (whole,) = dense
                 whole.metadata.seq_lens = self.shortened(whole.metadata.seq_lens)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .kernels.plan import DROPPED_UNIT, ELIGIBLE, VISITED
+from .kernels.layout import DROPPED_UNIT, ELIGIBLE, VISITED
 from .support import DENSE_REASONS
 
 logger = logging.getLogger("vllm.s2o")
@@ -38,7 +38,7 @@ METRICS = {
 }
 INFO = "s2o:info"
 INFO_HELP = "1; its labels are the version of s2o-vllm and the server's settings."
-DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
+DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.work_list's counters
 LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}
 UNITS = {"s2o:dropped_mass": DROPPED_UNIT}  # of one count; others count by one
 # Series that stand at 0 before anything is counted; `expect` adds those of a layer.
@@ -100,7 +100,7 @@ class WorkerCounters:
         """Add a layer's counters.
 
         Args:
-            counters: int64, kernels.plan.NUM_COUNTERS of them.
+            counters: int64, kernels.work_list.NUM_COUNTERS of them.
             layer: its number in the model.
 
         Returns:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels.decode_plan import DecodeList, Kept
-from .kernels.plan import PrefillRow, WorkList
+from .kernels.decode_state import DecodeList, Snapshot
+from .kernels.work_list import PrefillRow, WorkList
 from .requests import RequestBudget
 
 # Tokens at the end of a prompt that attend to all of it: they hold the question, and the very last
@@ -38,14 +38,14 @@ class StepPlan:
         dense: runs of rows that the parent backend attends to.
         decode: the sparse decode queries, or None. Rows of ``dense`` may hold the same queries:
             their output is then written over.
-        kept: for each work list, by number, the snapshot of its ranking that a decode slot keeps.
+        snapshots: for each work list, by number, the snapshot of its ranking to take.
     """
 
     work: list[WorkList]
     sparse_rows: list[PrefillRow]
     dense: list[DensePart]
     decode: DecodeList | None = None
-    kept: dict[int, Kept] = field(default_factory=dict)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
 
 def dense_work(
@@ -72,7 +72,7 @@ def split_rows(
     starts: list[int],
     seq_lens: list[int],
     prefilling: list[bool],
-    spending: list[RequestBudget],
+    budgets: list[RequestBudget],
     min_context: int,
     decoding: Collection[int] = (),
     least_new: Callable[[int], int] = lambda history: 0,
@@ -85,7 +85,7 @@ def split_rows(
         starts: first query token of each row, and the end of the last one.
         seq_lens: tokens of each row including this chunk.
         prefilling: whether a row is still reading its prompt.
-        spending: what each row may visit.
+        budgets: what each row may visit.
         min_context: a row none of whose segments has that much history is dense.
         decoding: rows that decode sparsely.
         least_new: new tokens that a chunk behind so long a history must have, see :mod:`cost`.
@@ -102,7 +102,7 @@ def split_rows(
         count = starts[row + 1] - starts[row]
         if count == 0 or row in decoding:
             continue
-        own, context = spending[row], total - count
+        own, context = budgets[row], total - count
         end = min(total, max(context, own.prompt - DENSE_TAIL)) if own.prompt else total
         reason = None
         if not prefilling[row] or count == 1:

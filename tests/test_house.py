@@ -1,6 +1,7 @@
 """Rules of the house that a parser can check."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A place in a table that kernels read, by number where `kernels/layout.py` has a name.
-BY_NUMBER = re.compile(r"\b(p_item|ITEM_COLUMNS|p_counters|p_append|p_fit) \+ \d")
+BY_NUMBER = re.compile(
+    r"\b(p_item|p_segment|ITEM_COLUMNS|SEGMENT_COLUMNS|p_counters|p_append|p_span) \+ \d"
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -30,8 +33,10 @@ def test_each_side_keeps_to_its_library(folder, foreign):
 
 
 def test_kernels_name_the_columns_of_tables():
-    files = sorted((ROOT / "kernels").glob("*.py"))
-    assert any("p_item + HISTORY" in path.read_text() for path in files), "the pattern still fits"
+    files = sorted((ROOT / "kernels").rglob("*.py"))
+    assert any("p_segment + HISTORY" in path.read_text() for path in files), (
+        "the pattern still fits"
+    )
     assert [path.name for path in files if BY_NUMBER.search(path.read_text())] == []
 
 
@@ -58,3 +63,139 @@ def test_one_module_starts_servers():
     assert starting.search(own.read_text()), "the pattern still fits"
     allowed = {"test_counter_files.py", "test_house.py", "test_soak.py"}  # these start none
     assert {path.name for path in files if starting.search(path.read_text())} - allowed == set()
+
+
+MOST_LINES, MOST_PARAMETERS = 400, 30
+
+
+@pytest.mark.parametrize("folder", ["kernels", "s2o_vllm"])
+def test_a_file_is_read_in_five_minutes(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def kernels():
+    """Every function of `kernels/` that is launched: its file, name and number of parameters."""
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                yield path.name, node.name, len(node.args.args)
+
+
+def test_a_kernel_takes_few_parameters():
+    found = list(kernels())
+    assert len(found) > 12
+    assert [one for one in found if one[2] > MOST_PARAMETERS] == []
+
+
+def test_kernels_have_names_of_their_own():
+    """A trace names a kernel, and nothing else."""
+    names = [name for _, name, _ in kernels()]
+    assert sorted(set(names)) == sorted(names)
+
+
+def module_paths() -> dict[str, Path]:
+    """Return the modules of `kernels/` by name."""
+    paths = sorted((ROOT / "kernels").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+
+
+def module_graph(everywhere: bool = False, types: bool = True) -> dict[str, set[str]]:
+    """Return which modules of `kernels/` each one imports.
+
+    At its top level, for type checkers too if ``types``; with ``everywhere`` in functions as well.
+    """
+    modules, graph = module_paths(), {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text())
+        nodes = ast.walk(tree) if everywhere else tree.body
+        checked = [node for node in nodes if types or not isinstance(node, ast.If)]
+        bodies = [node.body if isinstance(node, ast.If) else [node] for node in checked]
+        package = path.relative_to(ROOT).parent.parts
+        graph[name] = set()
+        for node in itertools.chain(*bodies):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            base = package[: len(package) - node.level + 1]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                known = {".".join((*base, alias.name)), ".".join(base)} & set(modules)
+                graph[name].add(max(known, key=len))
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a circle, or none."""
+    left = {name: set(to) for name, to in graph.items()}
+    while True:
+        free = [name for name, to in left.items() if not to & set(left)]
+        if not free:
+            return sorted(left)
+        for name in free:
+            del left[name]
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["top level", "everywhere"])
+def test_no_module_of_the_kernels_imports_itself_by_others(everywhere):
+    graph = module_graph(everywhere)
+    assert "kernels.work_list" in graph["kernels.ranking.rows"], "imports are still found"
+    assert "kernels.ranking.rankings" in graph["kernels.prefill"], "those of types, too"
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle(graph) == []
+
+
+def test_the_host_side_of_the_kernels_needs_no_triton():
+    """Work lists, settings and references load where Triton is not installed."""
+    graph, modules = module_graph(types=False), module_paths()
+    needed, ahead = set(), {"kernels.prefill", "kernels.decode", "kernels.tiles"}
+    while ahead:
+        needed |= ahead
+        ahead = {name for one in ahead for name in graph[one]} - needed
+    assert {"kernels.work_list", "kernels.selection.reference"} <= needed
+    assert [name for name in sorted(needed) if "triton" in imported(modules[name])] == []
+    assert "triton" in imported(modules["kernels.columns"]), "it would be found"
+
+
+# Words that `docs/glossary.md` replaced. The low-rank ranking still speaks them.
+OLD_WORDS = re.compile(
+    r"(?:^|_)(item|items|slope|slopes|spread|spreads|lift|lean|beside|meanwhile|settled|rough|visit"
+    r"|rest|places|kept|told)(?:$|_)",
+    re.IGNORECASE,
+)
+OLDER = ("basis", "fit", "low_rank", "rows", "score", "packed_f16", "reference", "rankings")
+
+
+def identifiers(path: Path) -> set[str]:
+    """Return the names that a file defines or uses."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in ("id", "attr", "arg", "name"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                found.add(value)
+    return found
+
+
+def test_names_are_the_glossarys():
+    older = {ROOT / "kernels/ranking" / f"{name}.py" for name in OLDER}
+    files = [path for path in sorted((ROOT / "kernels").rglob("*.py")) if path not in older]
+    assert len(files) > 25
+    found = {
+        (path.name, name)
+        for path in files
+        for name in identifiers(path)
+        if OLD_WORDS.search(name) and name != "__all__"
+    }
+    assert found == set()
+
+
+def test_tuning_quotes_headings_of_the_log():
+    """Each measured constant names the section that has its figures."""
+    headings = re.findall(
+        r"^##+ (.+)$", (ROOT / "benchmarks/quality/LOG.md").read_text(), re.MULTILINE
+    )
+    quoted = re.findall(r'"([^"]+)"', (ROOT / "kernels/tuning.py").read_text().split('"""', 2)[2])
+    assert len(quoted) > 10
+    assert [one for one in quoted if not any(head.startswith(one) for head in headings)] == []

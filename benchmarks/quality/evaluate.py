@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
+from s2o_vllm.kernels.tuning import STOP_STEP_TOKENS
 
 from ..result_file import commit, local_device
 from .attention import Segment

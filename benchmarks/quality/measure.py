@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.plan import STOP_STEP_TOKENS
-from s2o_vllm.kernels.reference import region_weight
+from s2o_vllm.kernels.attention.reference import region_mass
+from s2o_vllm.kernels.tuning import STOP_STEP_TOKENS
 
 from .attention import Partial, Segment, attend, merge
 from .selection import Selection
@@ -56,7 +56,7 @@ def measure(segment: Segment, selection: Selection) -> Errors:
             mean = selection.pseudo[u]
             counts = mean.count
             if mean.spread is not None:
-                counts = counts * region_weight(q[rows], mean.spread, segment.scale)[:, None]
+                counts = counts * region_mass(q[rows], mean.spread, segment.scale)[:, None]
             stand_in = attend(q[rows], mean.k, mean.v, segment.scale, counts.log())
             if mean.slope is not None:
                 stand_in = stand_in._replace(

@@ -11,17 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.plan import (
-    FIT_QUERIES,
-    HEADS_SHARED,
-    REGION_TOKENS,
-    SLOPE_WEIGHT,
-    chunk_end,
-    region_samples,
-    slope_span,
-)
-from s2o_vllm.kernels.reference_regions import covariance, region_positions, slope_positions
-from s2o_vllm.kernels.reference_select import list_lengths
+from s2o_vllm.kernels.attention.reference import covariance, covariance_positions, region_positions
+from s2o_vllm.kernels.attention.summary_table import covariance_part, region_samples
+from s2o_vllm.kernels.selection.reference import list_lengths
+from s2o_vllm.kernels.tuning import COVARIANCE_WEIGHT, HEADS_SHARED, REGION_TOKENS, SPAN_LENGTH
+from s2o_vllm.kernels.work_list import chunk_end
 
 from .attention import Segment
 from .units import Rows
@@ -242,8 +236,8 @@ class Selector:
     def _covariances(self, kv: int) -> tuple[Tensor, Tensor]:
         """Return the value-key and the key covariance that a segment has of its history."""
         history = self.segment.history
-        known, span = history // FIT_QUERIES * FIT_QUERIES, slope_span(chunk_end(history + 1))
-        positions = slope_positions(known, span, self.segment.k.device)
+        known, span = history // SPAN_LENGTH * SPAN_LENGTH, covariance_part(chunk_end(history + 1))
+        positions = covariance_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
         slope, spread = (covariance(keys, x, len(positions))[0] for x in (values, keys))
-        return SLOPE_WEIGHT * slope, spread
+        return COVARIANCE_WEIGHT * slope, spread

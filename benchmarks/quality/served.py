@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels import basis, retrieval
-from s2o_vllm.kernels.plan import FIT_QUERIES, FITS
+from s2o_vllm.kernels.ranking import basis, retrieval
+from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
 from .attention import Segment
 from .ranking import Method
@@ -20,8 +20,9 @@ class Served(Method):
     """The low-rank ranking of `s2o_vllm.kernels`: `basis.fit`, projection to e4m3, maximum.
 
     One list for 64 queries of a GQA group; the basis of each head is fitted to its last
-    ``FITS * FIT_QUERIES`` queries, as in a full work list, and to the whole history. Retrieval
-    heads are found by the last lists of the segment and ranked again, see `kernels.retrieval`. The
+    ``CHUNK_SPANS * SPAN_LENGTH`` queries, as in a full work list, and to the whole history.
+    Retrieval heads are found by the last lists of the segment and ranked again, see
+    `kernels.ranking.retrieval`. The
     heads of a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised
     by regions.
     """
@@ -53,7 +54,8 @@ def _scores(
     segment: Segment, queries_each: int, heads: Tensor, precision: basis.Precision
 ) -> Tensor:
     """Return the scores of some heads, list by list: float32 ``[lists, heads, history]``."""
-    recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)[:, -FITS * FIT_QUERIES :]
+    recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)
+    recent = recent[:, -CHUNK_SPANS * SPAN_LENGTH :]
     kv_head = heads // segment.group
     keys, own_keys = segment.k[kv_head], segment.own_k[kv_head]
     fitted = basis.fit(

@@ -20,10 +20,7 @@ import torch
 from torch import Tensor
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import basis, regions, select
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
-    CHUNK,
+from s2o_vllm.kernels.layout import (
     DENSE_START,
     ELIGIBLE,
     HISTORY,
@@ -31,10 +28,13 @@ from s2o_vllm.kernels.plan import (
     NUM_QUERIES,
     QUERY_START,
     VISITED,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
 )
+from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.shape import Shape
+from s2o_vllm.kernels.side_stream import SideStream
+from s2o_vllm.kernels.tuning import CHUNK
+from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 from ..quality.far_tokens import DENSE_END, find
 from ..quality.intervals import mean_clustered
@@ -82,10 +82,10 @@ def exact_scores(
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     scores = query.new_full(
-        (work.num_items, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
     )
-    items = [(i, item) for i, item in enumerate(work.items.tolist()) if item[DENSE_START] > 0]
-    pages = -(-work.max_fit_tokens // page)
+    items = [(i, item) for i, item in enumerate(work.segments.tolist()) if item[DENSE_START] > 0]
+    pages = -(-work.max_seen // page)
     blocks = kv_cache[block_table[work.row, :pages].long(), ..., :head_dim]
     keys = blocks.transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens, head_dim]
     for first in range(0, len(items), TOGETHER):
@@ -112,42 +112,44 @@ def exact_scores(
     return scores
 
 
-def choose_exactly(operator: SparsePrefill) -> None:
-    """Let an operator choose its lists by :func:`exact_scores`."""
-    if operator.space is None:
-        operator.reference = exact_scores
-        return
+class ExactRanking:
+    """By exact probabilities."""
 
-    def rank(
+    def score(
+        self,
         query: Tensor,
         kv_cache: Tensor,
         block_table: Tensor,
         work: WorkList,
+        scores: Tensor,
+        bounds: Tensor,
         *,
-        k_scale: float = 1.0,
+        scale: float,
+        side_stream: SideStream,
+        overlapped: Callable[[], None],
     ) -> None:
-        space = operator.space
+        """See `ranking.rankings.Ranking`."""
         if work.first_of_chunk:
-            regions.average(kv_cache, block_table, work, space.regions)
+            overlapped()
         if work.max_history == 0:
             return
-        found = exact_scores(query, kv_cache, block_table, work, scale=operator.scale * k_scale)
-        chosen = space.selection
-        chosen.scores[: work.num_items, :, : work.max_history] = found
+        found = exact_scores(query, kv_cache, block_table, work, scale=scale)
+        scores[: work.num_segments, :, : work.max_history] = found
         chunks = -(-work.max_history // CHUNK)
         padded = torch.nn.functional.pad(found.float(), (0, chunks * CHUNK - work.max_history))
         padded = padded.unflatten(2, (chunks, CHUNK))
         token = torch.arange(chunks * CHUNK, device=found.device).unflatten(0, (chunks, CHUNK))
-        inside = token < work.items[:, DENSE_START, None, None, None]
-        bounds = chosen.bounds.unflatten(0, (-1, found.shape[1]))[: work.num_items, :, :chunks]
-        bounds[..., 0] = padded.masked_fill(~inside, float("-inf")).amax(-1)
-        bounds[..., 1] = padded.masked_fill(~inside, float("inf")).amin(-1)
-        select.select(
-            block_table, work, kv_cache.shape[2], chosen, operator.tiers,
-            shared=operator.shape.limits.shared,
-        )  # fmt: skip
+        inside = token < work.segments[:, DENSE_START, None, None, None]
+        own = bounds.unflatten(0, (-1, found.shape[1]))[: work.num_segments, :, :chunks]
+        own[..., 0] = padded.masked_fill(~inside, float("-inf")).amax(-1)
+        own[..., 1] = padded.masked_fill(~inside, float("inf")).amin(-1)
 
-    operator.rank = rank  # type: ignore[method-assign]
+
+def choose_exactly(operator: SparsePrefill) -> None:
+    """Let an operator choose its lists by :func:`exact_scores`."""
+    operator.reference = exact_scores
+    if operator.space is not None:
+        operator.space = operator.space._replace(ranking=ExactRanking())
 
 
 class Attention:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from s2o_vllm.kernels.plan import TIERS_UNORDERED
-from s2o_vllm.kernels.reference_select import select_positions
+from s2o_vllm.kernels.selection.reference import select_positions
+from s2o_vllm.kernels.tuning import TIERS_UNORDERED
 
 from ..quality.attention import Segment
 from ..quality.evaluate import run_judge

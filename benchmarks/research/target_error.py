@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from s2o_vllm.kernels.reference_select import list_lengths
+from s2o_vllm.kernels.selection.reference import list_lengths
 
 from ..quality.attention import Segment
 from ..quality.evaluate import run_judge

@@ -28,9 +28,12 @@ from typing import Any
 
 import torch
 
-from s2o_vllm.kernels import basis, decode
-from s2o_vllm.kernels.decode_plan import DecodeRow, DecodeShape, DecodeTable
-from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels import decode_step
+from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape, DecodeTable
+from s2o_vllm.kernels.layout import NUM_COUNTERS
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.ranking.append import append_keys
+from s2o_vllm.kernels.tuning import CHUNK
 
 from ..result_file import header, save
 from .dense import PAGE, SHAPES, ceilings, milliseconds
@@ -91,20 +94,22 @@ def operator(
     (size, heads, head_dim), kv_heads = batch.query.shape, batch.kv_cache.shape[1]
     device, dtype = batch.query.device, batch.query.dtype
     shape = DecodeShape(heads, kv_heads, head_dim, batch.context, size, budget)
-    space = decode.DecodeWorkspace(shape, dtype, device, decode.scratch(shape, device, chunk=chunk))
+    space = decode_step.RequestStates(
+        shape, dtype, device, decode_step.scratch(shape, device, chunk=chunk)
+    )
     for part in (space.fit.a, space.fit.b):
         part[..., : basis.RANK].normal_(std=head_dim**-0.5)
     space.fit.offset[..., basis.RANK :] = -torch.tensor(basis.SHIFT_FACTORS, device=device)
-    space.known.fill_(batch.context // space.regions.tokens)
+    space.known.fill_(batch.context // space.summaries.region_tokens)
     table = DecodeTable(shape, size, device)
     rows = [DecodeRow(number, number, batch.context - 1, number, 0) for number in range(size)]
-    decode.append(batch.kv_cache, batch.block_table, table.fill(rows, size), space)
+    append_keys(batch.kv_cache, batch.block_table, table.fill(rows, size), space)
     steps = table.fill([row._replace(covered=batch.context - 1) for row in rows], size)
     out = torch.empty_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
 
     def run() -> torch.Tensor:
-        decode.decode(
+        decode_step.decode(
             batch.query, batch.kv_cache, batch.block_table, steps, space, out, counters,
             scale=batch.scale,
         )  # fmt: skip

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import attend
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.layout import (
     DROPPED,
     DROPPED_UNIT,
     ELIGIBLE,
@@ -20,12 +19,12 @@ from s2o_vllm.kernels.plan import (
     NUM_QUERIES,
     SAMPLED,
     VISITED,
-    Lists,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
 )
+from s2o_vllm.kernels.prefill import SparsePrefill, Workspace
+from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import AttendTile
+from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 from .dense import (
     REPEAT_MS,
@@ -183,15 +182,21 @@ class Sparse:
         )  # fmt: skip
         self.out = torch.empty_like(prompt.query)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=prompt.query.device)
-        self.lists: list[Lists] = []
+        self.lists: list[SelectedTokens] = []
         self.query, self.k_scale, self.query_e4m3 = prompt.query, prompt.unit, None
         if prompt.kv_dtype == "fp8":  # as a layer hands it on, in units of its own
             self.query_e4m3 = to_fp8(prompt.query)
             self.query = self.query_e4m3.to(prompt.query.dtype)
             self.k_scale *= prompt.unit
-        self.units: dict[str, Any] = {
+        self.kv_scales: dict[str, Any] = {
             "k_scale": self.k_scale, "v_scale": prompt.unit, "query_e4m3": self.query_e4m3,
         }  # fmt: skip
+
+    @property
+    def space(self) -> Workspace:
+        """The operator's scratch."""
+        assert self.operator.space is not None, "the kernels are timed on a card"
+        return self.operator.space
 
     def arguments(self, work: WorkList) -> tuple:
         """Return what every launch takes first."""
@@ -204,7 +209,7 @@ class Sparse:
     def run(self) -> torch.Tensor:
         """Rank, select and attend; return the output."""
         for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
+            self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
         return self.out
 
     def rank(self) -> None:
@@ -213,10 +218,11 @@ class Sparse:
             self.operator.rank(*self.arguments(work), k_scale=self.k_scale)
 
     def attend(self, stop_threshold: float = 0.0) -> None:
-        """Attend only, over the lists that :meth:`visits` kept and the last chunk's regions."""
+        """Attend only, over the lists that :meth:`visits` kept and the last chunk's summaries."""
+        summaries = self.space.summaries
         for work, lists in zip(self.waves, self.lists, strict=True):
             attend.attend(
-                *self.arguments(work), lists, self.operator.space.regions, self.out, self.counters,
+                *self.arguments(work), lists, summaries, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
                 stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile(work),
             )  # fmt: skip
@@ -232,15 +238,15 @@ class Sparse:
         shape, gathered, before = self.operator.shape, 0.0, [0] * NUM_COUNTERS
         dropped, sampled = 0, 0
         for work in self.waves:
-            self.operator(*self.arguments(work), self.out, self.counters, **self.units)
-            lists = self.operator.space.selection.lists(work)
-            self.lists.append(Lists(*(part.clone() for part in lists)))
-            counters, queries = self.counters.tolist(), int(work.items[:, NUM_QUERIES].sum())
+            self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
+            lists = self.space.selection.lists(work)
+            self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
+            counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())
             gathered += attend_bytes(
                 shape, self.tile(work).block_m, queries, counters[VISITED] - before[VISITED],
                 self.prompt.kv_dtype, lists.lengths.shape[1],
             )  # fmt: skip
-            if int(work.items[:, HISTORY].min()) >= first:
+            if int(work.segments[:, HISTORY].min()) >= first:
                 dropped += counters[DROPPED] - before[DROPPED]
                 sampled += counters[SAMPLED] - before[SAMPLED]
             before = counters

@@ -18,8 +18,10 @@ import torch
 
 from s2o_vllm.config import RANKINGS, S2OConfig
 from s2o_vllm.cost import least_new_tokens
-from s2o_vllm.kernels.operator import Shape, SparsePrefill
-from s2o_vllm.kernels.plan import NUM_COUNTERS, PrefillRow, build_work_lists
+from s2o_vllm.kernels.layout import NUM_COUNTERS
+from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.shape import Shape
+from s2o_vllm.kernels.work_list import PrefillRow, build_work_lists
 
 from ..result_file import header, save
 from .dense import SHAPES, fa3_paged, in_turn, make_prompt

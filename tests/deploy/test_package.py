@@ -41,7 +41,7 @@ def test_every_package_is_listed_but_research():
 
 def test_a_wheel_holds_no_research_and_its_methods_do_without(built):
     files = {str(path.relative_to(built)) for path in built.rglob("*.py")}
-    assert "s2o_vllm/kernels/attend.py" in files
+    assert "s2o_vllm/kernels/attention/attend.py" in files
     assert "s2o_vllm/benchmarks/speed/attention.py" in files
     assert [name for name in files if "research" in name] == []
     code = (

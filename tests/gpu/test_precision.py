@@ -5,28 +5,19 @@ import torch
 
 from cases import CACHES, dense_attention, full_lists, make_batch, nan_like, relative_error
 from s2o_vllm.config import RANKINGS as SEGMENTS
-from s2o_vllm.kernels import (
-    attend,
-    low_rank,
-    rank,
-    reference,
-    reference_regions,
-    reference_select,
-    select,
-)
-from s2o_vllm.kernels.operator import RANKINGS, Shape, SparsePrefill
-from s2o_vllm.kernels.plan import (
-    DENSE_START,
-    ELIGIBLE,
-    HEADS_SHARED,
-    LIST_LENGTH,
-    NUM_COUNTERS,
-    ROW,
-    VISITED,
-    build_work_lists,
-    list_places,
-)
+from s2o_vllm.kernels import paging
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, LIST_LENGTH, NUM_COUNTERS, ROW, VISITED
+from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.ranking import RANKINGS, low_rank, mean_query
+from s2o_vllm.kernels.ranking import reference as ranking_reference
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import HEAD_DIMS, attend_tile
+from s2o_vllm.kernels.tuning import HEADS_SHARED
+from s2o_vllm.kernels.work_list import build_work_lists, list_capacity
 
 CHUNKS = ((3000, 700), (0, 300), (1777, 1), (500, 64))
 
@@ -53,7 +44,7 @@ def test_full_list_is_dense_attention(dtype, head_dim, heads, kv_heads, fp8):
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
     for work, lists in full_lists(batch):
-        own = reference_regions.average(batch.kv_cache, batch.block_table, work, dtype, 32)
+        own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, dtype, 32)
         attend.attend(
             batch.query, batch.kv_cache, batch.block_table, work, lists, own, out, counters,
             scale=batch.scale, v_scale=batch.v_scale, tile=attend_tile(head_dim, out.device),
@@ -75,28 +66,30 @@ def test_lists_agree_with_the_reference(ranking, fp8):
     for work in batch.work(segment=64):
         if work.max_list == 0:
             continue
-        places = work.num_items * list_places(work.max_list)
-        selection = select.SelectWorkspace(work.num_items, 8, work.max_history, places, device)
+        places = work.num_segments * list_capacity(work.max_list)
+        selection = select.SelectWorkspace(work.num_segments, 8, work.max_history, places, device)
         arguments = (batch.query, batch.kv_cache, batch.block_table, work)
         results = (selection.scores, selection.bounds)
         if ranking == "mean_query":
-            space = rank.RankWorkspace(
-                work.num_items, heads, head_dim, work.max_history, batch.query.dtype, device
+            space = mean_query.MeanQueryWorkspace(
+                work.num_segments, heads, head_dim, work.max_history, batch.query.dtype, device
             )
-            rank.mean_query_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.mean_query_scores(*arguments, scale=batch.scale)
+            mean_query.mean_query_scores(*arguments, *results, space, scale=batch.scale)
+            wanted = ranking_reference.mean_query_scores(*arguments, scale=batch.scale)
         else:
             space = low_rank.LowRankWorkspace(
-                heads, heads, head_dim, work.max_fit_tokens, work.num_items, 64,
+                heads, heads, head_dim, work.max_seen, work.num_segments, 64,
                 batch.query.dtype, device,
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
-            wanted = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
+            wanted = ranking_reference.low_rank_scores(
+                *arguments, scale=batch.scale, chosen=space.chosen
+            )
         page = batch.kv_cache.shape[2]
         select.select(batch.block_table, work, page, selection)
-        lists = reference_select.select(wanted, batch.block_table, work, page)
+        lists = selection_reference.select(wanted, batch.block_table, work, page)
         own = selection.lists(work)
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
             # Of a budget that a pair shares rounding moves a bucket from one list to the other.
             pairs, likewise = (
@@ -109,7 +102,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
                 got = set(own.slots[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
                 best = wanted[number, head, : item[DENSE_START]].topk(count).indices
-                slots = reference_select.physical_slots(best, table_row, page)
+                slots = paging.physical_slots(best, table_row, page)
                 common = len(got & set(slots.tolist()))
                 assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
 

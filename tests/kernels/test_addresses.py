@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from cases import CACHES, far_away, full_lists, make_batch, nan_like
-from s2o_vllm.kernels import attend, low_rank, rank, reference_regions, regions
-from s2o_vllm.kernels.plan import CHUNK, NUM_COUNTERS
+from s2o_vllm.kernels.attention import attend, summaries
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.layout import NUM_COUNTERS
+from s2o_vllm.kernels.ranking import low_rank, mean_query
 from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.tuning import CHUNK
 
 REGION = 32
 
@@ -19,7 +22,7 @@ def by_low_rank(batch, work):
     """Basis, projections, row sums and scores of a history."""
     heads, head_dim = batch.query.shape[1:]
     space = low_rank.LowRankWorkspace(
-        heads, heads, head_dim, work.max_fit_tokens, work.num_items, 32, batch.query.dtype,
+        heads, heads, head_dim, work.max_seen, work.num_segments, 32, batch.query.dtype,
         batch.query.device,
     )  # fmt: skip
     return scored(low_rank.low_rank_scores, batch, work, space)
@@ -27,17 +30,17 @@ def by_low_rank(batch, work):
 
 def by_mean_query(batch, work):
     heads, head_dim = batch.query.shape[1:]
-    space = rank.RankWorkspace(
-        work.num_items, heads, head_dim, work.max_history, batch.query.dtype, batch.query.device
+    space = mean_query.MeanQueryWorkspace(
+        work.num_segments, heads, head_dim, work.max_history, batch.query.dtype, batch.query.device
     )
-    return scored(rank.mean_query_scores, batch, work, space)
+    return scored(mean_query.mean_query_scores, batch, work, space)
 
 
 def scored(function, batch, work, space):
     heads = batch.kv_cache.shape[1]
     chunks = -(-work.max_history // CHUNK)
-    scores = torch.zeros(work.num_items, heads, chunks * CHUNK, device=batch.query.device).half()
-    bounds = torch.zeros(work.num_items * heads, chunks, 2, device=batch.query.device)
+    scores = torch.zeros(work.num_segments, heads, chunks * CHUNK, device=batch.query.device).half()
+    bounds = torch.zeros(work.num_segments * heads, chunks, 2, device=batch.query.device)
     function(
         batch.query, batch.kv_cache, batch.block_table, work, scores, bounds, space,
         scale=batch.scale,
@@ -47,13 +50,13 @@ def scored(function, batch, work, space):
 
 def by_regions(batch, work):
     kv_heads, _, width = batch.kv_cache.shape[1:]
-    space = regions.workspace(
+    space = summaries.workspace(
         kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, batch.query.device, REGION
     )
-    for part in (space.means, space.slopes, space.spreads):
+    for part in (space.means, space.value_covariances, space.key_covariances):
         part.zero_()
-    regions.average(batch.kv_cache, batch.block_table, work, space)
-    return torch.cat([part.float().flatten() for part in (space.means, space.slopes)])
+    summaries.summarise(batch.kv_cache, batch.block_table, work, space)
+    return torch.cat([part.float().flatten() for part in (space.means, space.value_covariances)])
 
 
 def by_attention(batch, work):
@@ -64,7 +67,7 @@ def by_attention(batch, work):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     attend.attend(
         batch.query, batch.kv_cache, batch.block_table, work, lists,
-        reference_regions.average(
+        attention_reference.summarise(
             batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
         ),
         out, counters, scale=batch.scale, v_scale=batch.v_scale,

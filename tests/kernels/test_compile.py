@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from s2o_vllm.kernels.operator import RANKINGS
+from s2o_vllm.kernels.ranking import RANKINGS
 from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
 
 COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
@@ -29,10 +29,10 @@ TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # which no card has run, up to 60.
 SPILLED_CROWDED = {BF16: 256, FP8: 256 if TRITON < (3, 8) else 304}
 LOOP_SPILLS_CROWDED = {BF16: 8, FP8: 16 if TRITON < (3, 8) else 64}
-# Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these two go without: one
+# Triton sets the proxy fence of pipelined loops from 3.7.1 on. Before, these go without: one
 # stage would cost them their speed, and they have passed on cards.
 FENCED = TRITON >= (3, 7, 1)
-UNFENCED = () if FENCED else ("_score_kernel", "_attend_kernel")
+UNFENCED = () if FENCED else ("_mean_score_kernel", "_score_kernel", "_attend_kernel")
 # vLLM's FlashAttention takes an fp8 cache on these two only.
 TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (100, FP8)]
 
@@ -61,10 +61,11 @@ def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(
 def test_compiles_and_fits(target):
     kernels, capability = compiling(*target), target[0]
     assert {one["name"].split()[0] for one in kernels} == {
-        "_mean_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
+        "_mean_kernel", "_mean_score_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_rows_kernel", "_shift_kernel", "_count_kernel",
-        "_plan_kernel", "_emit_kernel", "_region_kernel", "_covariance_kernel", "_slope_kernel",
-        "_attend_kernel", "_append_kernel", "_merge_kernel",
+        "_plan_kernel", "_emit_kernel", "_region_kernel", "_covariance_kernel",
+        "_span_covariance_kernel",
+        "_attend_kernel", "_append_kernel", "_merge_kernel", "_sought_kernel", "_pick_kernel",
     }  # fmt: skip
     for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one

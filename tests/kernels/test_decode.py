@@ -17,33 +17,23 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import (
-    basis,
-    decode,
-    decode_operator,
-    reference,
-    reference_decode,
-    reference_regions,
-    reference_select,
-    regions,
-)
-from s2o_vllm.kernels.decode_operator import SparseDecode
-from s2o_vllm.kernels.decode_plan import (
+from s2o_vllm.kernels import decode_reference, decode_step, paging
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.attention import summaries
+from s2o_vllm.kernels.decode import SparseDecode
+from s2o_vllm.kernels.decode_state import (
     DecodeRow,
     DecodeShape,
     DecodeTable,
-    decode_item,
-    keep,
+    choose_snapshot,
+    decode_line,
 )
-from s2o_vllm.kernels.plan import (
-    DENSE_START,
-    ELIGIBLE,
-    NUM_COUNTERS,
-    STOPPED,
-    TIERS_SPLIT,
-    VISITED,
-    PrefillRow,
-)
+from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
+from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.ranking.append import append_keys
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.tuning import TIERS_SPLIT
+from s2o_vllm.kernels.work_list import PrefillRow
 
 LONGEST = 768
 CONTEXTS = (333, 600, 65)  # of requests in decode; the last has no history before its dense part
@@ -91,14 +81,14 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
     ``by`` fills one: by default the references do, which take less time than the kernels.
     """
     shape, device = shape_of(batch, budget), batch.query.device
-    space = decode.DecodeWorkspace(
-        shape, batch.query.dtype, device, decode.scratch(shape, device, chunk=CHUNK), REGION
+    space = decode_step.RequestStates(
+        shape, batch.query.dtype, device, decode_step.scratch(shape, device, chunk=CHUNK), REGION
     )
     kind = torch.uint8 if ON_GPU else torch.int16
     space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
     for number, slot in enumerate(slots):
         query, work = prompt_of(batch, number)
-        (by or by_references)(batch, space, keep(work, slot), query, work)
+        (by or by_references)(batch, space, choose_snapshot(work, slot), query, work)
     rows = [
         DecodeRow(number, number, context, slots[number], PROMPTS[number])
         for number, context in enumerate(CONTEXTS)
@@ -109,43 +99,45 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
 def by_references(batch, space, one, query, work):
     """Fill a slot as the references would."""
     cache, table, slot, rank = batch.kv_cache, batch.block_table, one.slot, basis.RANK
-    span, bases = work.spans[one.fit], cache.shape[1]
+    span, bases = work.spans[one.span], cache.shape[1]
     fitted = basis.fit_span(query, cache, table, work.row, span, bases, batch.scale)
     for own, part in zip(space.fit, fitted, strict=True):
         own[slot, ..., :rank] = part
     space.fit.offset[slot, :, rank:] = -torch.tensor(basis.SHIFT_FACTORS, device=query.device)
     positions = torch.arange(one.tokens, device=query.device)
-    places = reference.physical_slots(positions, table[work.row], cache.shape[2])
-    keys, _ = reference.load_tokens(cache, places, query.shape[2])
+    places = paging.physical_slots(positions, table[work.row], cache.shape[2])
+    keys, _ = paging.load_tokens(cache, places, query.shape[2])
     images = basis.key_images(
         keys, basis.Basis(*(part[slot] for part in fit_of(space))), space.images.dtype
     )
     space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
-    averaged = reference_regions.average(cache, table, work, query.dtype, REGION)
+    averaged = attention_reference.summarise(cache, table, work, query.dtype, REGION)
     space.known[slot] = one.tokens // REGION
-    space.regions.means[slot, :, : one.tokens // REGION] = averaged.means
-    space.regions.slopes[slot] = averaged.slopes[one.fit]
-    space.regions.spreads[slot] = averaged.spreads[one.fit]
+    space.summaries.means[slot, :, : one.tokens // REGION] = averaged.means
+    space.summaries.value_covariances[slot] = averaged.value_covariances[one.span]
+    space.summaries.key_covariances[slot] = averaged.key_covariances[one.span]
 
 
 def by_kernels(batch, space, one, query, work):
     """Fill a slot as a server does on a card."""
     shape, device, dtype = shape_of(batch), query.device, query.dtype
-    operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
-    ranked, _ = decode_operator.fitting(shape, dtype, device)
+    backend = decode_step.DecodeKernels(shape, dtype, device)
+    ranked, _ = decode_step.fitting_scratch(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
-    averaged = regions.workspace(*sizes, dtype, device, REGION)
-    operator.slots, operator.fitting = space, (ranked, averaged)
-    operator.keep(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
+    averaged = summaries.workspace(*sizes, dtype, device, REGION)
+    backend.states, backend.fitting = space, (ranked, averaged)
+    operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
+    operator.backend = backend
+    operator.take(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
 
 
-def listed(batch, rows, budget=0.25, items=None):
-    """A step's work list, by default without items to spare."""
+def listed(batch, rows, budget=0.25, segments=None):
+    """A step's work list, by default without segments to spare."""
     table = DecodeTable(shape_of(batch, budget), len(CONTEXTS), batch.query.device)
-    return table.fill(rows, len(rows) if items is None else items)
+    return table.fill(rows, len(rows) if segments is None else segments)
 
 
-def run(batch, rows, space, function=decode.decode, **options):
+def run(batch, rows, space, function=decode_step.decode, **options):
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     function(
@@ -164,13 +156,13 @@ def fit_of(space):
 def test_new_keys_have_the_images_that_the_slots_basis_gives(device, size):
     batch = make(device, *size)
     space, rows = kept(batch, by=by_kernels)
-    decode.append(batch.kv_cache, batch.block_table, rows, space)
+    append_keys(batch.kv_cache, batch.block_table, rows, space)
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     factors = torch.tensor(basis.SHIFT_FACTORS, device=device)
     for row in rows.rows:
         positions = torch.arange(row.context + 1, device=device)
-        slots = reference.physical_slots(positions, batch.block_table[row.row], page)
-        keys, _ = reference.load_tokens(batch.kv_cache, slots, head_dim)
+        slots = paging.physical_slots(positions, batch.block_table[row.row], page)
+        keys, _ = paging.load_tokens(batch.kv_cache, slots, head_dim)
         wanted = keys @ space.fit.b[row.slot].float() - space.fit.offset[row.slot][:, None]
         got = space.images[row.slot, :, : row.context + 1].float()
         assert ((got - wanted).abs() <= ULP * wanted.abs() + 2e-2).all()
@@ -194,9 +186,9 @@ def test_scores_are_the_references(device, size):
     batch = make(device, *size, spread=2.0)
     space, rows = kept(batch)
     run(batch, rows, space)
-    wanted = reference_decode.scores(batch.query, space.images, fit_of(space), rows.work)
-    got = space.selection.scores[: rows.work.num_items]
-    for number, item in enumerate(rows.work.items.tolist()):
+    wanted = decode_reference.scores(batch.query, space.images, fit_of(space), rows.work)
+    got = space.selection.scores[: rows.work.num_segments]
+    for number, item in enumerate(rows.work.segments.tolist()):
         n = item[DENSE_START]
         # Rough exponentials, and rows that end with their shift in three roundings.
         torch.testing.assert_close(
@@ -212,17 +204,19 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     out, counters = run(batch, rows, space, softcap=softcap)
     work, page = rows.work, batch.kv_cache.shape[2]
     got = space.selection.lists(work)
-    scores = space.selection.scores[: work.num_items, :, : work.max_history]
-    lists = reference_select.select(scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK)
+    scores = space.selection.scores[: work.num_segments, :, : work.max_history]
+    lists = selection_reference.select(
+        scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK
+    )
     assert torch.equal(got.lengths, lists.lengths)
-    for number, head in itertools.product(range(work.num_items), range(scores.shape[1])):
+    for number, head in itertools.product(range(work.num_segments), range(scores.shape[1])):
         count = int(lists.lengths[number, head])
         assert torch.equal(got.slots[number, head, :count], lists.slots[number, head, :count])
     wanted = nan_like(batch.query)
     counted = torch.zeros_like(counters)
-    reference.attend(
-        batch.query, batch.kv_cache, batch.block_table, work, lists, space.regions, wanted, counted,
-        scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
+    attention_reference.attend(
+        batch.query, batch.kv_cache, batch.block_table, work, lists, space.summaries, wanted,
+        counted, scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip
     assert relative_error(out, wanted) < TOLERANCE
     # None stops early, and no mass is estimated.
@@ -272,28 +266,28 @@ def test_the_operator_keeps_and_decodes(device, fp8):
     )
     operator.warm_up(batch.query, batch.kv_cache, batch.block_table)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    units = {"k_scale": batch.k_scale}
+    kv_scales = {"k_scale": batch.k_scale}
     rows = []
     for number, context in enumerate(CONTEXTS):
         query, work = prompt_of(batch, number)
         arguments = (query, batch.kv_cache, batch.block_table, work)
-        operator.keep(keep(work, number), *arguments, **units)
-        rows.append(DecodeRow(number, number, context, number, work.max_fit_tokens))
+        operator.take(choose_snapshot(work, number), *arguments, **kv_scales)
+        rows.append(DecodeRow(number, number, context, number, work.max_seen))
     assert [row.covered for row in rows] == list(PROMPTS)
     for budget, limit in ((1.0, TOLERANCE), (0.5, 0.7)):
         out = nan_like(batch.query)
         operator(
             batch.query, batch.kv_cache, batch.block_table,
-            listed(batch, rows, budget), out, counters, v_scale=batch.v_scale, **units,
+            listed(batch, rows, budget), out, counters, v_scale=batch.v_scale, **kv_scales,
         )  # fmt: skip
         assert relative_error(out, dense_attention(batch)) < limit
 
 
 def test_the_dense_part_is_recent_and_whole_tokens_of_it():
-    starts = [decode_item(DecodeRow(0, 0, n, 0, 0), 0.1)[DENSE_START] for n in range(700)]
+    starts = [decode_line(DecodeRow(0, 0, n, 0, 0), 0.1)[DENSE_START] for n in range(700)]
     assert starts[127] == 0
     assert all(64 <= n - start <= 127 for n, start in enumerate(starts) if n >= 128)
-    assert decode_item(DecodeRow(4, 7, 1000, 2, 0), 0.1) == (4, 7, 1, 1000, 896, 89, 2)
+    assert decode_line(DecodeRow(4, 7, 1000, 2, 0), 0.1) == (4, 7, 1, 1000, 896, 89, 2)
 
 
 def test_the_step_lists_what_its_slots_lack():
@@ -301,13 +295,13 @@ def test_the_step_lists_what_its_slots_lack():
     table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
     made = table.fill(rows, 4)
     assert made.appends.tolist() == [[1, 2, 440, 61], [0, 0, 300, 1], [2, 1, 10, 0], [0, 0, 0, 0]]
-    assert made.work.items[:, DENSE_START].tolist() == [384, 192, 0, 0]
+    assert made.work.segments[:, DENSE_START].tolist() == [384, 192, 0, 0]
     assert table.limits[:3].tolist() == [1, 1, 1]
     assert (table.limits[3:] > 10**9).all()
     assert (made.work.max_history, made.work.max_list) == (700, 105)
 
     after = table.fill([], 5)
-    assert (after.work.items.any() or after.appends.any()) == 0, "nothing of the step before"
+    assert (after.work.segments.any() or after.appends.any()) == 0, "nothing of the step before"
     assert (table.limits > 10**9).all()
 
 
@@ -321,7 +315,7 @@ def test_every_step_is_in_the_same_place_and_of_the_same_shape():
         assert a.data_ptr() == b.data_ptr() if name == "items" else a == b
     assert one.appends.data_ptr() == other.appends.data_ptr()
     # Alignment is part of what a kernel is compiled for.
-    assert all(x.data_ptr() % 16 == 0 for x in (table.items, table.appends, table.limits))
+    assert all(x.data_ptr() % 16 == 0 for x in (table.segments, table.appends, table.limits))
 
 
 def test_items_to_spare_write_nothing(device):
@@ -330,8 +324,11 @@ def test_items_to_spare_write_nothing(device):
     run(batch, rows, space)
     some = rows.rows[1:]
     wanted, counted = run(batch, listed(batch, some), space)
-    images, lists = space.images.clone(), space.selection.lists(listed(batch, some, items=5).work)
-    got, again = run(batch, listed(batch, some, items=5), space)
+    images, lists = (
+        space.images.clone(),
+        space.selection.lists(listed(batch, some, segments=5).work),
+    )
+    got, again = run(batch, listed(batch, some, segments=5), space)
     assert torch.equal(got[1:], wanted[1:])
     assert torch.isnan(got[0]).all()
     assert torch.equal(again, counted)
@@ -339,18 +336,18 @@ def test_items_to_spare_write_nothing(device):
     kind = torch.uint8 if ON_GPU else torch.int16
     assert torch.equal(space.images.view(kind), images.view(kind))
 
-    nothing, counters = run(batch, listed(batch, [], items=5), space)
+    nothing, counters = run(batch, listed(batch, [], segments=5), space)
     assert torch.isnan(nothing).all()
     assert not counters.any()
-    reference_decode.decode(
-        batch.query, batch.kv_cache, batch.block_table, listed(batch, [], items=5), None, nothing,
-        counters, scale=batch.scale,
+    decode_reference.decode(
+        batch.query, batch.kv_cache, batch.block_table, listed(batch, [], segments=5), None,
+        nothing, counters, scale=batch.scale,
     )  # fmt: skip
     assert torch.isnan(nothing).all()
 
 
 def test_room_for_the_lists_of_all_slots():
     shape = DecodeShape(32, 8, 128, 131072, 4, 0.05)
-    assert shape.places == 4 * 9840
+    assert shape.slots == 4 * 9840
     full = DecodeShape(32, 8, 128, 131072, 4, 1.0)
-    assert full.places == 4 * (131072 + 64)
+    assert full.slots == 4 * (131072 + 64)

@@ -17,26 +17,30 @@ from cases import (
     nan_like,
     relative_error,
 )
-from s2o_vllm.kernels import attend, plan, reference, reference_regions, reference_select, select
-from s2o_vllm.kernels.plan import (
+from s2o_vllm.kernels import layout, tuning
+from s2o_vllm.kernels.attention import attend
+from s2o_vllm.kernels.attention import reference as attention_reference
+from s2o_vllm.kernels.layout import (
     DENSE_START,
     DROPPED,
-    FIT,
     HISTORY,
     LIST_LENGTH,
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
-    TIERS,
-    TIERS_SPLIT,
-    TIERS_UNORDERED,
+    SPAN,
+)
+from s2o_vllm.kernels.selection import reference as selection_reference
+from s2o_vllm.kernels.selection import select
+from s2o_vllm.kernels.tiles import attend_tile
+from s2o_vllm.kernels.tuning import TIERS, TIERS_SPLIT, TIERS_UNORDERED
+from s2o_vllm.kernels.work_list import (
     Limits,
     PrefillRow,
     build_work_lists,
-    list_places,
+    list_capacity,
     longest_list,
 )
-from s2o_vllm.kernels.tiles import attend_tile
 
 CPU = torch.device("cpu")
 # A kernel in the interpreter takes a second: few examples, and no search for a smaller one.
@@ -76,22 +80,22 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
     seen: dict[int, list[tuple[int, int]]] = {row.row: [] for row in rows}
     for one in lists:
         row = rows[one.row]
-        table = one.items.tolist()
+        table = one.segments.tolist()
         assert 1 <= len(table) <= items
         assert one.target_error == row.target_error
         lengths = [longest_list(item, shared) for item in table]
         assert one.max_list == max(lengths)
-        assert len(table) == 1 or len(table) * list_places(one.max_list) <= slots
+        assert len(table) == 1 or len(table) * list_capacity(one.max_list) <= slots
         assert one.max_history == max(item[DENSE_START] for item in table)
         assert one.max_queries == max(item[NUM_QUERIES] for item in table)
         assert [item[HISTORY] for item in table] == sorted(
             (item[HISTORY] for item in table), reverse=True
         )
-        assert one.dense_items == sum(item[DENSE_START] == 0 for item in table)
-        assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_items :])
+        assert one.dense_segments == sum(item[DENSE_START] == 0 for item in table)
+        assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_segments :])
         assert sum(count for _, count in one.groups.tolist()) == len(table)
-        assert one.fits.tolist() == [list(span) for span in one.spans]
-        assert len(one.spans) <= plan.FITS
+        assert one.span_table.tolist() == [list(span) for span in one.spans]
+        assert len(one.spans) <= tuning.CHUNK_SPANS
         for item in table:
             history, queries = item[HISTORY], item[NUM_QUERIES]
             assert item[QUERY_START] - row.query_start == history - row.context
@@ -108,7 +112,7 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
                 assert item[LIST_LENGTH] == max(int(row.budget * history), row.min_tokens)
             else:
                 assert history < max(min_context, 1) or history <= row.min_tokens
-            span = one.spans[item[FIT]]
+            span = one.spans[item[SPAN]]
             assert span.first <= item[QUERY_START]
             assert item[QUERY_START] + queries <= span.first + span.queries
             assert not item[DENSE_START] or history + queries <= span.tokens
@@ -139,7 +143,7 @@ def test_whole_segments_do_not_depend_on_how_a_prompt_is_cut(row, segment, min_c
         return {
             (item[HISTORY], item[NUM_QUERIES]): (item[DENSE_START], item[LIST_LENGTH])
             for one in lists
-            for item in one.items.tolist()
+            for item in one.segments.tolist()
         }
 
     together = {key: value for part in parts for key, value in found(part).items()}
@@ -179,13 +183,13 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
     """Lists of the kernels and of the reference; places that nobody wrote hold -7."""
     heads, page = scores.shape[1], batch.kv_cache.shape[2]
     space = select.SelectWorkspace(
-        work.num_items, heads, work.max_history, work.num_items * list_places(work.max_list),
-        scores.device, chunk,
+        work.num_segments, heads, work.max_history,
+        work.num_segments * list_capacity(work.max_list), scores.device, chunk,
     )  # fmt: skip
     space.scores.fill_(math.nan)
     space.scores[:, :, : scores.shape[2]] = scores
     space.bounds.fill_(math.nan)
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         for head in range(heads if item[DENSE_START] else 0):
             parts = scores[number, head, : item[DENSE_START]].float().split(chunk)
             for place, part in enumerate(parts):
@@ -194,7 +198,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
     for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
     select.select(batch.block_table, work, page, space, tiers, counted, shared=shared)
-    wanted = reference_select.select(
+    wanted = selection_reference.select(
         scores, batch.block_table, work, page, tiers, counted, chunk, shared
     )
     return space.lists(work), wanted
@@ -203,7 +207,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
 def assert_sound(batch, work, lists, shared):
     """Every list holds slots of its own request's history, once each, within its limits."""
     page = batch.kv_cache.shape[2]
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n = item[DENSE_START]
         positions = torch.arange(n, device=batch.block_table.device)
         own = set(
@@ -247,7 +251,7 @@ def test_a_selection_is_sound_and_that_of_the_reference(
     for work in batch.work(shared=shared):
         if work.max_list == 0:
             continue
-        scores = some_scores((work.num_items, heads, work.max_history), kind, device)
+        scores = some_scores((work.num_segments, heads, work.max_history), kind, device)
         got, wanted = select_both(batch, work, scores, *mode, shared)
         assert_sound(batch, work, wanted, shared)
         assert_sound(batch, work, got, shared)
@@ -306,12 +310,12 @@ def run_both(batch, lists, softcap):
     results = []
     for function, shape in (
         (attend.attend, {"tile": tile}),
-        (reference.attend, {"queries_per_tile": tile.block_m // group}),
+        (attention_reference.attend, {"queries_per_tile": tile.block_m // group}),
     ):
         out = nan_like(batch.query)
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
         for work, own in lists:
-            regions = reference_regions.average(
+            regions = attention_reference.summarise(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
             )
             function(
@@ -328,7 +332,7 @@ def visited(batch, lists):
     found = torch.zeros(batch.kv_cache.shape[:3], dtype=torch.bool)
     for work, own in lists:
         table = batch.block_table[work.row].cpu()
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             dense = torch.arange(item[DENSE_START], item[HISTORY] + item[NUM_QUERIES])
             found[table[dense // page].long(), :, dense % page] = True
             for head, count in enumerate(own.lengths[number].tolist()):
@@ -386,7 +390,8 @@ def test_huge_numbers_give_finite_attention(device, data, what, size):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_request_that_is_no_number_harms_itself_alone(device, ranking, where, value):
     """Overflow in a model, or weights that are broken: stock vLLM answers nonsense and lives."""
-    from s2o_vllm.kernels.operator import Shape, SparsePrefill
+    from s2o_vllm.kernels.prefill import SparsePrefill
+    from s2o_vllm.kernels.shape import Shape
 
     dtype = torch.bfloat16
     torch.manual_seed(0)
@@ -412,6 +417,6 @@ def test_a_request_that_is_no_number_harms_itself_alone(device, ranking, where, 
     after, counters = answer()
     assert torch.equal(after[64:], before[64:]), "another request's answer"
     assert (counters >= 0).all()
-    assert int(counters[plan.VISITED]) <= int(counters[plan.ELIGIBLE])
+    assert int(counters[layout.VISITED]) <= int(counters[layout.ELIGIBLE])
     if where == "query":
         assert torch.isfinite(after[SEGMENT:64]).all(), "segments without it"

@@ -8,8 +8,8 @@ from cases import make_batch
 from models import VOCABULARY, write_model, write_weights
 from s2o_vllm.benchmarks.quality import far_tokens
 from s2o_vllm.benchmarks.research import in_process
-from s2o_vllm.kernels import reference
-from s2o_vllm.kernels.plan import DENSE_START, NUM_QUERIES
+from s2o_vllm.kernels import paging
+from s2o_vllm.kernels.layout import DENSE_START, NUM_QUERIES
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def test_exact_scores_are_the_largest_probability_of_any_row():
     (work,) = batch.work(segment=32)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work)
     scores = in_process.exact_scores(*arguments, scale=batch.scale)
-    for number, item in enumerate(work.items.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n, count = item[DENSE_START], item[NUM_QUERIES]
-        rows = reference.segment_queries(batch.query, item, 2).flatten(1, 2)
+        rows = paging.segment_queries(batch.query, item, 2).flatten(1, 2)
         positions = torch.arange(n + count, device=device)
-        slots = reference.physical_slots(positions, batch.block_table[0], batch.kv_cache.shape[2])
-        keys, _ = reference.load_tokens(batch.kv_cache, slots, 64)
+        slots = paging.physical_slots(positions, batch.block_table[0], batch.kv_cache.shape[2])
+        keys, _ = paging.load_tokens(batch.kv_cache, slots, 64)
         logits = rows.float() @ keys.float().mT * batch.scale
         query = torch.arange(logits.shape[1], device=device) % count
         logits = logits.masked_fill(positions > n + query[:, None], float("-inf"))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2o_vllm.benchmarks.speed import decode_budget
-from s2o_vllm.kernels.plan import ELIGIBLE, VISITED
+from s2o_vllm.kernels.layout import ELIGIBLE, VISITED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

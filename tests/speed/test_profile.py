@@ -66,7 +66,7 @@ def test_a_kernel_belongs_to_one_part(name, part):
 
 
 def test_every_kernel_of_s2o_is_known():
-    files = Path(kernels.__file__).parent.glob("*.py")
+    files = Path(kernels.__file__).parent.rglob("*.py")
     ours = {name for file in files for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())}
     assert len(ours) >= 9
     parts = {name: profile.part_of(name) for name in ours}

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2o_vllm.benchmarks.speed import dense, sparse
-from s2o_vllm.kernels.operator import Shape
+from s2o_vllm.kernels.shape import Shape
 
 
 def shape(heads, kv_heads, head_dim, segment):

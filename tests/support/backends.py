@@ -10,7 +10,7 @@ import torch
 
 from cases import Batch, dense_attention, to_fp8
 from s2o_vllm import metadata, plugin
-from s2o_vllm.kernels.plan import PrefillRow
+from s2o_vllm.kernels.work_list import PrefillRow
 
 LAYER = "model.layers.0.self_attn.attn"
 NULL_BLOCK = 0  # vLLM's: never a request's own, named where a table has no block

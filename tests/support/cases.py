@@ -5,17 +5,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from s2o_vllm.kernels.plan import (
-    ESTIMATE_EVERY,
-    ESTIMATE_TOKENS,
-    NOT_LISTED,
-    Limits,
-    Lists,
-    PrefillRow,
-    WorkList,
-    build_work_lists,
-)
-from s2o_vllm.kernels.reference_select import sample_positions
+from s2o_vllm.kernels.layout import NOT_LISTED
+from s2o_vllm.kernels.selection.reference import sample_positions
+from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.tuning import ESTIMATE_EVERY, ESTIMATE_TOKENS
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, WorkList, build_work_lists
 
 SEGMENT = 32
 LIMITS = Limits(1000, 10**7)
@@ -52,10 +46,10 @@ class Batch:
 
     def work(
         self, *, min_context: int = 0, segment: int = SEGMENT, shared: int = LIMITS.shared,
-        items: int = LIMITS.items,
+        segments: int = LIMITS.segments,
     ) -> list[WorkList]:  # fmt: skip
-        """One list per request of up to ``items`` segments; so many lists share a budget."""
-        limits = LIMITS._replace(shared=shared, items=items)
+        """One list per request of up to so many segments; so many lists share a budget."""
+        limits = LIMITS._replace(shared=shared, segments=segments)
         return build_work_lists(self.rows, segment, min_context, self.query.device, limits)
 
 
@@ -174,7 +168,7 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
     return out
 
 
-def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Lists]]:
+def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, SelectedTokens]]:
     """Each request's work with lists of random history tokens, as many as its budget allows.
 
     ``uneven`` shortens the lists of all heads but the first, each by a random share.
@@ -182,12 +176,12 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Li
     page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
     for work in batch.work():
-        sampled = -(-work.num_items // ESTIMATE_EVERY)
-        slots = torch.zeros(work.num_items, kv_heads, max(work.max_list, 1), dtype=torch.int32)
-        lengths = torch.zeros(work.num_items, kv_heads, dtype=torch.int32)
+        sampled = -(-work.num_segments // ESTIMATE_EVERY)
+        slots = torch.zeros(work.num_segments, kv_heads, max(work.max_list, 1), dtype=torch.int32)
+        lengths = torch.zeros(work.num_segments, kv_heads, dtype=torch.int32)
         samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
-        for number, item in enumerate(work.items.tolist()):
+        for number, item in enumerate(work.segments.tolist()):
             for head in range(kv_heads):
                 count = item[5]
                 if uneven and head:
@@ -202,7 +196,9 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Li
                     places = places[sample_positions(item[4], places.device)]
                     samples[number // ESTIMATE_EVERY, head, : len(places)] = places
         device = batch.query.device
-        lists.append((work, Lists(*(part.to(device) for part in (slots, lengths, samples)))))
+        lists.append(
+            (work, SelectedTokens(*(part.to(device) for part in (slots, lengths, samples))))
+        )
     return lists
 
 

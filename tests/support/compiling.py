@@ -1,6 +1,5 @@
 """Compile a Triton launch for a GPU that need not be there."""
 
-import functools
 import json
 import re
 import subprocess
@@ -77,21 +76,30 @@ def specialisation(kernel, args, kwargs) -> tuple[dict, dict, dict]:
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(number,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + DTYPES[value.dtype]
-            attributes[(number,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(
+                kind_of(one, (number, place), constants, attributes)
+                for place, one in enumerate(value)
+            )
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if parameter.do_not_specialize:
-                continue
-            if value == 1:
-                signature[parameter.name] = "constexpr"
-                constants[(number,)] = 1
-            elif value % 16 == 0:
-                attributes[(number,)] = [["tt.divisibility", 16]]
+            plain = parameter.do_not_specialize
+            signature[parameter.name] = kind_of(value, (number,), constants, attributes, plain)
     return signature, constants, attributes
+
+
+def kind_of(value, path: tuple, constants: dict, attributes: dict, plain: bool = False) -> str:
+    """The type of a value of a launch; what it is specialised to goes to the other two."""
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + DTYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and not plain):
+        constants[path] = value
+        return "constexpr"
+    if value % 16 == 0 and not plain:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
 
 
 def describe(name: str, result) -> Compiled:
@@ -152,13 +160,15 @@ def compile_attend(
     tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
     """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
-    from s2o_vllm.kernels import attend, plan, regions, select
+    from s2o_vllm.kernels import layout
+    from s2o_vllm.kernels.attention import attend, summaries
+    from s2o_vllm.kernels.selection import select
 
     dense = stop_threshold is None
     q, kv, table, work = launch_arguments(head_dim, kv_dtype, 2**20 if dense else 4096)
-    space = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, "meta")
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
-    means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
+    space = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, "meta")
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, "meta")
     with compiling_for(capability) as compiled:
         attend.attend(
             q, kv, table, work, space.lists(work), means, q, counters, scale=0.1,
@@ -170,25 +180,30 @@ def compile_attend(
 
 def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of ranking and selection."""
-    from s2o_vllm.kernels import low_rank, plan, rank, regions, select
+    from s2o_vllm.kernels import tuning
+    from s2o_vllm.kernels.attention import summaries
+    from s2o_vllm.kernels.ranking import low_rank, mean_query
+    from s2o_vllm.kernels.selection import select
 
     q, kv, table, work = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    ranking = rank.RankWorkspace(work.num_items, HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
-    sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_items, 512)
+    ranking = mean_query.MeanQueryWorkspace(
+        work.num_segments, HEADS, head_dim, MAX_HISTORY, q.dtype, meta
+    )
+    sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_segments, 512)
     images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
     images.retrieval = low_rank.RetrievalWorkspace(
-        images, HEADS, KV_HEADS, work.num_items, MAX_HISTORY, 512
+        images, HEADS, KV_HEADS, work.num_segments, MAX_HISTORY, 512
     )
-    selection = select.SelectWorkspace(work.num_items, KV_HEADS, MAX_HISTORY, PLACES, meta)
+    selection = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
-        rank.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
+        mean_query.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
-        for tiers in (plan.TIERS, plan.TIERS_UNORDERED):
+        for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
-        means = regions.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
-        regions.average(kv, table, work, means)
+        means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
+        summaries.summarise(kv, table, work, means)
     return compiled
 
 
@@ -199,11 +214,11 @@ def ranked_in(capability: int) -> torch.dtype:
 
 def launch_arguments(head_dim: int, kv_dtype: torch.dtype, min_context: int = 4096):
     """Llama-3.1-8B's heads, an 8K chunk at 96K context, bf16 queries."""
-    from s2o_vllm.kernels import plan
+    from s2o_vllm.kernels import work_list
 
-    rows = [plan.PrefillRow(0, 0, 8192, 98_304, 0.1)]
-    limits = plan.Limits(16, PLACES)
-    (work,) = plan.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
+    rows = [work_list.PrefillRow(0, 0, 8192, 98_304, 0.1)]
+    limits = work_list.Limits(16, PLACES)
+    (work,) = work_list.build_work_lists(rows, 512, min_context, torch.device("cpu"), limits)
     q = torch.empty(8192, HEADS, head_dim, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(10_000, KV_HEADS, 16, 2 * head_dim, dtype=kv_dtype, device="meta")
     return q, kv, torch.empty(1, 8192, dtype=torch.int32, device="meta"), work
@@ -238,14 +253,23 @@ def variants_beyond_warm_up(
     or of many, in any row of a block table whose width nothing divides.
     """
     from s2o_vllm.config import RANKINGS
-    from s2o_vllm.kernels import decode, decode_operator, decode_plan, operator, plan, tiles
+    from s2o_vllm.kernels import (
+        decode,
+        decode_state,
+        decode_step,
+        layout,
+        prefill,
+        tiles,
+        work_list,
+    )
+    from s2o_vllm.kernels.shape import Shape
 
     meta = torch.device("meta")
-    shape = operator.Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
-    operation = operator.SparsePrefill(
+    shape = Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
+    operation = prefill.SparsePrefill(
         shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
     )
-    operation.space = operator.workspace(shape, torch.bfloat16, meta)
+    operation.space = prefill.workspace(shape, torch.bfloat16, meta)
     operation.tiles = {
         (e4m3, visits): tiles.E4M3[90][128] if e4m3 else few_or_many
         for e4m3 in (False, True)
@@ -257,58 +281,56 @@ def variants_beyond_warm_up(
     query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
     quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
     operation.fp8_products = quantised is not None
-    sizes = decode_plan.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
-    decoding = decode_operator.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-    scratch = decode.scratch(sizes, meta)
-    decoding.slots = decode.DecodeWorkspace(sizes, torch.bfloat16, meta, scratch)
-    decoding.fitting = decode_operator.fitting(sizes, torch.bfloat16, meta)
-    decoding.decode = functools.partial(decode.decode, tile=tiles.DECODE_TILES[128])
+    sizes = decode_state.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
+    decoding = decode.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
+    decoding.backend = decode_step.DecodeKernels(sizes, torch.bfloat16, meta)
+    decoding.backend.tile = tiles.DECODE_TILES[128]
     kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
     table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device=meta)
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device=meta)
     with standing_in(RecordOnly()) as launches:
         operation.warm_up(query, kv, table, quantised)
         decoding.warm_up(query, kv, table)
         known = set(launches)
-        rows = [decode_plan.DecodeRow(3, 0, 100_001, 2, 99_000),
-                decode_plan.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
+        rows = [decode_state.DecodeRow(3, 0, 100_001, 2, 99_000),
+                decode_state.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
         for some in (rows, rows[:1], rows[1:]):
-            steps = decode_plan.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
+            steps = decode_state.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
             decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
         for row in (
-            plan.PrefillRow(0, 0, 8192, 114_688, 0.05),
-            plan.PrefillRow(3, 7, 8185, 100_001, 0.1),
-            plan.PrefillRow(1, 1, 1, 8_193, 0.9),
-            plan.PrefillRow(6, 4097, 33, 17, 0.02),
+            work_list.PrefillRow(0, 0, 8192, 114_688, 0.05),
+            work_list.PrefillRow(3, 7, 8185, 100_001, 0.1),
+            work_list.PrefillRow(1, 1, 1, 8_193, 0.9),
+            work_list.PrefillRow(6, 4097, 33, 17, 0.02),
         ):
             cpu = torch.device("cpu")
-            for work in plan.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
+            for work in work_list.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
                 operation(
                     query, kv, table, work, query, counters,
                     k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
                 )  # fmt: skip
-                if work.first_of_chunk and work.max_fit_tokens:
-                    end = decode_plan.keep(work, 3)
-                    decoding.keep(end, query, kv, table, work, k_scale=0.07)
+                if work.first_of_chunk and work.max_seen:
+                    end = decode_state.choose_snapshot(work, 3)
+                    decoding.take(end, query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known), "the steps launch something"
     return sorted({name for name, key in launches if (name, key) not in known})
 
 
 def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of a decode step."""
-    from s2o_vllm.kernels import decode, decode_plan, plan
+    from s2o_vllm.kernels import decode_state, decode_step, layout
     from s2o_vllm.kernels.tiles import DECODE_TILES
 
     q, kv, table, _ = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
-    shape = decode_plan.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
-    scratch = decode.scratch(shape, meta, ranked_in(capability))
-    space = decode.DecodeWorkspace(shape, q.dtype, meta, scratch)
-    rows = [decode_plan.DecodeRow(0, 0, 100_000, 1, 99_990)]
-    steps = decode_plan.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
-    counters = torch.empty(plan.NUM_COUNTERS, dtype=torch.int64, device="meta")
+    shape = decode_state.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
+    scratch = decode_step.scratch(shape, meta, ranked_in(capability))
+    space = decode_step.RequestStates(shape, q.dtype, meta, scratch)
+    rows = [decode_state.DecodeRow(0, 0, 100_000, 1, 99_990)]
+    steps = decode_state.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)
+    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device="meta")
     with compiling_for(capability) as compiled:
-        decode.decode(
+        decode_step.decode(
             q, kv, table, steps, space, q, counters, scale=0.1, tile=DECODE_TILES[head_dim]
         )
     return [replace(one, name=f"{one.name} decode {head_dim}") for one in compiled]

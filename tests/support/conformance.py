@@ -9,8 +9,8 @@ import torch
 from backends import Backend, Row, Step, decode, row_errors
 from cases import dense_attention, relative_error
 from s2o_vllm import compat
-from s2o_vllm.kernels import decode_plan
-from s2o_vllm.kernels.plan import DENSE_START, HISTORY, LIST_LENGTH
+from s2o_vllm.kernels import decode_state
+from s2o_vllm.kernels.layout import DENSE_START, HISTORY, LIST_LENGTH
 from s2o_vllm.requests import RequestInfo
 from s2o_vllm.step_plan import DENSE_TAIL
 
@@ -74,7 +74,7 @@ def check_nearly_full(ours: Backend, rows: list[Row], **options) -> None:
     step = ours.step(rows, **options)
     output, plan = ours.attend(step)
     for work in plan.work:
-        for item in work.items.tolist():
+        for item in work.segments.tolist():
             assert item[DENSE_START] == item[HISTORY]
             assert item[LIST_LENGTH] == max(item[HISTORY] - 1, 0)
     errors = row_errors(step, output, dense_attention(step.batch))
@@ -130,13 +130,13 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
     ):
         for start, count in ((0, 300), (300, prompt - 300)):
             _, plan = ours.attend(ours.part(step, start, count))
-        assert len(plan.kept) == 1
+        assert len(plan.snapshots) == 1
         for position in range(prompt, prompt + tokens):
             output, plan = ours.attend(decoding(ours.part(step, position, 1)))
             ((_, query, context, *_),) = plan.decode.rows
             assert (query, context, plan.work) == (0, position, [])
             assert [part.tokens for part in plan.dense] == [(0, 1)], "the parent's, of one token"
-            (item,) = plan.decode.work.items.tolist()
+            (item,) = plan.decode.work.segments.tolist()
             assert item[DENSE_START] == (position // 64 - 1) * 64
             error, usual = (
                 relative_error(x, truth[position : position + 1])
@@ -153,8 +153,8 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
 
 def every_token():
     """Let lists of decode hold all tokens, which no budget below 1 asks for."""
-    item = decode_plan.decode_item
-    return patch.object(decode_plan, "decode_item", lambda row, _: item(row, 1.0))
+    line = decode_state.decode_line
+    return patch.object(decode_state, "decode_line", lambda row, _: line(row, 1.0))
 
 
 def decoding(step: Step) -> Step:

@@ -171,16 +171,16 @@ def test_what_others_keep_in_additional_config_is_left_alone(tiny_model):
 @pytest.mark.parametrize(
     ("lines", "found"),
     [
-        (["s2o-permute-queries: true"], {"permute_queries": True}),
-        (["s2o-permute-queries: false"], {"permute_queries": False}),
+        (["s2o-dense-where-faster: true"], {"dense_where_faster": True}),
+        (["s2o-dense-where-faster: false"], {"dense_where_faster": False}),
         (["s2o_dense_layers: [0, 1]"], {"dense_layers": [0, 1]}),
         (["s2o-dense-layers: [0, -1]"], {"dense_layers": [0, 1]}),
         (["s2o-dense-layers: 1"], {"dense_layers": [1]}),
         (['s2o-dense-layers: "0,-1"'], {"dense_layers": [0, 1]}),
         (["s2o-sparsity-budget: 0.2", "s2o-min-context: 5"],
          {"sparsity_budget": 0.2, "min_context": 5}),
-        (["additional-config: {s2o: {dense_layers: [1], permute_queries: true}}"],
-         {"dense_layers": [1], "permute_queries": True}),
+        (["additional-config: {s2o: {dense_layers: [1], dense_where_faster: false}}"],
+         {"dense_layers": [1], "dense_where_faster": False}),
     ],
 )  # fmt: skip
 def test_a_yaml_file_says_what_it_says(lines, found, tiny_model, tmp_path):
@@ -199,7 +199,9 @@ def test_a_yaml_file_says_what_it_says(lines, found, tiny_model, tmp_path):
         ("s2o-target-error: false", "target_error is False, must be a number from 0"),
         ("s2o-min-context: true", "expected one argument"),
         ("s2o-dense-layers: [first]", "dense_layers is 'first', must be a list of layer numbers"),
-        ("s2o-permute-queries: maybe", "permute_queries is 'maybe', must be true or false"),
+        ("s2o-dense-where-faster: maybe", "dense_where_faster is 'maybe', must be true or false"),
+        ("s2o-permute-queries: true", "permute_queries was removed"),
+        ("s2o-permute-queries: false", "permute_queries was removed"),
     ],
 )
 def test_what_a_yaml_file_may_not_say_is_refused(line, said, tiny_model, tmp_path, capsys):
@@ -213,6 +215,20 @@ def test_what_a_yaml_file_may_not_say_is_refused(line, said, tiny_model, tmp_pat
 
 @pytest.mark.parametrize("word", [[], ["true"], ["1"]])
 def test_a_flag_that_is_true_needs_no_word(word):
-    assert parse("--s2o-permute-queries", *word).additional_config == {
-        "s2o_flags": {"permute_queries": True}
+    assert parse("--s2o-dense-where-faster", *word).additional_config == {
+        "s2o_flags": {"dense_where_faster": True}
     }
+
+
+@pytest.mark.parametrize(
+    "words", [["--s2o-permute-queries"], ["--s2o-permute-queries", "true"],
+              ["--no-s2o-permute-queries"]],
+)  # fmt: skip
+def test_a_setting_that_was_removed_is_refused_in_one_sentence(words, tiny_model, capsys):
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(["--model", tiny_model, *words])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith(
+        "s2o: permute_queries was removed (no measurement showed a use for it): leave it out"
+    )

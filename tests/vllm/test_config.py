@@ -35,7 +35,6 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("segment_size", 5000, "16 to 4096"),
         ("ranking", "best", "one of low_rank, mean_query"),
         ("ranking", 3, "one of low_rank, mean_query"),
-        ("permute_queries", "yes", "true or false"),
         ("dense_where_faster", 1, "true or false"),
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),
@@ -89,7 +88,12 @@ def test_settings_that_are_no_object_are_refused(settings):
 
 @pytest.mark.parametrize(
     ("variable", "text"),
-    [("S2O_SPARSITY_BUDGET", "lots"), ("S2O_MIN_CONTEXT", "1.5"), ("S2O_PERMUTE_QUERIES", "maybe")],
+    [
+        ("S2O_SPARSITY_BUDGET", "lots"),
+        ("S2O_MIN_CONTEXT", "1.5"),
+        ("S2O_DENSE_WHERE_FASTER", "maybe"),
+        ("S2O_PERMUTE_QUERIES", "true"),
+    ],  # removed
 )
 def test_bad_environment_is_refused_by_key(variable, text):
     with pytest.raises(ConfigError, match=variable.removeprefix("S2O_").lower()):
@@ -97,15 +101,28 @@ def test_bad_environment_is_refused_by_key(variable, text):
 
 
 def test_environment_booleans():
-    assert resolve({}, None, {"S2O_PERMUTE_QUERIES": "true"}).permute_queries is True
+    assert resolve({}, None, {"S2O_DENSE_WHERE_FASTER": "false"}).dense_where_faster is False
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [
+        lambda: resolve({}, {"permute_queries": True}),
+        lambda: resolve({}, None, {"S2O_PERMUTE_QUERIES": "false"}),
+        lambda: config.settle({"s2o-permute-queries": True}),
+    ],
+)
+def test_a_setting_that_was_removed_is_refused_wherever_it_stands(settle):
+    with pytest.raises(ConfigError, match=r"s2o: permute_queries was removed \(no measure"):
+        settle()
 
 
 def test_each_ranking_has_its_segment_size_and_a_kernel():
-    from s2o_vllm.kernels import operator
+    from s2o_vllm.kernels import ranking
 
-    assert tuple(config.RANKINGS) == operator.RANKINGS
+    assert tuple(config.RANKINGS) == ranking.RANKINGS
     assert S2OConfig().ranking == "low_rank"
-    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 64, 512]
+    assert [S2OConfig(ranking=name).segment for name in config.RANKINGS] == [64, 512]
     assert S2OConfig(ranking="mean_query").segment == 512
     assert S2OConfig(ranking="mean_query", segment_size=128).segment == 128
 

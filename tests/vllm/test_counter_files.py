@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from s2o_vllm import counter_files, metrics
 from s2o_vllm.counter_files import RESERVED, Collector, CounterFile, CounterFolder
-from s2o_vllm.kernels.plan import NUM_COUNTERS
+from s2o_vllm.kernels.layout import NUM_COUNTERS
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.decode_slots import NO_STATE, DecodeSlots
-from s2o_vllm.kernels.decode_plan import KEPT_QUERIES, DecodeRow, DecodeShape
-from s2o_vllm.kernels.plan import Limits, PrefillRow, build_work_lists
+from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape
+from s2o_vllm.kernels.tuning import SNAPSHOT_QUERIES
+from s2o_vllm.kernels.work_list import Limits, PrefillRow, build_work_lists
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
 from s2o_vllm.step_plan import DENSE_TAIL
@@ -79,7 +80,7 @@ def kept(slots, *rows, prompt, name="a"):
             [PrefillRow(0, 0, queries, context, 0.1)], 64, 100, torch.device("cpu"),
             Limits(1000, 10**8),
         )  # fmt: skip
-        plan = slots.keep(work, [RequestBudget(0.1, 0.0, prompt)], [name], DENSE_TAIL)
+        plan = slots.take_snapshots(work, [RequestBudget(0.1, 0.0, prompt)], [name], DENSE_TAIL)
         found += plan.values()
     return found
 
@@ -92,11 +93,13 @@ def test_the_end_of_a_prompt_is_kept():
     assert step(slots, (1, 21449, False, 0.1, "a"))[0][0].covered == 21384
 
 
-@pytest.mark.parametrize(("queries", "fit"), [(2048 + KEPT_QUERIES, 1), (2048 + 40, 0), (40, 0)])
-def test_a_basis_of_too_few_queries_is_not_kept_where_there_is_another(queries, fit):
+@pytest.mark.parametrize(
+    ("queries", "span"), [(2048 + SNAPSHOT_QUERIES, 1), (2048 + 40, 0), (40, 0)]
+)
+def test_a_basis_of_too_few_queries_is_not_kept_where_there_is_another(queries, span):
     (one,) = kept(slots_with("a"), (16384, queries), prompt=16384 + queries + DENSE_TAIL)
-    assert one.fit == fit
-    assert one.tokens == 16384 + (queries if fit or queries < 2048 else 2048)
+    assert one.span == span
+    assert one.tokens == 16384 + (queries if span or queries < 2048 else 2048)
 
 
 def test_a_short_last_chunk_leaves_what_the_chunk_before_left():
@@ -172,14 +175,14 @@ def built(builder, *rows):
 
 def test_a_request_from_its_prompt_to_its_answer(builder):
     plan = build(builder, (1064, 1064, True), (664, 664, True))
-    assert sorted(one.slot for one in plan.kept.values()) == [0, 1]
+    assert sorted(one.slot for one in plan.snapshots.values()) == [0, 1]
     assert plan.decode is None
 
     metadata = built(builder, (1, 1065, False), (1, 665, False))
     plan = metadata.s2o
-    assert (plan.work, plan.kept) == ([], {})
+    assert (plan.work, plan.snapshots) == ([], {})
     assert [row.covered for row in plan.decode.rows] == [1000, 600]
-    assert plan.decode.work.items[:, 5].tolist() == [int(0.2 * 960), int(0.2 * 576)]
+    assert plan.decode.work.segments[:, 5].tolist() == [int(0.2 * 960), int(0.2 * 576)]
     (part,) = plan.dense
     assert (part.rows, part.tokens) == ((0, 2), (0, 2))
     assert part.metadata.seq_lens.tolist() == [1, 1], "they cost the parent a token each"
@@ -188,7 +191,7 @@ def test_a_request_from_its_prompt_to_its_answer(builder):
     builder.s2o_slots.take("b", 10_000)  # as if it were another request's state
     plan = build(builder, (1, 1066, False), (1, 666, False))
     assert [row.row for row in plan.decode.rows] == [0]
-    assert plan.decode.work.items[1].tolist() == [0] * 7
+    assert plan.decode.work.segments[1].tolist() == [0] * 7
     assert plan.dense[0].metadata.seq_lens.tolist() == [1, 666]
     assert builder.counters.totals()["s2o:dense_rows", NO_STATE] == 1
 
@@ -201,15 +204,15 @@ def test_a_graph_of_decode_finds_every_step_where_it_was(builder):
     replayed = build(builder, (1, 1065, False), (1, 665, False))
     assert (len(captured.decode.rows), len(replayed.decode.rows)) == (0, 2)
     places = [
-        [one.decode.work.items, one.decode.appends, one.dense[0].metadata.seq_lens]
+        [one.decode.work.segments, one.decode.appends, one.dense[0].metadata.seq_lens]
         for one in (captured, replayed)
     ]
     for one, other in zip(*places, strict=True):
         assert one.data_ptr() == other.data_ptr()
         assert one.shape == other.shape
-    assert captured.decode.work.items[:, 5].tolist() == [192, 115], "what the last step wrote"
+    assert captured.decode.work.segments[:, 5].tolist() == [192, 115], "what the last step wrote"
     build(builder, (1, 300, False), (0, 0, False))
-    assert not captured.decode.work.items.any()
+    assert not captured.decode.work.segments.any()
     assert captured.dense[0].metadata.seq_lens.tolist() == [300, 0]
 
 
@@ -221,8 +224,8 @@ def test_another_group_of_layers_has_the_plan_in_its_own_memory(builder):
     table = torch.ones(2, 99).int()
     updated = other.update_block_table(first, table, torch.arange(2))
     assert updated.s2o.decode.rows == first.s2o.decode.rows
-    assert updated.s2o.decode.work.items.tolist() == first.s2o.decode.work.items.tolist()
-    assert updated.s2o.decode.work.items.data_ptr() == other.s2o_table.items.data_ptr()
+    assert updated.s2o.decode.work.segments.tolist() == first.s2o.decode.work.segments.tolist()
+    assert updated.s2o.decode.work.segments.data_ptr() == other.s2o_table.segments.data_ptr()
     lengths = updated.s2o.dense[0].metadata.seq_lens
     assert lengths.tolist() == [1, 665]
     assert lengths.data_ptr() == other.s2o_lengths.data_ptr()

@@ -26,9 +26,9 @@ class Impl(SparseImpl, Parent):
         self.given = []
         self._s2o_operator = self.operate
 
-    def operate(self, query, kv_cache, table, work, out, counters, *, query_e4m3, **units):
+    def operate(self, query, kv_cache, table, work, out, counters, *, query_e4m3, **kv_scales):
         self.operated.append(work)
-        self.given.append((query, query_e4m3, kv_cache, units))
+        self.given.append((query, query_e4m3, kv_cache, kv_scales))
 
 
 def forward(impl, metadata, key, tokens=6, layer="model.layers.1.self_attn.attn"):
@@ -95,22 +95,22 @@ def forward_fp8(layer, kv_cache_dtype, quantised_query):
 def test_an_fp8_layer_gives_its_scales_to_the_operator(quantised_query, k_scale):
     """A query that comes in fp8 counts in units of its own scale, and goes on as it is, too."""
     impl = forward_fp8(fp8_layer(), "fp8", quantised_query)
-    ((query, query_e4m3, cache, units),) = impl.given
+    ((query, query_e4m3, cache, kv_scales),) = impl.given
     assert (query.dtype, cache.dtype) == (torch.float32, torch.float8_e4m3fn)
     if quantised_query:
         assert query_e4m3.dtype == torch.float8_e4m3fn
         assert torch.equal(query_e4m3.float(), query)
     else:
         assert query_e4m3 is None
-    assert units == {"k_scale": k_scale, "v_scale": 5.0}
+    assert kv_scales == {"k_scale": k_scale, "v_scale": 5.0}
     key, *_ = impl.calls[0]
     assert (key.dtype == torch.float8_e4m3fn) is quantised_query, "the parent's rows stay as given"
 
 
 def test_scales_beside_a_cache_that_is_not_quantised_are_not_applied():
     impl = forward_fp8(fp8_layer(), "bfloat16", False)
-    ((_, query_e4m3, cache, units),) = impl.given
-    assert (query_e4m3, cache.dtype, units) == (None, torch.float32, {})
+    ((_, query_e4m3, cache, kv_scales),) = impl.given
+    assert (query_e4m3, cache.dtype, kv_scales) == (None, torch.float32, {})
 
 
 def test_an_fp8_layer_with_a_scale_for_each_head_is_the_parents():

@@ -7,7 +7,7 @@ import torch
 from s2o_vllm import compat, metrics
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
-from s2o_vllm.kernels.plan import Limits
+from s2o_vllm.kernels.work_list import Limits
 from s2o_vllm.metadata import SparseBuilder
 from s2o_vllm.requests import RequestBudget
 from s2o_vllm.step_plan import dense_work, split_rows
@@ -155,7 +155,7 @@ def test_a_mixed_step():
     metadata = Builder().build(0, common)
     plan = metadata.s2o
     assert [row.row for row in plan.sparse_rows] == [1]
-    assert [work.num_items for work in plan.work] == [2, 1], "cut at 1024 and 1088"
+    assert [work.num_segments for work in plan.work] == [2, 1], "cut at 1024 and 1088"
     assert [(part.rows, part.tokens) for part in plan.dense] == [
         ((0, 1), (0, 1)),
         ((2, 3), (131, 181)),

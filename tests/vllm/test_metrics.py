@@ -3,7 +3,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from s2o_vllm import metrics
-from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
+from s2o_vllm.kernels.layout import ELIGIBLE, NUM_COUNTERS, VISITED
 from s2o_vllm.support import DENSE_REASONS
 
 

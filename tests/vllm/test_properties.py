@@ -47,7 +47,6 @@ VALID = {
     "decode_requests": lambda v: whole(v, 1, 256),
     "segment_size": lambda v: whole(v, 16, 4096) or whole(v, 0, 0),
     "ranking": lambda v: isinstance(v, str) and v in RANKINGS,
-    "permute_queries": lambda v: isinstance(v, bool),
     "dense_where_faster": lambda v: isinstance(v, bool),
     "dense_layers": lambda v: (
         isinstance(v, list) and all(whole(one, -math.inf) for one in v)

@@ -1,0 +1,1 @@
+"""Attend to selected tokens, and to summaries of the skipped ones."""

@@ -1,0 +1,175 @@
+"""What the kernels of sparse decode compute, in plain PyTorch; see :mod:`ranking.reference`."""
+
+from dataclasses import replace
+
+import torch
+
+from . import paging
+from .attention import reference as attention_reference
+from .attention.summary_table import Summaries
+from .decode_state import DecodeList, DecodeShape, Snapshot
+from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SPAN
+from .ranking import basis
+from .ranking import reference as ranking_reference
+from .selection import reference as selection_reference
+from .tuning import REGION_TOKENS, TIERS_SPLIT
+from .work_list import WorkList
+
+
+class DecodeReference:
+    """The states of a layer's requests; see `decode.DecodeBackend` and `decode_step.RequestStates`.
+
+    Attributes:
+        images: projected keys, ``[slots, kv_heads, max_history, WIDTH]``.
+        fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
+        summaries: of skipped tokens, in ``dtype``.
+    """
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        region: int = REGION_TOKENS,
+    ):
+        leading = (shape.requests, shape.kv_heads)
+        kind = basis.image_dtype(device)
+        self.images = torch.zeros(
+            *leading, shape.max_history, basis.WIDTH, dtype=kind, device=device
+        )
+        self.fit = basis.Basis(
+            torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
+            torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
+            torch.zeros(*leading, basis.RANK, device=device),
+        )
+        head_dim, count = shape.head_dim, max(1, shape.max_history // region)
+        self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
+        self.summaries = Summaries(
+            torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            region,
+            known=self.known,
+        )
+
+    def take(
+        self,
+        snapshot: Snapshot,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        *,
+        scale: float,
+    ) -> None:
+        """Fit a chunk's basis into a slot, project the keys it sees, and summarise them."""
+        slot, number, tokens, _ = snapshot
+        span, bases = work.spans[number], kv_cache.shape[1]
+        fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
+        for own, part in zip(self.fit, fitted, strict=True):
+            own[slot] = part
+        self.project(kv_cache, block_table[work.row], slot, 0, tokens)
+        held, count = self.summaries, tokens // self.summaries.region_tokens
+        found = attention_reference.summarise(
+            kv_cache, block_table, work, held.means.dtype, held.region_tokens
+        )
+        held.means[slot, :, :count] = found.means[:, :count]
+        held.value_covariances[slot] = found.value_covariances[number]
+        held.key_covariances[slot] = found.key_covariances[number]
+        self.known[slot] = count
+
+    def project(
+        self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
+    ) -> None:
+        """Project the keys of some tokens by a slot's basis."""
+        positions = torch.arange(first, first + count, device=kv_cache.device)
+        slots = paging.physical_slots(positions, table_row, kv_cache.shape[2])
+        keys, _ = paging.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
+        own = basis.Basis(*(part[slot] for part in self.fit))
+        images = basis.key_images(keys, own, self.images.dtype)
+        self.images[slot, :, first : first + count] = images.to(self.images.dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: DecodeList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        scale: float,
+        v_scale: float,
+        softcap: float,
+    ) -> None:
+        """See :func:`decode`."""
+        decode(
+            query, kv_cache, block_table, rows, self, out, counters,
+            scale=scale, v_scale=v_scale, softcap=softcap,
+        )  # fmt: skip
+
+
+def scores(
+    query: torch.Tensor,
+    images: torch.Tensor,
+    fit: basis.Basis,
+    work: WorkList,
+) -> torch.Tensor:
+    """Score the history of every query by all of its rows.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        images: projected keys, those of the queries' own tokens among them.
+        fit: the slots' bases.
+        work: of a decode step.
+
+    Returns:
+        float16 ``[segments, kv_heads, max_history]``.
+    """
+    kv_heads = images.shape[1]
+    found = query.new_full(
+        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    for number, line in enumerate(work.segments.tolist()):
+        n, slot = line[DENSE_START], line[SPAN]
+        if n == 0:
+            continue
+        rows = paging.segment_queries(query, line, kv_heads)[:, :, 0]
+        every = torch.arange(rows.shape[1], device=query.device).expand(kv_heads, -1)
+        own = basis.Basis(*(part[slot] for part in fit))
+        found[number, :, :n] = ranking_reference.row_scores(
+            rows, every, line, own, images[slot].float(), images.dtype
+        )
+    return found.clamp(min=-torch.finfo(torch.half).max).half()
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: DecodeList,
+    space: DecodeReference,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    v_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """Rank, select and attend for every query of a decode step; see :func:`decode_step.decode`."""
+    page = kv_cache.shape[2]
+    count = len(rows.rows)
+    if count == 0:
+        return
+    work = replace(rows.work, segments=rows.work.segments[:count])
+    for one in rows.appends[:count].tolist():
+        space.project(
+            kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],
+            one[APPEND_COUNT],
+        )  # fmt: skip
+    found = scores(query, space.images, space.fit, work)
+    lists = selection_reference.select(found, block_table, work, page, TIERS_SPLIT)
+    attention_reference.attend(
+        query, kv_cache, block_table, work, lists, space.summaries, out,
+        counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
+    )  # fmt: skip

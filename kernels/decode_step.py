@@ -1,0 +1,245 @@
+"""A step of sparse decode: one query a request, ranked by the snapshot of its prompt (ours).
+
+The last chunk of a prompt leaves a basis, the keys that it projected, and summaries: the request's
+state. A decode step projects the keys that are new since then, scores all projected keys by the
+rows of its one query, selects and attends as prefill does. Several programs share a list (split
+KV), since lists are few.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .attention import summaries
+from .attention.attend import attend
+from .attention.split_kv import Parts, merge
+from .attention.summary_table import Summaries
+from .decode_state import DecodeList, DecodeShape, Snapshot
+from .ranking import basis, fit
+from .ranking.append import append_keys
+from .ranking.low_rank import LowRankWorkspace, project_keys
+from .ranking.rows import choose_rows, shift_rows
+from .ranking.score import image_room, score_rows
+from .selection.select import SelectWorkspace, select
+from .tiles import AttendTile, decode_tile
+from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_SPLIT
+from .work_list import WorkList
+
+CHOSEN_BLOCK = 64  # query rows that are projected at a time
+SHIFT_BLOCK_N = 128  # projected keys that a row log-sum-exp takes at a time
+
+
+class DecodeScratch(NamedTuple):
+    """Scratch of a step, which layers of one shape share."""
+
+    sizes: torch.Tensor
+    chosen: torch.Tensor
+    rows: torch.Tensor
+    selection: SelectWorkspace
+    parts: Parts
+
+
+def scratch(
+    shape: DecodeShape,
+    device: torch.device,
+    image_dtype: torch.dtype | None = None,
+    chunk: int = CHUNK,
+) -> DecodeScratch:
+    """Return scratch for a step of ``shape.requests`` requests."""
+    requests, kv_heads = shape.requests, shape.kv_heads
+    group = shape.heads // kv_heads
+    kind = image_dtype or basis.image_dtype(device)
+
+    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(requests, kv_heads, *size, dtype=dtype, device=device)
+
+    return DecodeScratch(
+        empty(group, dtype=torch.float32),
+        empty(group, dtype=torch.int32),
+        empty(group, basis.WIDTH, dtype=kind),
+        SelectWorkspace(requests, kv_heads, shape.max_history, shape.slots, device, chunk),
+        Parts(
+            empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
+            empty(DECODE_PARTS, group, dtype=torch.float32),
+        ),
+    )
+
+
+class RequestStates:
+    """The states of one layer's requests, a slot each, and a step's scratch.
+
+    Attributes:
+        images: projected keys, ``[slots, kv_heads, >= max_history, basis.WIDTH]``.
+        fit: their bases, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
+            ``offset`` ``[slots, kv_heads, WIDTH]``.
+        sizes: of the projected query rows.
+        chosen: which of them are probes: all.
+        rows: the projected query rows.
+        summaries: of the history that the prompt's end saw.
+        known: how many regions of each slot are set.
+        row_step: 1, every row is a probe.
+    """
+
+    row_step = 1
+    numbers = None
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: DecodeScratch,
+        region: int = REGION_TOKENS,
+    ):
+        slots, kv_heads, width = shape.requests, shape.kv_heads, basis.WIDTH
+
+        def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(slots, kv_heads, *size, dtype=dtype, device=device)
+
+        self.images = zeros(image_room(shape.max_history), width, dtype=shared.rows.dtype)
+        self.fit = basis.Basis(
+            zeros(shape.head_dim, width, dtype=dtype),
+            zeros(shape.head_dim, width, dtype=dtype),
+            zeros(width, dtype=torch.float32),
+        )
+        self.sizes, self.chosen, self.rows, self.selection, self.parts = shared
+        head_dim = shape.head_dim
+        self.known = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.summaries = Summaries(
+            zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            region,
+            known=self.known,
+        )
+
+    def store(self, snapshot: Snapshot, ranked: LowRankWorkspace, summaries: Summaries) -> None:
+        """Copy bases, projected keys and summaries of a prompt's end into a slot.
+
+        Args:
+            snapshot: which span, and its slot.
+            ranked: bases and projected keys, as :func:`low_rank.project_keys` left them.
+            summaries: as :func:`summaries.summarise` left them.
+        """
+        slot, span, tokens, _ = snapshot
+        self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
+        for name in ("a", "b", "offset"):
+            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name))
+        own, count = self.summaries, tokens // summaries.region_tokens
+        own.means[slot, :, :count].copy_(summaries.means[:, :count])
+        own.value_covariances[slot].copy_(summaries.value_covariances[span])
+        own.key_covariances[slot].copy_(summaries.key_covariances[span])
+        self.known[slot : slot + 1].fill_(count)
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: DecodeList,
+    space: RequestStates,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    v_scale: float = 1.0,
+    softcap: float = 0.0,
+    tile: AttendTile | None = None,
+) -> None:
+    """Rank, select and attend for every query of a decode step.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, already holding the queries'
+            own keys and values; ``query``'s dtype, or float8_e4m3fn.
+        block_table: int32 ``[rows, max_blocks]``.
+        rows: the queries; their slots hold projected keys of what ``covered`` says.
+        space: the states of the layer's requests.
+        out: ``[tokens, heads, head_dim]``; the rows of the queries are written.
+        counters: int64 ``[NUM_COUNTERS]``, added to; see :func:`attend.attend`.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        v_scale: what one unit of the cache's values stands for.
+        softcap: cap of the scaled scores, 0 for none.
+        tile: tile shape; that of :mod:`tiles` by default.
+    """
+    work, selection, parts = rows.work, space.selection, space.parts
+    head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
+    group = heads // kv_heads
+    append_keys(kv_cache, block_table, rows, space)
+    choose_rows(query, work, space, block=CHOSEN_BLOCK)
+    shift_rows(query, work, space, block_n=SHIFT_BLOCK_N)
+    score_rows(
+        work, selection.scores, selection.bounds, space, group,
+        chunk=selection.chunk, shared=False,
+    )  # fmt: skip
+    select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
+    attend(
+        query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
+        scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,
+        tile=tile or decode_tile(head_dim, query.device, group),
+    )  # fmt: skip
+    merge(work, parts, out)
+
+
+@functools.cache
+def shared_scratch(shape: DecodeShape, device: torch.device) -> DecodeScratch:
+    """Return a step's scratch for a shape; layers of one shape share it (they run in turn)."""
+    return scratch(shape, device)
+
+
+@functools.cache
+def fitting_scratch(
+    shape: DecodeShape, dtype: torch.dtype, device: torch.device
+) -> tuple[LowRankWorkspace, Summaries]:
+    """Return scratch of a fit and summaries; layers of one shape share them."""
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
+    ranked = LowRankWorkspace(*sizes, 1, 1, dtype, device)
+    return ranked, summaries.workspace(*sizes[1:], dtype, device)
+
+
+class DecodeKernels:
+    """The kernels of sparse decode over a layer's request states; see `decode.DecodeBackend`."""
+
+    def __init__(self, shape: DecodeShape, dtype: torch.dtype, device: torch.device):
+        self.states = RequestStates(shape, dtype, device, shared_scratch(shape, device))
+        self.fitting = fitting_scratch(shape, dtype, device)
+        self.tile: AttendTile | None = None  # another one than that of the table
+
+    def take(
+        self,
+        snapshot: Snapshot,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        work: WorkList,
+        *,
+        scale: float,
+    ) -> None:
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+        ranked, means = self.fitting
+        span = work.spans[snapshot.span]
+        fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
+        fit.find_bases(ranked.fit, scale=scale)
+        project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
+        summaries.summarise(kv_cache, block_table, work, means)
+        self.states.store(snapshot, ranked, means)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: DecodeList,
+        out: torch.Tensor,
+        counters: torch.Tensor,
+        *,
+        scale: float,
+        v_scale: float,
+        softcap: float,
+    ) -> None:
+        """See :func:`decode`."""
+        decode(
+            query, kv_cache, block_table, rows, self.states, out, counters, scale=scale,
+            v_scale=v_scale, softcap=softcap, tile=self.tile,
+        )  # fmt: skip

@@ -1,0 +1,255 @@
+"""The few directions of a request's keys that decide its scores (ours).
+
+Scoring every query against every key in full would cost half of dense attention. A low-rank
+image of q·k keeps what matters: with Cq the second moment of the queries and Ck the covariance
+of the keys, the best one is spanned by the leading eigenvectors of Ck·Cq. It is fitted anew for
+every chunk of queries against the history they see, so nothing is stored beside the KV cache:
+prefix-cache hits, preemption and block reuse need no care. Prefill has a basis of each query head:
+heads of a group that share one lose what single queries look for.
+
+Two things keep the fit cheap: two steps of subspace iteration from random directions are about
+as good as the eigenvectors (`benchmarks/quality/LOG.md`), and moments are taken from a sample.
+
+Scores become log2-probabilities when the row's log-sum-exp is taken from them: that of a sample of
+the history and of the segment's own keys, in the image.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..layout import LOG2E as LOG2E
+from ..sampling import stratified
+from ..tiles import image_dtype as image_dtype
+from ..tuning import ROW_STEP
+from ..work_list import Span
+
+WIDTH = 32  # numbers an image has: one step of the matrix unit in fp8
+# A query's image ends with its row shift, in three parts that these factors of a key's image
+# put together: then the product is the shifted score, and nothing is left to do per score.
+SHIFT_FACTORS = (16.0, 1.0, 1.0 / 16)
+RANK = WIDTH - len(SHIFT_FACTORS)
+# The exponentials of a row's log-sum-exp are rough ones, see :func:`rough_exp2`.
+ROUGH = 90.0  # from 36 binary orders below the largest own score they reach to 217 above it
+ROUGH_UNIT = 2.0**ROUGH / 1.04073  # (1 + f) / 2^f is 1.04073 in the mean of 0 <= f < 1
+ROUGH_MOST = 254.0  # the largest exponent of a float32, biased
+SAMPLES = 1024  # keys, and queries x group, that the moments are taken from, at most
+# Every so many keys one counts for the row shift, and at most so many.
+SHIFT_STEP = 16
+SHIFT_SAMPLES = 2048
+STEPS = 2
+RIDGE = 1e-12  # in float64, added to a matrix before Cholesky, relative to its mean diagonal
+
+
+class Precision(NamedTuple):
+    """How closely a ranking estimates scores.
+
+    Attributes:
+        width: numbers of a projected key or query, a multiple of 32.
+        row_step: one query row in so many is scored, see :func:`scored_rows`.
+    """
+
+    width: int = WIDTH
+    row_step: int = ROW_STEP
+
+    @property
+    def rank(self) -> int:
+        """Directions; the other numbers hold a row's log-sum-exp."""
+        return self.width - len(SHIFT_FACTORS)
+
+
+SERVED = Precision()
+# Of retrieval heads, see :mod:`retrieval`: every query, and twice the directions.
+WIDE = Precision(64, 1)
+
+
+class Basis(NamedTuple):
+    """A rank-r image of scaled q·k in base-2 units: up to a constant of q, (q A)·(k B − offset).
+
+    Attributes:
+        a: projection of queries, float32 ``[..., head_dim, r]``; images have unit moments.
+        b: projection of keys, float32 ``[..., head_dim, r]``.
+        offset: the mean key's image, float32 ``[..., r]``.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    offset: torch.Tensor
+
+
+def fit(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    rank: int = RANK,
+    steps: int = STEPS,
+) -> Basis:
+    """Fit bases to samples.
+
+    Args:
+        queries: ``[n, samples, head_dim]``, the heads of a group one after the other.
+        keys: ``[n, samples, head_dim]``.
+        scale: softmax scale.
+        rank: r, at most head_dim.
+        steps: steps of subspace iteration.
+    """
+    mean = keys.double().mean(1, keepdim=True)
+    cq, ck = _moment(queries), _moment(keys.double() - mean)
+    y = start(queries.shape[2], rank).to(cq.device).expand(cq.shape[0], -1, -1)
+    for _ in range(steps):
+        y = ck @ (cq @ y)
+        y = y / y.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    # The best linear guess of q from its image is Cq y (y'Cq y)^-1 (y'q): put into q·k it gives
+    # the projection of keys. With y'Cq y = LL', A = y L'^-1 and B = Cq A.
+    gram = y.mT @ (cq @ y)
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    # Samples that are no numbers give a basis that is none: no error, which would be everybody's.
+    factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye + 1e-30 * eye)
+    a = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
+    b = cq @ a
+    unit = scale * LOG2E
+    parts = (a, b * unit, (mean.mT * b).sum(1) * unit)
+    return Basis(*(part.float() for part in parts))
+
+
+def start(head_dim: int, rank: int) -> torch.Tensor:
+    """Random directions, the same everywhere and every time: float64 ``[head_dim, rank]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(
+        head_dim, rank, generator=generator, dtype=torch.float64, device=generator.device
+    )
+
+
+def _moment(x: torch.Tensor) -> torch.Tensor:
+    """Second moment of ``[n, samples, head_dim]`` in float64."""
+    x = x.double()
+    return x.mT @ x / x.shape[1]
+
+
+def samples(span: Span, group: int) -> tuple[int, int]:
+    """Return how many queries (each with its group's heads) and how many keys a fit looks at."""
+    return min(span.queries, max(1, SAMPLES // group)), min(span.tokens, SAMPLES)
+
+
+def fit_span(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    row: int,
+    span: Span,
+    bases: int,
+    scale: float,
+    rank: int = RANK,
+) -> Basis:
+    """Fit bases to evenly spaced queries and keys of a request.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        row: of the block table.
+        span: which queries, and the tokens that they see.
+        bases: how many: query heads, or KV heads for one that a group shares.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        rank: directions.
+
+    Returns:
+        A basis whose leading dimension is ``bases``.
+    """
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    group = query.shape[1] // bases
+    of_queries, of_keys = samples(span, group)
+    places = span.first + torch.arange(of_queries, device=query.device) * span.queries // of_queries
+    queries = query[places].unflatten(1, (bases, group)).transpose(0, 1).flatten(1, 2)
+    places = torch.arange(of_keys, device=query.device) * span.tokens // of_keys
+    head = torch.arange(bases, device=query.device)[:, None] * kv_heads // bases
+    blocks = block_table[row][places // page].long()
+    keys = kv_cache[..., :head_dim][blocks, head, places % page]
+    return fit(queries, keys, scale, rank)
+
+
+def scored_rows(rows: torch.Tensor, row_step: int = ROW_STEP) -> torch.Tensor:
+    """Return which rows of a segment are scored: one in ``row_step``.
+
+    They are farthest from the mean image, in coordinates where queries have unit moments: the
+    queries that are least like the others. What many want, the nearest of these want, too.
+
+    Args:
+        rows: images of all rows, ``[bases, n, r]``.
+        row_step: see :class:`Precision`.
+
+    Returns:
+        int64 ``[bases, ceil(n / row_step)]``, ascending.
+    """
+    distance = (rows.float() - rows.float().mean(-2, keepdim=True)).square().sum(-1)
+    order = distance.argsort(dim=-1, descending=True, stable=True)
+    return order[..., : -(-distance.shape[-1] // row_step)].sort(-1).values
+
+
+def query_images(
+    queries: torch.Tensor,
+    basis: Basis,
+    history: torch.Tensor,
+    own: torch.Tensor,
+    visible: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return images of queries that end with their row shift.
+
+    Args:
+        queries: ``[..., n, head_dim]``; leading dimensions are those of the basis.
+        basis: the directions.
+        history: images of the history, as :func:`key_images` returns them.
+        own: images of the segment's own keys.
+        visible: which own keys a query sees, bool ``[..., n, own]``.
+        dtype: that images are rounded to.
+
+    Returns:
+        float32 ``[..., n, r + 3]``.
+    """
+    images = _rounded(queries.float() @ basis.a, dtype)
+    rank, count = images.shape[-1], history.shape[-2]
+    step = max(SHIFT_STEP, -(-count // SHIFT_SAMPLES))
+    samples = max(1, count // step)
+    places = stratified(max(count, step), step).clamp(max=count - 1)
+    sample = history[..., places.to(history.device), :rank]
+    of_own = (images @ own[..., :rank].mT).masked_fill(~visible, float("-inf"))
+    most = of_own.amax(-1, keepdim=True)
+    of_rest = rough_exp2(images @ sample.mT, most).sum(-1) * ROUGH_UNIT * (count / samples)
+    left = most[..., 0] + ((of_own - most).exp2().sum(-1) + of_rest).log2()
+    parts = []
+    for factor in SHIFT_FACTORS:
+        part = _rounded(left / factor, dtype)
+        left = left - part * factor
+        parts.append(-part)
+    return torch.cat([images, torch.stack(parts, -1)], -1)
+
+
+def rough_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Return 2^(scores − most − ROUGH), linear between powers of two: by the shift of an integer.
+
+    The mantissa of 1 + e / 256 is e as a number of 8 bits and a fraction: shifted by 8, e is the
+    exponent and the fraction the mantissa of the result. Up to 6 % too much, 4 % in the mean. Less
+    than 2^−127 counts as nothing; more than 2^127 counts as that and adds up to infinity over a
+    history: such a row scores nothing.
+
+    Args:
+        scores: float32.
+        most: float32, what they are relative to.
+    """
+    share = scores * (1 / ROUGH_MOST) + (127.0 - ROUGH - most) * (1 / ROUGH_MOST)
+    bits = (share.clamp(0, 1) * (ROUGH_MOST / 256) + 1).view(torch.int32)
+    return -(bits << 8).view(torch.float32)
+
+
+def key_images(keys: torch.Tensor, basis: Basis, dtype: torch.dtype) -> torch.Tensor:
+    """Return images of keys ``[..., n, head_dim]``: float32 ``[..., n, r + 3]``."""
+    images = keys.float() @ basis.b - basis.offset[..., None, :]
+    factors = torch.tensor(SHIFT_FACTORS, device=keys.device).expand(*images.shape[:-1], -1)
+    return torch.cat([_rounded(images, dtype), factors], -1)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).float()

@@ -1,0 +1,1 @@
+"""Select the tokens with the best scores, within a budget."""

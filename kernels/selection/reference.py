@@ -1,0 +1,185 @@
+"""What the kernels of the selection compute, in plain PyTorch; see :mod:`ranking.reference`."""
+
+import math
+from bisect import bisect_right
+
+import torch
+
+from ..layout import DENSE_START, LIST_LENGTH, NOT_LISTED, ROW
+from ..paging import physical_slots
+from ..sampling import stratified
+from ..tuning import (
+    BUCKETS,
+    CHUNK,
+    COUNTED,
+    ESTIMATE_EVERY,
+    ESTIMATE_STEP,
+    ESTIMATE_TOKENS,
+    HEADS_SHARED,
+    MEAN_OF_MAX,
+    TIERS,
+    UNEVEN,
+)
+from ..work_list import WorkList
+from .selected import SelectedTokens
+
+LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
+
+
+def select(
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    page: int,
+    tiers: int = TIERS,
+    counted: int = COUNTED,
+    chunk: int = CHUNK,
+    shared: int = HEADS_SHARED,
+) -> SelectedTokens:
+    """Turn scores into lists; see :func:`select.select`."""
+    segments, heads = scores.shape[:2]
+    sampled = -(-segments // ESTIMATE_EVERY)
+
+    def zeros(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=scores.device)
+
+    lists = SelectedTokens(
+        zeros(segments, heads, max(work.max_list, 1)),
+        zeros(segments, heads),
+        zeros(sampled, heads, ESTIMATE_TOKENS),
+    )
+    for number, line in enumerate(work.segments.tolist()):
+        n = line[DENSE_START]
+        if line[LIST_LENGTH] == 0:
+            continue
+        step = -(-n // counted)
+        table_row = block_table[line[ROW]]
+        # What is no number is the worst of all: a request whose keys are none harms itself alone.
+        own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
+        pairs = own.split(shared)
+        lengths = torch.cat(
+            [list_lengths(pair, line[LIST_LENGTH], work.target_error, step) for pair in pairs]
+        )
+        for head, length in enumerate(lengths.tolist()):
+            positions = select_positions(own[head], length, tiers, step, chunk)
+            count = len(positions)
+            lists.lengths[number, head] = count
+            lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
+            if number % ESTIMATE_EVERY == 0:
+                place = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
+                place[positions] = torch.arange(count, dtype=torch.int32, device=scores.device)
+                sample = sample_positions(n, scores.device)
+                lists.samples[number // ESTIMATE_EVERY, head, : len(sample)] = place[sample]
+    return lists
+
+
+def sample_positions(history: int, device: torch.device) -> torch.Tensor:
+    """Return the positions, one a stratum, of which the dropped mass is estimated."""
+    step = max(-(-history // ESTIMATE_TOKENS), ESTIMATE_STEP)
+    return stratified(history, step, step - ESTIMATE_STEP + 1).to(device)
+
+
+def list_lengths(
+    scores: torch.Tensor, count: int, target_error: float = 0.0, step: int = 1
+) -> torch.Tensor:
+    """Share a segment's budget among the lists of some of its heads (ours).
+
+    Half of it is dealt equally. The rest goes to what lies above one level of probability, the
+    lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
+    a target error a list ends where what lies beyond is estimated to hold no more mass than that.
+
+    Args:
+        scores: float32 ``[heads, n]``, log2-probabilities.
+        count: the mean list's length.
+        target_error: share of softmax mass that a list may leave out; 0 for no target.
+        step: of so many tokens one is counted, and stands for all.
+
+    Returns:
+        int64 ``[heads]``: together at most ``heads * count``.
+    """
+    heads, n = scores.shape
+    best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
+    width = torch.clamp(best - worst, min=1e-20) / BUCKETS
+    bucket = bucket_of(scores, best, worst)[:, stratified(n, step).to(scores.device)]
+    totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
+    totals.scatter_add_(1, bucket, torch.full_like(bucket, step))
+    edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
+
+    def above(level: float) -> torch.Tensor:
+        return (totals * (edges >= level)).sum(1).clamp(min=(count + 1) // 2)
+
+    levels = [float("inf"), *edges.unique().flip(0).tolist()]  # from the highest
+    fitting = bisect_right(levels, heads * count, key=lambda level: int(above(level).sum())) - 1
+    lengths = above(levels[fitting])
+    extra = above(levels[min(fitting + 1, len(levels) - 1)]) - lengths
+    left = heads * count - int(lengths.sum())
+    lengths = (lengths + extra * left // max(int(extra.sum()), 1)).clamp(max=n)
+
+    if target_error > 0:
+        mass = totals * torch.exp2(edges + 0.5 * width)
+        mass *= (1 / mass.sum(1, keepdim=True).clamp(min=1e-30)).clamp(min=MEAN_OF_MAX)
+        beyond = mass.sum(1, keepdim=True) - mass.cumsum(1)
+        needed = (beyond > target_error).sum(1, keepdim=True).clamp(max=BUCKETS - 1)
+        last, tokens = mass.gather(1, needed), totals.gather(1, needed)
+        excess = beyond.gather(1, needed) + last - target_error
+        part = ((excess / last.clamp(min=1e-30)).clamp(0, 1) * tokens).ceil().long()
+        before = totals.cumsum(1).gather(1, needed) - tokens
+        lengths = lengths.minimum((before + part)[:, 0])
+    return lengths
+
+
+def select_positions(
+    scores: torch.Tensor, length: int, tiers: int = TIERS, step: int = 1, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Return the positions of about the ``length`` best scores, never more, in order of visiting.
+
+    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
+    they are taken to be spread evenly, which gives the score that so many reach. The order is by
+    tier, see :func:`aims`, and by address inside a tier, the last two chunks first: what is more
+    than ``length`` is cut off the end.
+    """
+    scores = scores.float()
+    best, worst = scores.max(), scores.min()
+    bucket = bucket_of(scores, best, worst)
+    counted = stratified(len(scores), step).to(scores.device)
+    total = torch.bincount(bucket[counted], minlength=BUCKETS) * step
+    cumulative = total.cumsum(0)
+    width = torch.clamp(best - worst, min=1e-20) / BUCKETS
+    tier = torch.zeros_like(bucket)
+    for wanted in aims(length, len(scores), tiers, step):
+        if wanted < cumulative[-1]:
+            at = int((cumulative < wanted).sum())
+            share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
+            tier += scores < best - (at + share) * width
+    start = max(-(-len(scores) // chunk) - 2, 0) * chunk
+    order = (torch.argsort(tier.roll(-start), stable=True) + start) % len(scores)
+    return order[: min(length, int((tier < tiers).sum()))]
+
+
+def aims(length: int, history: int, tiers: int, step: int) -> list[int]:
+    """Return how many tokens each tier of a list reaches up to.
+
+    Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
+    spread evenly. The last tier aims at so much more than the list holds, and is cut off: no token
+    of another tier is lost. A single tier aims at so much less.
+
+    Args:
+        length: of the list.
+        history: tokens to choose from.
+        tiers: of the list.
+        step: of so many tokens one is counted.
+    """
+    unsure = int(math.sqrt(length * (step - 1))) + length // UNEVEN
+    unsure = min(unsure, history - length)  # it cannot be longer by more than it leaves out
+    if tiers == 1:
+        wanted = [length - unsure]
+    else:
+        wanted = [length >> (tiers - 2 - tier) for tier in range(tiers - 2)]
+        wanted += [length - length // 8 - unsure, length + unsure]
+    return [max(one, 1) for one in wanted]
+
+
+def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
+    width = torch.clamp(best - worst, min=1e-20)
+    return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
