@@ -309,6 +309,44 @@ def with_lengths(common: Any, seq_lens: Any) -> Any:
     return dataclasses.replace(common, seq_lens=seq_lens, **derived)
 
 
+def single_tokens(common: Any, host: Any, device: Any) -> Any:
+    """Return the common metadata of some tokens of a batch, each as a row of one query.
+
+    Args:
+        common: of the batch.
+        host: int32 ``[3, n]``: each token's row, its place in the batch, and tokens up to its own.
+        device: the same on the device.
+    """
+    import torch
+
+    def at(value: Any, column: int) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value[host[column].numpy()]
+        return value[(host if value.device.type == "cpu" else device)[column].long()]
+
+    count = host.shape[1]
+    starts = torch.arange(count + 1, dtype=torch.int32)
+    names = {field.name for field in dataclasses.fields(common)}
+    changes: dict[str, Any] = {
+        name: at(getattr(common, name), column)
+        for column, own in enumerate((_PER_ROW, _PER_TOKEN))
+        for name in own
+        if name in names and getattr(common, name) is not None
+    }
+    changes |= {
+        "query_start_loc": torch.arange(count + 1, dtype=torch.int32, device=device.device),
+        "query_start_loc_cpu": starts,
+        "seq_lens": device[2],
+        "seq_lens_cpu_upper_bound": host[2],
+        "num_reqs": count,
+        "num_actual_tokens": count,
+        "max_query_len": 1,
+        "max_seq_len": int(host[2].max()),
+    }
+    changes |= dict.fromkeys(name for name in _DERIVED if name in names)
+    return dataclasses.replace(common, **changes)
+
+
 def slice_rows(common: Any, first: int, last: int, start: int) -> Any:
     """Return the common metadata of rows ``first`` to ``last`` (exclusive) alone.
 

@@ -10,6 +10,7 @@ from .kernels.decode_operator import SparseDecode
 from .kernels.decode_plan import DecodeShape
 from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS, Limits
+from .shadow import LayerShadow
 from .step_plan import StepPlan
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
@@ -32,6 +33,7 @@ class SparseImpl:
     _s2o_counters: Any = None  # a tensor, once reserved
     _s2o_decode: Any = None  # a SparseDecode, once reserved where decode is sparse
     _s2o_published: Any = None  # where it is read
+    _s2o_shadow: LayerShadow | None = None  # in shadow mode, once reserved
     s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
     s2o_layer: int | None = None
@@ -94,6 +96,8 @@ class SparseImpl:
             )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
+        if self._s2o.shadow_rate > 0:
+            self._s2o_shadow = LayerShadow(self.s2o_layer, query.device)
 
     def warm_up(
         self,
@@ -153,6 +157,7 @@ class SparseImpl:
             )
         tokens = attn_metadata.num_actual_tokens
         units = compat.units(layer, query.dtype) if self.fp8 else {}
+        given = query
         quantised, query = in_both(query[:tokens], output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
@@ -168,6 +173,14 @@ class SparseImpl:
             self._s2o_decode(query, cache, table, plan.decode, *result, **units)
         if self._s2o_published is not self._s2o_counters:
             self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
+        if plan.shadow is not None and self._s2o_shadow is not None:
+            sampled = output[plan.shadow.tokens]
+            again = torch.empty_like(sampled)
+            super().forward(  # type: ignore[misc]
+                layer, given[plan.shadow.tokens], None, None, kv_cache, plan.shadow.metadata, again,
+                *scales,
+            )  # fmt: skip
+            self._s2o_shadow.add(sampled, again)
         return output
 
     def sparse_cache(

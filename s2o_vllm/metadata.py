@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, compat, cost, metrics, support
+from . import __version__, compat, cost, metrics, shadow, support
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -106,6 +106,8 @@ class SparseBuilder:
         spending = [budget_of(one, settings) for one in asked]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or support.dense_step_reason(common)
+        if dense_reason is None and shadow.guard.check(settings.shadow_limit):
+            dense_reason = "shadow_limit"
         decoding: list[DecodeRow] = []
         missed: list[str] = []
         names = [one.name for one in asked]
@@ -142,6 +144,7 @@ class SparseBuilder:
             sparse, settings.segment, settings.min_context, device, self.s2o_limits
         )
         plan = StepPlan(work, sparse, dense)
+        plan.shadow = shadow.shadow_part(sparse, settings, common, build)
         if decoding:
             plan.decode = self.decode_list(decoding, count)
         if slots is not None and sparse:
@@ -211,6 +214,8 @@ class SparseBuilder:
             for part in plan.dense
         ]
         updated.s2o = replace(plan, dense=dense)
+        if plan.shadow is not None:
+            updated.s2o.shadow = plan.shadow.updated(update, blk_table, slot_mapping)
         if plan.decode is not None and self.s2o_table is not None:
             # The plan may be another group's: what graphs of this one read is its own.
             updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_items)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .kernels.output_error import ERROR_UNIT
 from .kernels.plan import DROPPED_UNIT, ELIGIBLE, VISITED
 from .support import DENSE_REASONS
 
@@ -29,6 +30,9 @@ METRICS = {
     "s2o:dropped_mass": "Estimated softmax mass on history that was not visited, summed over the "
     "rows (queries and heads) that it was estimated for, by layer.",
     "s2o:dropped_mass_rows": "Rows that the dropped mass was estimated for, by layer.",
+    "s2o:shadow_error": "Relative error of sparse attention outputs against dense ones, summed "
+    "over the sampled queries, by layer.",
+    "s2o:shadow_rows": "Queries of which the relative error was counted, by layer.",
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
     "s2o:dense_rows": "Prefill chunks, and steps of decode where it is sparse, that took the stock "
     "path in all layers or some, by reason.",
@@ -39,8 +43,11 @@ METRICS = {
 INFO = "s2o:info"
 INFO_HELP = "1; its labels are the version of s2o-vllm and the server's settings."
 DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
+SHADOW_METRICS = ("s2o:shadow_error", "s2o:shadow_rows")  # in the order of kernels.output_error's
 LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}
-UNITS = {"s2o:dropped_mass": DROPPED_UNIT}  # of one count; others count by one
+LABELS |= dict.fromkeys(SHADOW_METRICS, "layer")
+# Of one count; others count by one.
+UNITS = {"s2o:dropped_mass": DROPPED_UNIT, "s2o:shadow_error": ERROR_UNIT}
 # Series that stand at 0 before anything is counted; `expect` adds those of a layer.
 ZEROS = {(metric, ""): 0 for metric in METRICS if metric not in LABELS}
 ZEROS |= {("s2o:dense_rows", reason): 0 for reason in DENSE_REASONS}
@@ -89,19 +96,26 @@ class WorkerCounters:
         self._folder = folder
         self._file: Any = None
         self._info: dict[str, str] = {}
-        self._layers: list[tuple[torch.Tensor, str]] = []
+        self._layers: list[tuple[torch.Tensor, str, tuple[str, ...]]] = []
         self._host: Counter[tuple[str, str]] = Counter()
         self._skipped = 0
         self._zeros = ZEROS
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._publishing = threading.Lock()  # two would make a file anew that was removed
 
-    def watch(self, counters: torch.Tensor, layer: int | None) -> torch.Tensor:
+    def watch(
+        self,
+        counters: torch.Tensor,
+        layer: int | None,
+        names: tuple[str, ...] = DEVICE_METRICS,
+    ) -> torch.Tensor:
         """Add a layer's counters.
 
         Args:
-            counters: int64, kernels.plan.NUM_COUNTERS of them.
+            counters: int64, one for each name.
             layer: its number in the model.
+            names: the metrics that they are.
 
         Returns:
             What is published: the counters themselves on the CPU, else pinned memory that the
@@ -110,7 +124,7 @@ class WorkerCounters:
         published = counters
         if counters.device.type == "cuda":
             published = torch.zeros_like(counters, device="cpu", pin_memory=True)
-        self._layers.append((published, "" if layer is None else str(layer)))
+        self._layers.append((published, "" if layer is None else str(layer), names))
         return published
 
     def expect(self, layer: int | None) -> None:
@@ -146,14 +160,26 @@ class WorkerCounters:
             return False
         self._info = dict(info or {})
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
+        folder = self.folder()
+        if folder is not None and self._open(folder):
+            self._thread.start()
+        return True
+
+    def folder(self) -> Path | None:
+        """Return the folder that this server's workers share, if it has one."""
         folder = (
             self._folder
             or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
             or os.environ.get(DIRECTORY, "")
         )
-        if folder and Path(folder).is_dir() and self._open(Path(folder)):
-            self._thread.start()
-        return True
+        return Path(folder) if folder and Path(folder).is_dir() else None
+
+    def sums(self, names: tuple[str, ...]) -> list[int]:
+        """Return the counters that were watched under these names, summed over layers."""
+        counters = [counters for counters, _, own in list(self._layers) if own == names]
+        if not counters:
+            return [0] * len(names)
+        return [sum(values) for values in zip(*(one.tolist() for one in counters), strict=True)]
 
     def _open(self, folder: Path) -> bool:
         from prometheus_client.mmap_dict import mmap_key
@@ -182,11 +208,12 @@ class WorkerCounters:
         with self._lock:
             totals = Counter(self._host)
         skipped = 0
-        for counters, layer in list(self._layers):
+        for counters, layer, names in list(self._layers):
             counts = counters.tolist()
-            for metric, value in zip(DEVICE_METRICS, counts, strict=True):
+            for metric, value in zip(names, counts, strict=True):
                 totals[metric, layer if metric in LABELS else ""] += value
-            skipped += counts[ELIGIBLE] - counts[VISITED]
+            if names == DEVICE_METRICS:
+                skipped += counts[ELIGIBLE] - counts[VISITED]
         # Half of a copy may have arrived: a counter that fell would look like a restart.
         self._skipped = max(self._skipped, skipped)
         if self._layers:
@@ -195,6 +222,10 @@ class WorkerCounters:
 
     def publish(self) -> None:
         """Write the present totals to this worker's file."""
+        with self._publishing:
+            self._publish()
+
+    def _publish(self) -> None:
         if self._file is None or (self._file.removed and not self._open(self._file.path.parent)):
             return
         from prometheus_client.mmap_dict import mmap_key

@@ -44,7 +44,7 @@ def test_every_series_is_there_before_the_first_request(fresh):
         reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
         layers = {
             f's2o:{name}_total{{layer="{layer}"}}'
-            for name in ("dropped_mass", "dropped_mass_rows")
+            for name in ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
             for layer in range(2)
         }
         assert set(found) == unlabelled | reasons | layers

@@ -3,6 +3,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from s2o_vllm import metrics
+from s2o_vllm.kernels.output_error import NUM_ERRORS
 from s2o_vllm.kernels.plan import ELIGIBLE, NUM_COUNTERS, VISITED
 from s2o_vllm.support import DENSE_REASONS
 
@@ -21,6 +22,9 @@ def test_device_and_host_counts_reach_the_exposition(tmp_path):
     one = torch.tensor([10, 100, 5, 2, 1_500_000, 30])
     worker.watch(one, 0)
     worker.watch(torch.tensor([1, 2, 3, 4, 250_000, 10]), 7)
+    worker.watch(torch.tensor([4_500_000, 20]), 7, metrics.SHADOW_METRICS)
+    worker.watch(torch.tensor([500_000, 1]), 3, metrics.SHADOW_METRICS)
+    assert worker.sums(metrics.SHADOW_METRICS) == [5_000_000, 21]
     worker.start()
     worker.add("s2o:dense_rows", 2, "short_history")
     worker.publish()
@@ -34,6 +38,8 @@ def test_device_and_host_counts_reach_the_exposition(tmp_path):
     assert 's2o:dropped_mass_total{layer="0"} 1.5' in text, "a row's whole mass is 1"
     assert 's2o:dropped_mass_total{layer="7"} 0.25' in text
     assert 's2o:dropped_mass_rows_total{layer="0"} 30.0' in text
+    assert 's2o:shadow_error_total{layer="7"} 4.5' in text
+    assert 's2o:shadow_rows_total{layer="7"} 20.0' in text
     assert 's2o:dense_rows_total{reason="short_history"} 2.0' in text
 
 
@@ -47,7 +53,8 @@ def test_every_series_is_there_before_anything_is_counted(tmp_path):
     assert found.pop('s2o:info{ranking="low_rank",version="1.2"}') == 1
     unlabelled = {f"{name}_total" for name in metrics.METRICS if name not in metrics.LABELS}
     reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
-    layer = {f's2o:{name}_total{{layer="7"}}' for name in ("dropped_mass", "dropped_mass_rows")}
+    by_layer = ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
+    layer = {f's2o:{name}_total{{layer="7"}}' for name in by_layer}
     assert found == dict.fromkeys(unlabelled | reasons | layer, 0.0)
 
 
@@ -76,6 +83,7 @@ def test_skipped_work_never_falls(tmp_path):
 
 def test_there_is_a_metric_for_every_device_counter():
     assert len(metrics.DEVICE_METRICS) == NUM_COUNTERS
+    assert len(metrics.SHADOW_METRICS) == NUM_ERRORS
 
 
 def test_without_a_folder_nothing_is_written(monkeypatch):

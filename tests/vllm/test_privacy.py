@@ -34,6 +34,13 @@ SAID = {
         "metrics.py",
         'logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)',
     ),
+    # Means over many queries, of nobody's in particular.
+    (
+        "shadow.py",
+        "logger.warning('S2O: sparse attention differs from dense by %.3f in the mean of the last "
+        "%d sampled queries, more than shadow_limit %g: all prefill stays dense until the server "
+        "is restarted', mean, rows, limit)",
+    ),
 }
 
 
