@@ -1,8 +1,8 @@
 """What is known of vLLM's internals and how they differ between releases.
 
 Everything that is wrapped or reached into is named here, or in :mod:`request_hooks`, where
-requests enter. A new vLLM release breaks there or nowhere; `tests/vllm/test_contract.py` names the
-symbol that moved.
+requests enter, or in :mod:`worker_hooks`, where a worker starts. A new vLLM release breaks there or
+nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
 import dataclasses

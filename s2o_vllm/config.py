@@ -3,7 +3,6 @@
 Imports nothing but the standard library: the argument parser needs it in every process.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -118,8 +117,11 @@ class S2OConfig:
         if not _number(value) or not 0 <= value <= 1:
             raise refusal("shadow_rate", value, "a number from 0 (off) to 1")
         value = self.shadow_limit
-        if not _number(value) or not 0 <= value < math.inf:
-            raise refusal("shadow_limit", value, "a finite number, 0 (off) or more")
+        if not _number(value) or not 0 <= value <= 10:
+            raise refusal("shadow_limit", value, "a number from 0 (off) to 10")
+        for field in fields(self):  # a kernel is compiled anew for whole numbers
+            if field.type is float:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
 
     @property
     def decodes(self) -> bool:

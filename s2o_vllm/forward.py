@@ -1,5 +1,6 @@
 """The forward pass of a layer: dense rows to the parent, sparse rows to the operator."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .kernels.operator import Shape, SparsePrefill
 from .kernels.plan import NUM_COUNTERS, Limits
 from .shadow import LayerShadow
 from .step_plan import StepPlan
+
+logger = logging.getLogger("vllm.s2o")
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
 FP8 = ("fp8", "fp8_e4m3")  # and of the quantised ones that the kernels read
@@ -69,14 +72,33 @@ class SparseImpl:
             self.s2o_reason = "quantized_kv_cache"
 
     @property
+    def s2o_cold(self) -> bool:
+        """Whether the layer can go sparse and has not compiled what it then launches."""
+        return self._s2o is not None and self.s2o_reason is None and not self._s2o_warm
+
+    @property
     def fp8(self) -> bool:
         """Whether the cache holds e4m3 numbers, whose scales are the layer's."""
         return self.kv_cache_dtype in FP8
 
     def reserve(self, query: torch.Tensor) -> None:
-        """Make the operator and its workspace, so that vLLM's memory profile sees them."""
+        """Make the operator and its workspace, so that vLLM's memory profile sees them.
+
+        Raises:
+            RuntimeError: if the device has no room for them.
+        """
         if self._s2o_operator is not None:
             return
+        try:
+            self._reserve(query)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                "s2o: no memory for the workspaces of sparse attention, which need less with a "
+                "lower --max-model-len, --max-num-batched-tokens or --s2o-decode-requests: "
+                + str(error).split(". GPU")[0]
+            ) from None
+
+    def _reserve(self, query: torch.Tensor) -> None:
         self._s2o_operator = SparsePrefill(
             self._s2o_shape,
             query.dtype,
@@ -113,13 +135,24 @@ class SparseImpl:
         """
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
+        from .kernels.compilations import compile_with
+
         self._s2o_warm = True
         quantised, query = in_both(query, dtype)
         self.reserve(query)
         arguments = (query, as_numbers(kv_cache), attn_metadata.block_table)
-        self._s2o_operator.warm_up(*arguments, quantised)
-        if self._s2o_decode is not None:
-            self._s2o_decode.warm_up(*arguments)
+
+        def launch() -> None:
+            self._s2o_operator.warm_up(*arguments, quantised)
+            if self._s2o_decode is not None:
+                self._s2o_decode.warm_up(*arguments)
+
+        refused = compile_with(launch)
+        if refused is not None:
+            logger.warning(
+                "S2O: kernels were compiled without Triton's cache, which cannot be written (%s): "
+                "every start compiles them again", refused,
+            )  # fmt: skip
 
     def forward(
         self,

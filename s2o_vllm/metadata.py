@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, compat, cost, metrics, shadow, support
+from . import __version__, compat, cost, metrics, shadow, support, worker_hooks
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -47,6 +47,7 @@ class SparseBuilder:
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
+        worker_hooks.install()
         if self.s2o is not None:
             self.announce(self.s2o)  # before anything is counted: there must be space
         for layer in layers:

@@ -36,6 +36,7 @@ METRICS = {
     "s2o:sparse_requests": "Request chunks that were prefilled on the sparse path.",
     "s2o:dense_rows": "Prefill chunks, and steps of decode where it is sparse, that took the stock "
     "path in all layers or some, by reason.",
+    "s2o:late_compilations": "Kernels of S2O that were compiled after the server was ready.",
     "s2o:attention_tokens": "Tokens that all prefill (and sparse decode) would attend to densely, "
     "summed over queries, heads and the layers with full attention.",
     "s2o:attention_tokens_skipped": "Of these tokens, those that were not visited.",

@@ -50,7 +50,7 @@ VALID = {
     "permute_queries": lambda v: isinstance(v, bool),
     "dense_where_faster": lambda v: isinstance(v, bool),
     "shadow_rate": lambda v: a_number(v, 0, 1, or_low=True, or_high=True),
-    "shadow_limit": lambda v: a_number(v, 0, math.inf, or_low=True),
+    "shadow_limit": lambda v: a_number(v, 0, 10, or_low=True, or_high=True),
     "dense_layers": lambda v: (
         isinstance(v, list) and all(whole(one, -math.inf) for one in v)
     ),
