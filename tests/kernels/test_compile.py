@@ -33,14 +33,22 @@ TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (10
 
 
 @pytest.fixture(scope="module")
-def late_variants():
-    """For each layer and setting the kernels of which served steps need another variant."""
+def measured():
+    """For each layer and setting the kernels that compile late, and the memory of a step."""
     return printed("launch_keys.py")
 
 
 @pytest.mark.parametrize("case", launch_keys.cases())
-def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(late_variants, case):
-    assert late_variants[case] == []
+def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(measured, case):
+    late, _ = measured[case]
+    assert late == []
+
+
+@pytest.mark.parametrize("case", launch_keys.cases())
+def test_a_step_of_prefill_takes_next_to_no_memory(measured, case):
+    """What it needs is made at the start, inside vLLM's memory profile."""
+    _, allocated = measured[case]
+    assert allocated < 2**20
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

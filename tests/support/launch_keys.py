@@ -3,16 +3,17 @@
 Triton compiles a kernel anew for every combination of its arguments' types, of the constants, of
 which integers and addresses 16 divides and which integers are 1. Run as a script, without the
 interpreter, this prints for each case the kernels of which served steps need a variant that the
-warm-up does not compile.
+warm-up does not compile, and the most device memory that a step asks for.
 """
 
 import functools
 import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -77,6 +78,29 @@ class LaunchKeys:
         )
         _, specialisation, options = self.binder(kernel)(*args, **kwargs)
         self.compiled.append((kernel.fn.__name__, f"{specialisation} {sorted(options.items())}"))
+
+
+class Allocated(TorchDispatchMode):
+    """Sums the bytes of all storage that is made on the device meanwhile, freed or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        before = {
+            one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if tensor(one)
+        }
+        for one in tree_leaves(made):
+            if tensor(one) and one.untyped_storage()._cdata not in before:
+                self.bytes += one.untyped_storage().nbytes()
+        return made
+
+
+def tensor(value):
+    """Whether this is a tensor on the device."""
+    return isinstance(value, torch.Tensor) and value.device == META
 
 
 def cases() -> dict[str, Case]:
@@ -177,8 +201,12 @@ def prefill_rows(case: Case) -> list[plan.PrefillRow]:
     ]  # fmt: skip
 
 
-def late_variants(case: Case) -> list[str]:
-    """Kernels of which served steps need a variant that the warm-up does not compile."""
+def measure(case: Case) -> tuple[list[str], int]:
+    """Kernels of which served steps need a variant that the warm-up does not compile.
+
+    And the most bytes that one of the steps makes on the device, beside what there is at the start.
+    """
+    most = 0
     operation, decoding, shape, sizes = layer(case)
     width = (case.heads + 2 * case.kv_heads) * case.head_dim  # queries are a part of what is made
     qkv = torch.empty(case.max_queries + 3, width, dtype=torch.bfloat16, device=META)
@@ -208,24 +236,22 @@ def late_variants(case: Case) -> list[str]:
             decoding(query, kv, table, steps, out, counters, k_scale=0.07, v_scale=0.3)
         for row in prefill_rows(case):
             for work in plan.build_work_lists([row], shape.segment, 1000, CPU, shape.limits):
-                operation(
-                    query, kv, table, work, out, counters,
-                    k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
-                )  # fmt: skip
+                with Allocated() as allocated:
+                    operation(
+                        query, kv, table, work, out, counters,
+                        k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
+                    )  # fmt: skip
+                most = max(most, allocated.bytes)
                 if work.first_of_chunk and work.max_fit_tokens:
                     decoding.keep(decode_plan.keep(work, 2), query, kv, table, work, k_scale=0.07)
     assert len(launches) > len(known) > 10, "the steps launch something"
-    return sorted({name for name, key in launches if (name, key) not in known})
+    return sorted({name for name, key in launches if (name, key) not in known}), most
 
 
 def main() -> None:
     """Print what is found, by case."""
-    wanted = cases()
-    print(json.dumps({name: late_variants(case) for name, case in wanted.items()}))
+    print(json.dumps({name: measure(case) for name, case in cases().items()}))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["cases"]:
-        print(json.dumps({name: asdict(case) for name, case in cases().items()}))
-    else:
-        main()
+    main()
