@@ -3,6 +3,7 @@
 # make test-all   the longest ones, too, and random inputs that no run has had before
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
+# make test-gpu-sanitize   the kernels on the card under compute-sanitizer: memcheck, racecheck, initcheck
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
 # make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
 # make image-test build the image and run it, read-only and without privileges
@@ -28,7 +29,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu bench-gpu image image-test soak clean
+.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu image image-test soak clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -52,6 +53,9 @@ else
 	$(PY) -m pytest -n 8 --dist worksteal tests/kernels tests/gpu -m "not e2e"
 	$(PY) -m pytest tests/gpu -m e2e
 endif
+
+test-gpu-sanitize: $(INSTALLED_DEV)
+	$(PY) tests/support/sanitize.py $(ARGS)
 
 bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention

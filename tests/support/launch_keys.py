@@ -89,18 +89,15 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        before = {
-            one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if tensor(one)
-        }
-        for one in tree_leaves(made):
-            if tensor(one) and one.untyped_storage()._cdata not in before:
-                self.bytes += one.untyped_storage().nbytes()
+        before = {storage._cdata for storage in storages((args, kwargs))}
+        self.bytes += sum(one.nbytes() for one in storages(made) if one._cdata not in before)
         return made
 
 
-def tensor(value):
-    """Whether this is a tensor on the device."""
-    return isinstance(value, torch.Tensor) and value.device == META
+def storages(values):
+    """The memory of all tensors on the device among nested values."""
+    tensors = [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
+    return [one.untyped_storage() for one in tensors if one.device == META]
 
 
 def cases() -> dict[str, Case]:
