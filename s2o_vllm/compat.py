@@ -296,6 +296,14 @@ def counts_chunks(vllm_config: Any) -> bool:
     return parallel.rank % parallel.tensor_parallel_size == 0
 
 
+def metric_labels(vllm_config: Any) -> dict[str, str]:
+    """Return the labels that vLLM gives to all metrics of an engine."""
+    return {
+        "model_name": str(vllm_config.model_config.served_model_name),
+        "engine": str(vllm_config.parallel_config.data_parallel_index),
+    }
+
+
 def most_rows(vllm_config: Any) -> int:
     """Return the most rows that a batch can have, padded to a graph's."""
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0

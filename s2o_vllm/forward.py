@@ -210,8 +210,8 @@ class SparseImpl:
             sampled = output[plan.shadow.tokens]
             again = torch.empty_like(sampled)
             super().forward(  # type: ignore[misc]
-                layer, given[plan.shadow.tokens], None, None, kv_cache, plan.shadow.metadata, again,
-                *scales,
+                layer, at(given, plan.shadow.tokens), None, None, kv_cache, plan.shadow.metadata,
+                again, *scales,
             )  # fmt: skip
             self._s2o_shadow.add(sampled, again)
         return output
@@ -221,6 +221,13 @@ class SparseImpl:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cache as ``[blocks, kv_heads, block_size, 2 * head_dim]`` and its table."""
         return kv_cache, block_table
+
+
+def at(query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return some tokens of a query; PyTorch need not know how to index e4m3 numbers."""
+    if query.dtype.itemsize == 1:
+        return query.view(torch.uint8)[tokens].view(query.dtype)
+    return query[tokens]
 
 
 def in_both(query: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:

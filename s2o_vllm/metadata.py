@@ -75,7 +75,8 @@ class SparseBuilder:
 
     def announce(self, settings: S2OConfig) -> None:
         """Begin to publish this worker's counters, and log the settings once."""
-        first = metrics.worker.start({"version": __version__} | settings.summary)
+        info = {"version": __version__} | settings.summary
+        first = metrics.worker.start(info, compat.metric_labels(self.vllm_config))  # type: ignore[attr-defined]
         if first and self.s2o_counts:
             words = ", ".join(f"{key} {value}" for key, value in settings.summary.items())
             logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)

@@ -97,6 +97,7 @@ class WorkerCounters:
         self._folder = folder
         self._file: Any = None
         self._info: dict[str, str] = {}
+        self._labels: dict[str, str] = {}
         self._layers: list[tuple[torch.Tensor, str, tuple[str, ...]]] = []
         self._host: Counter[tuple[str, str]] = Counter()
         self._skipped = 0
@@ -148,18 +149,21 @@ class WorkerCounters:
             meaning = DENSE_REASONS.get(reason, "")
             logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)
 
-    def start(self, info: Mapping[str, str] | None = None) -> bool:
+    def start(
+        self, info: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+    ) -> bool:
         """Make the file, and begin to publish; without a file there are no counters.
 
         Args:
             info: the labels of ``s2o:info``.
+            labels: those of every series.
 
         Returns:
             Whether this is the first call.
         """
         if self._thread is not None:
             return False
-        self._info = dict(info or {})
+        self._info, self._labels = dict(info or {}), dict(labels or {})
         self._thread = threading.Thread(target=self._run, name="s2o-metrics", daemon=True)
         folder = self.folder()
         if folder is not None and self._open(folder):
@@ -183,20 +187,24 @@ class WorkerCounters:
         return [sum(values) for values in zip(*(one.tolist() for one in counters), strict=True)]
 
     def _open(self, folder: Path) -> bool:
-        from prometheus_client.mmap_dict import mmap_key
-
         from .counter_files import INFO_RESERVED, CounterFile
 
         try:
             self._file = CounterFile(folder)
             if self._info:
-                names, values = list(self._info), list(self._info.values())
                 info = CounterFile(folder, "gauge_max", INFO_RESERVED)
-                info.write(mmap_key(INFO, INFO, names, values, INFO_HELP), 1.0)
+                info.write(self._key(INFO, INFO, self._info, INFO_HELP), 1.0)
         except OSError as error:
             self._file = None
             warn(error)
         return self._file is not None
+
+    def _key(self, metric: str, series: str, labels: Mapping[str, str], text: str) -> str:
+        """Return prometheus_client's key of a time series."""
+        from prometheus_client.mmap_dict import mmap_key
+
+        labels = self._labels | dict(labels)
+        return mmap_key(metric, series, list(labels), list(labels.values()), text)
 
     def _run(self) -> None:
         wait = threading.Event()
@@ -229,11 +237,9 @@ class WorkerCounters:
     def _publish(self) -> None:
         if self._file is None or (self._file.removed and not self._open(self._file.path.parent)):
             return
-        from prometheus_client.mmap_dict import mmap_key
-
         for (metric, label), value in (self._zeros | self.totals()).items():
-            names, values = ([LABELS[metric]], [label]) if label else ([], [])
-            key = mmap_key(metric, metric + "_total", names, values, METRICS[metric])
+            own = {LABELS[metric]: label} if label else {}
+            key = self._key(metric, metric + "_total", own, METRICS[metric])
             self._file.write(key, value * UNITS.get(metric, 1.0))
 
 

@@ -50,6 +50,18 @@ def test_every_series_is_there_before_the_first_request(fresh):
         assert set(found) == unlabelled | reasons | layers
 
 
+def test_every_series_has_the_labels_that_vllms_have(servers):
+    server = servers["small"]
+    series = [line for line in server.page().splitlines() if not line.startswith("#")]
+    ours = [line for line in series if line.startswith("s2o:")]
+    vllms = [line for line in series if line.startswith("vllm:num_requests_running{")]
+    assert ours
+    assert vllms
+    for line in ours + vllms:
+        assert 'engine="0"' in line
+        assert f'model_name="{server.model}"' in line
+
+
 @pytest.fixture(scope="module")
 def counted(servers, fresh):
     """Each server's counters after one long prompt."""

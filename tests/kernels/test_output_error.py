@@ -1,13 +1,29 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from s2o_vllm.kernels.output_error import ERROR_MOST, ERROR_UNIT, NUM_ERRORS, add_errors
 
 
+@contextmanager
+def waiting_for_the_device_is_an_error():
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def summed(sparse, dense, device="cpu"):
     """Errors and rows that are added to counters which are not empty."""
     counters = torch.full((NUM_ERRORS,), 7, dtype=torch.int64, device=device)
-    add_errors(counters, sparse.to(device), dense.to(device))
+    given = (sparse.to(device), dense.to(device))
+    with waiting_for_the_device_is_an_error():
+        add_errors(counters, *given)
     error, rows = (counters - 7).tolist()
     return error * ERROR_UNIT, rows
 

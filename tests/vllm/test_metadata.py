@@ -194,7 +194,8 @@ def group(*dense_layers, rank=0, device="cpu", **settings):
     settings = S2OConfig(min_context=100, dense_layers=dense_layers, **settings)
     builder.vllm_config = SimpleNamespace(
         additional_config={"s2o": settings.as_dict()},
-        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2),
+        model_config=SimpleNamespace(served_model_name="a/model"),
+        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2, data_parallel_index=1),
     )
 
     def layer(number):
@@ -254,6 +255,7 @@ def test_ranks_that_share_a_layers_heads_count_a_chunk_once(monkeypatch, rank, c
     assert bool(counters.totals()["s2o:sparse_requests", ""]) is counts
     assert counters.totals()["s2o:attention_tokens", ""] == WORK, "of the heads of every rank"
     assert counters._thread is not None, "what its heads visit is published from every rank"
+    assert counters._labels == {"model_name": "a/model", "engine": "1"}
 
 
 def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):

@@ -58,6 +58,17 @@ def test_every_series_is_there_before_anything_is_counted(tmp_path):
     assert found == dict.fromkeys(unlabelled | reasons | layer, 0.0)
 
 
+def test_every_series_has_the_labels_of_vllms(tmp_path):
+    worker = metrics.WorkerCounters(str(tmp_path))
+    worker.start({"version": "1.2"}, {"model_name": "a/b", "engine": "3"})
+    worker.expect(0)
+    worker.publish()
+    found = samples(tmp_path)
+    assert 's2o:dense_rows_total{engine="3",model_name="a/b",reason="short_history"}' in found
+    assert 's2o:info{engine="3",model_name="a/b",version="1.2"}' in found
+    assert all('engine="3",' in name and 'model_name="a/b"' in name for name in found)
+
+
 def test_the_settings_of_several_workers_are_one_series(tmp_path, monkeypatch):
     for pid in (11, 12):
         monkeypatch.setattr(metrics.os, "getpid", lambda pid=pid: pid)

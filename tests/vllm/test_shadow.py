@@ -9,11 +9,10 @@ import torch
 from vllm.platforms import current_platform
 
 from backends import FP8_CPU, Row, decode
-from cases import dense_attention
-from conformance import maker
+from conformance import check_shadow, maker, shadowed
 from s2o_vllm import metrics, shadow
 from s2o_vllm.config import ConfigError, S2OConfig, resolve
-from s2o_vllm.kernels.output_error import ERROR_UNIT, NUM_ERRORS
+from s2o_vllm.kernels.output_error import ERROR_UNIT
 from s2o_vllm.kernels.plan import PrefillRow
 
 CPU = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
@@ -67,38 +66,19 @@ def backend(tiny_model):
     return maker(CPUAttentionBackend, S2OCPUBackend, tiny_model, "cpu", shape)
 
 
-def counted(made, step):
-    """A step's output, and the error and the rows that it adds to its layer's counters."""
-    counters = made.layer.impl._s2o_shadow
-    before = [0] * NUM_ERRORS if counters is None else counters.counters.tolist()
-    output, plan = made.attend(step)
-    after = made.layer.impl._s2o_shadow.counters.tolist()
-    error, rows = (new - old for new, old in zip(after, before, strict=True))
-    return output, plan, error * ERROR_UNIT, rows
-
-
 @CPU
 @pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=FP8_CPU)])
 def test_the_error_is_that_of_the_sampled_queries(backend, fp8):
     """Between decode, short and other rows, over shuffled pages full of NaN."""
     own = {"sparsity_budget": 0.1, "fp8": fp8, "dtype": torch.float32}
-    made = backend(shadow_rate=0.5, **own)
-    step = made.step([decode(600), Row(90, 700), Row(130, 1000), Row(40, 40)])
-    output, plan, error, rows = counted(made, step)
-    tokens = plan.shadow.tokens
-    assert rows == len(tokens) == shadow.MOST_QUERIES
-    truth = dense_attention(step.batch)[tokens].double().flatten(1)
-    errors = (output[tokens].double().flatten(1) - truth).norm(dim=1) / truth.norm(dim=1)
-    assert error == pytest.approx(float(errors.sum()), rel=1e-3)
-    assert error / rows > 0.05
-    plain, _ = backend(**own).attend(step)
-    assert torch.equal(plain, output), "being watched changes nothing"
+    rows = [decode(600), Row(90, 700), Row(130, 1000), Row(40, 40)]
+    check_shadow(backend(shadow_rate=0.5, **own), backend(**own), rows)
 
 
 @CPU
 def test_where_lists_hold_nearly_everything_there_is_hardly_an_error(backend):
     made = backend(shadow_rate=0.5, dtype=torch.float32)
-    _, _, error, rows = counted(made, made.step([Row(130, 1000)]))
+    _, _, error, rows = shadowed(made, made.step([Row(130, 1000)]))
     assert rows > 0
     assert error / rows < 0.05
 
