@@ -296,6 +296,11 @@ def counts_chunks(vllm_config: Any) -> bool:
     return parallel.rank % parallel.tensor_parallel_size == 0
 
 
+def counts_prompts(vllm_config: Any) -> bool:
+    """Tell whether this worker counts prompts: one of each engine does."""
+    return vllm_config.parallel_config.rank == 0
+
+
 def metric_labels(vllm_config: Any) -> dict[str, str]:
     """Return the labels that vLLM gives to all metrics of an engine."""
     return {

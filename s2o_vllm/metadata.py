@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, compat, cost, metrics, shadow, support, worker_hooks
+from . import __version__, compat, cost, metrics, request_work, shadow, support, worker_hooks
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_plan import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -30,7 +30,9 @@ class SparseBuilder:
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
+    s2o_counts_prompts: bool = False
     s2o_heads: int = 0  # query heads of this rank's layers with full attention, all together
+    s2o_sparse_heads: int = 0  # those of them in layers that can go sparse
     s2o_slots: DecodeSlots | None = None  # where decode is sparse
     s2o_table: DecodeTable | None = None
     s2o_lengths: torch.Tensor | None = None  # of sequences, as the parent sees them there
@@ -46,6 +48,7 @@ class SparseBuilder:
         """
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
+        self.s2o_counts_prompts = compat.counts_prompts(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
         worker_hooks.install()
         if self.s2o is not None:
@@ -56,6 +59,7 @@ class SparseBuilder:
         full = [impl for impl in impls if impl.s2o_reason not in support.NOT_FULL_ATTENTION]
         self.s2o_heads = sum(impl.num_heads for impl in full)
         capable = [impl for impl in impls if impl.s2o_reason is None]
+        self.s2o_sparse_heads = sum(impl.num_heads for impl in capable)
         for impl in capable:
             metrics.worker.expect(impl.s2o_layer)
         if capable:
@@ -130,6 +134,12 @@ class SparseBuilder:
             reasons += [dense_reason] * len(sparse)
             sparse = []
         self.count(len(sparse), reasons)
+        if self.s2o_counts_prompts and self.s2o_heads:
+            skipped = request_work.left_out(
+                sparse, settings.segment, settings.min_context,
+                self.s2o_sparse_heads / self.s2o_heads,
+            )  # fmt: skip
+            request_work.tracker.step(asked, starts, lengths, prefill, skipped)
         if not sparse and not decoding:
             return None
         build = super().build  # type: ignore[misc]

@@ -41,6 +41,12 @@ METRICS = {
     "summed over queries, heads and the layers with full attention.",
     "s2o:attention_tokens_skipped": "Of these tokens, those that were not visited.",
 }
+SHARE = "s2o:request_work_share"  # a histogram
+SHARE_HELP = (
+    "Attention work of a prompt's prefill over its dense work, as it was planned, one for each "
+    "prompt that was read."
+)
+SHARE_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, float("inf"))
 INFO = "s2o:info"
 INFO_HELP = "1; its labels are the version of s2o-vllm and the server's settings."
 DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.plan's counters
@@ -96,6 +102,9 @@ class WorkerCounters:
     def __init__(self, folder: str | None = None):
         self._folder = folder
         self._file: Any = None
+        self._histogram: Any = None
+        self._shares: Counter[float] = Counter()  # by the bucket that they are in
+        self._share_sum = 0.0
         self._info: dict[str, str] = {}
         self._labels: dict[str, str] = {}
         self._layers: list[tuple[torch.Tensor, str, tuple[str, ...]]] = []
@@ -139,6 +148,13 @@ class WorkerCounters:
         """Count on the host."""
         with self._lock:
             self._host[metric, label] += amount
+
+    def observe_share(self, share: float) -> None:
+        """Count a prompt that was prefilled with this share of its dense work."""
+        bucket = next(most for most in SHARE_BUCKETS if share <= most)
+        with self._lock:
+            self._shares[bucket] += 1
+            self._share_sum += share
 
     def add_dense(self, reason: str) -> None:
         """Count a chunk that took the stock path; the first one of a reason is logged."""
@@ -191,6 +207,7 @@ class WorkerCounters:
 
         try:
             self._file = CounterFile(folder)
+            self._histogram = CounterFile(folder, "histogram", INFO_RESERVED)
             if self._info:
                 info = CounterFile(folder, "gauge_max", INFO_RESERVED)
                 info.write(self._key(INFO, INFO, self._info, INFO_HELP), 1.0)
@@ -237,10 +254,18 @@ class WorkerCounters:
     def _publish(self) -> None:
         if self._file is None or (self._file.removed and not self._open(self._file.path.parent)):
             return
+        from prometheus_client.utils import floatToGoString
+
         for (metric, label), value in (self._zeros | self.totals()).items():
             own = {LABELS[metric]: label} if label else {}
             key = self._key(metric, metric + "_total", own, METRICS[metric])
             self._file.write(key, value * UNITS.get(metric, 1.0))
+        with self._lock:
+            shares, total = Counter(self._shares), self._share_sum
+        for bucket in SHARE_BUCKETS:
+            key = self._key(SHARE, SHARE + "_bucket", {"le": floatToGoString(bucket)}, SHARE_HELP)
+            self._histogram.write(key, float(shares[bucket]))
+        self._histogram.write(self._key(SHARE, SHARE + "_sum", {}, SHARE_HELP), total)
 
 
 worker = WorkerCounters()

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from s2o_vllm import compat, metrics
+from s2o_vllm import compat, metrics, request_work
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.plan import Limits
 from s2o_vllm.metadata import SparseBuilder
-from s2o_vllm.requests import RequestBudget
+from s2o_vllm.requests import RequestBudget, RequestInfo
 from s2o_vllm.step_plan import dense_work, split_rows
 
 
@@ -256,6 +256,24 @@ def test_ranks_that_share_a_layers_heads_count_a_chunk_once(monkeypatch, rank, c
     assert counters.totals()["s2o:attention_tokens", ""] == WORK, "of the heads of every rank"
     assert counters._thread is not None, "what its heads visit is published from every rank"
     assert counters._labels == {"model_name": "a/model", "engine": "1"}
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0)])
+def test_one_rank_counts_what_a_prompt_left_out(monkeypatch, rank, count):
+    """The first of 130 queries sees 1,001 tokens; one of three layers is dense."""
+    shares = []
+    worker = metrics.WorkerCounters()
+    monkeypatch.setattr(worker, "observe_share", shares.append)
+    monkeypatch.setattr(metrics, "worker", worker)
+    monkeypatch.setattr(request_work, "tracker", request_work.RequestWork())
+    asked = [RequestInfo({}, 1131, "request")]
+    monkeypatch.setattr(compat.requests, "of_rows", lambda *_: asked)
+    builder = group(0, rank=rank, segment_size=4096)
+    builder.build(0, common_metadata([130], [1130], [True]))
+    work = 130 * (1001 + 1130) / 2
+    # The last 64 tokens of the prompt are dense; the others leave out 90 % of 1,000 tokens.
+    skipped = 2 / 3 * (1131 - 64 - 1000) * 900
+    assert shares == count * [pytest.approx(1 - skipped / work)]
 
 
 def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):

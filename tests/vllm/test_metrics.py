@@ -1,6 +1,8 @@
+import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.utils import floatToGoString
 
 from s2o_vllm import metrics
 from s2o_vllm.kernels.output_error import NUM_ERRORS
@@ -55,7 +57,33 @@ def test_every_series_is_there_before_anything_is_counted(tmp_path):
     reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
     by_layer = ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
     layer = {f's2o:{name}_total{{layer="7"}}' for name in by_layer}
-    assert found == dict.fromkeys(unlabelled | reasons | layer, 0.0)
+    assert found == dict.fromkeys(unlabelled | reasons | layer | histogram(), 0.0)
+
+
+def histogram():
+    """The series of the histogram of prompts' shares."""
+    buckets = {
+        f'{metrics.SHARE}_bucket{{le="{floatToGoString(most)}"}}' for most in metrics.SHARE_BUCKETS
+    }
+    return {f"{metrics.SHARE}_count", f"{metrics.SHARE}_sum"} | buckets
+
+
+def test_shares_of_prompts_are_a_histogram_over_all_workers(tmp_path, monkeypatch):
+    for pid, shares in ((11, (0.01, 0.1, 0.11)), (12, (1.0, 0.5))):
+        monkeypatch.setattr(metrics.os, "getpid", lambda pid=pid: pid)
+        worker = metrics.WorkerCounters(str(tmp_path))
+        worker.start()
+        for share in shares:
+            worker.observe_share(share)
+        worker.publish()
+        worker.publish()
+    found = samples(tmp_path)
+    assert found["s2o:request_work_share_count"] == 5
+    assert found["s2o:request_work_share_sum"] == pytest.approx(1.72)
+    buckets = [
+        found[f's2o:request_work_share_bucket{{le="{le}"}}'] for le in (0.05, 0.1, 0.15, 0.5)
+    ]
+    assert buckets == [1, 2, 3, 4]
 
 
 def test_every_series_has_the_labels_of_vllms(tmp_path):
