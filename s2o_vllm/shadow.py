@@ -17,15 +17,7 @@ import torch
 from . import compat, metrics
 from .config import S2OConfig
 from .kernels.output_error import ERROR_UNIT, NUM_ERRORS, add_errors
-from .kernels.plan import (
-    DENSE_START,
-    HISTORY,
-    NUM_QUERIES,
-    QUERY_START,
-    PrefillRow,
-    segments,
-    to_device,
-)
+from .kernels.plan import DENSE_START, HISTORY, PrefillRow, segments, to_device
 
 logger = logging.getLogger("vllm.s2o")
 
@@ -79,13 +71,15 @@ def sample(rows: Sequence[PrefillRow], settings: S2OConfig) -> list[Sampled]:
     """
     chosen: list[Sampled] = []
     for row in rows:
-        for item in segments(row, settings.segment, settings.min_context):
-            if item[DENSE_START] == 0:
-                continue
-            positions = torch.arange(item[HISTORY], item[HISTORY] + item[NUM_QUERIES])
-            drawn = (positions.double() * GOLDEN) % 1 < settings.shadow_rate
-            first = item[QUERY_START] - item[HISTORY]
-            chosen += [Sampled(row.row, first + p, p + 1) for p in positions[drawn].tolist()]
+        items = segments(row, settings.segment, settings.min_context)
+        # Histories grow: from the first sparse segment on all are.
+        start = next((item[HISTORY] for item in items if item[DENSE_START]), None)
+        if start is None:
+            continue
+        positions = torch.arange(start, row.context + row.num_queries)
+        drawn = (positions.double() * GOLDEN) % 1 < settings.shadow_rate
+        first = row.query_start - row.context
+        chosen += [Sampled(row.row, first + p, p + 1) for p in positions[drawn].tolist()]
     count = min(len(chosen), MOST_QUERIES)
     return [chosen[number * len(chosen) // count] for number in range(count)]
 
