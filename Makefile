@@ -3,10 +3,12 @@
 # make test-all   the longest ones, too, and random inputs that no run has had before
 # make lint       style and types
 # make test-gpu   the kernels on the card, and servers on it
+# make test-gpu-sanitize   the kernels on the card under compute-sanitizer: memcheck, racecheck, initcheck
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
 # make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
 # make image-test build the image and run it, read-only and without privileges
 # make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
+# make docs       these pages as a site, in build/site (ARGS=--serve shows it on port 8000)
 # make clean      remove what these made (the model in the user's cache stays)
 #
 # make serve ARGS="--once --port 8001"   stop after the answer; another port
@@ -28,7 +30,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu bench-gpu image image-test soak clean
+.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu image image-test soak docs clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -53,6 +55,9 @@ else
 	$(PY) -m pytest tests/gpu -m e2e
 endif
 
+test-gpu-sanitize: $(INSTALLED_DEV)
+	$(PY) tests/support/sanitize.py $(ARGS)
+
 bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench attention
 	$(PY) -P -m s2o_vllm.cli bench turns
@@ -76,6 +81,9 @@ image-test: $(INSTALLED_DEV)
 
 soak: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.benchmarks.speed.soak $(ARGS)
+
+docs: $(INSTALLED_DEV)
+	$(PY) docs/build.py $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(PY) -m ruff check .

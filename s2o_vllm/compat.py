@@ -1,8 +1,8 @@
 """What is known of vLLM's internals and how they differ between releases.
 
 Everything that is wrapped or reached into is named here, or in :mod:`request_hooks`, where
-requests enter. A new vLLM release breaks there or nowhere; `tests/vllm/test_contract.py` names the
-symbol that moved.
+requests enter, or in :mod:`worker_hooks`, where a worker starts. A new vLLM release breaks there or
+nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
 import dataclasses
@@ -296,6 +296,19 @@ def counts_chunks(vllm_config: Any) -> bool:
     return parallel.rank % parallel.tensor_parallel_size == 0
 
 
+def counts_prompts(vllm_config: Any) -> bool:
+    """Tell whether this worker counts prompts: one of each engine does."""
+    return vllm_config.parallel_config.rank == 0
+
+
+def metric_labels(vllm_config: Any) -> dict[str, str]:
+    """Return the labels that vLLM gives to all metrics of an engine."""
+    return {
+        "model_name": str(vllm_config.model_config.served_model_name),
+        "engine": str(vllm_config.parallel_config.data_parallel_index),
+    }
+
+
 def most_rows(vllm_config: Any) -> int:
     """Return the most rows that a batch can have, padded to a graph's."""
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -307,6 +320,44 @@ def with_lengths(common: Any, seq_lens: Any) -> Any:
     names = {field.name for field in dataclasses.fields(common)}
     derived = dict.fromkeys(name for name in _DERIVED if name in names)
     return dataclasses.replace(common, seq_lens=seq_lens, **derived)
+
+
+def single_tokens(common: Any, host: Any, device: Any) -> Any:
+    """Return the common metadata of some tokens of a batch, each as a row of one query.
+
+    Args:
+        common: of the batch.
+        host: int32 ``[3, n]``: each token's row, its place in the batch, and tokens up to its own.
+        device: the same on the device.
+    """
+    import torch
+
+    def at(value: Any, column: int) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value[host[column].numpy()]
+        return value[(host if value.device.type == "cpu" else device)[column].long()]
+
+    count = host.shape[1]
+    starts = torch.arange(count + 1, dtype=torch.int32)
+    names = {field.name for field in dataclasses.fields(common)}
+    changes: dict[str, Any] = {
+        name: at(getattr(common, name), column)
+        for column, own in enumerate((_PER_ROW, _PER_TOKEN))
+        for name in own
+        if name in names and getattr(common, name) is not None
+    }
+    changes |= {
+        "query_start_loc": torch.arange(count + 1, dtype=torch.int32, device=device.device),
+        "query_start_loc_cpu": starts,
+        "seq_lens": device[2],
+        "seq_lens_cpu_upper_bound": host[2],
+        "num_reqs": count,
+        "num_actual_tokens": count,
+        "max_query_len": 1,
+        "max_seq_len": int(host[2].max()),
+    }
+    changes |= dict.fromkeys(name for name in _DERIVED if name in names)
+    return dataclasses.replace(common, **changes)
 
 
 def slice_rows(common: Any, first: int, last: int, start: int) -> Any:

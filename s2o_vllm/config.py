@@ -55,6 +55,8 @@ class S2OConfig:
             decode to stock vLLM.
         decode_min_context: decode with less history than this many tokens stays dense.
         decode_requests: how many requests decode sparsely at a time; each takes memory.
+        shadow_rate: share of sparse queries that are attended densely as well, to count the error.
+        shadow_limit: mean relative error of these above which all prefill stays dense; 0 is off.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -73,6 +75,8 @@ class S2OConfig:
     decode_budget: float = 1.0
     decode_min_context: int = 32768
     decode_requests: int = 4
+    shadow_rate: float = 0.0
+    shadow_limit: float = 0.0
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
@@ -107,6 +111,15 @@ class S2OConfig:
         value = self.decode_requests
         if not _whole(value) or not 1 <= value <= 256:
             raise refusal("decode_requests", value, "a whole number of requests from 1 to 256")
+        value = self.shadow_rate
+        if not _number(value) or not 0 <= value <= 1:
+            raise refusal("shadow_rate", value, "a number from 0 (off) to 1")
+        value = self.shadow_limit
+        if not _number(value) or not 0 <= value <= 10:
+            raise refusal("shadow_limit", value, "a number from 0 (off) to 10")
+        for field in fields(self):  # a kernel is compiled anew for whole numbers
+            if field.type is float:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
 
     @property
     def decodes(self) -> bool:
@@ -173,6 +186,10 @@ HELP = {
     "Default: 32768.",
     "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "
     "some 6 % of its KV cache. Default: 4.",
+    "shadow_rate": "Share of sparse queries that are attended densely as well, to count the "
+    "true error (0 to 1); at most 32 a step. 0 switches it off. Default: 0.",
+    "shadow_limit": "Mean relative error of these queries above which all prefill stays dense "
+    "until a restart (needs --s2o-shadow-rate). 0 switches it off. Default: 0.",
 }
 
 # Settings that were removed, and why: who still gives one is told.
@@ -358,4 +375,6 @@ def resolve(
     if 0 < result.max_request_budget < result.sparsity_budget:
         allowed = f"0 or at least sparsity_budget, which is {result.sparsity_budget}"
         raise refusal("max_request_budget", result.max_request_budget, allowed)
+    if result.shadow_limit > 0 and result.shadow_rate == 0:
+        raise refusal("shadow_limit", result.shadow_limit, "0 with shadow_rate 0")
     return result

@@ -1,5 +1,6 @@
 """The forward pass of a layer: dense rows to the parent, sparse rows to the operator."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from .kernels.layout import NUM_COUNTERS
 from .kernels.prefill import SparsePrefill
 from .kernels.shape import Shape
 from .kernels.work_list import Limits
+from .shadow import LayerShadow
 from .step_plan import StepPlan
+
+logger = logging.getLogger("vllm.s2o")
 
 PLAIN = ("auto", "float16", "bfloat16")  # vLLM's names of caches in the queries' dtype
 FP8 = ("fp8", "fp8_e4m3")  # and of the quantised ones that the kernels read
@@ -34,6 +38,7 @@ class SparseImpl:
     _s2o_counters: Any = None  # a tensor, once reserved
     _s2o_decode: Any = None  # a SparseDecode, once reserved where decode is sparse
     _s2o_published: Any = None  # where it is read
+    _s2o_shadow: LayerShadow | None = None  # in shadow mode, once reserved
     s2o_limits: Limits = Limits(1, 0)
     s2o_placed: bool = False
     s2o_layer: int | None = None
@@ -69,14 +74,33 @@ class SparseImpl:
             self.s2o_reason = "quantized_kv_cache"
 
     @property
+    def s2o_cold(self) -> bool:
+        """Whether the layer can go sparse and has not compiled what it then launches."""
+        return self._s2o is not None and self.s2o_reason is None and not self._s2o_warm
+
+    @property
     def fp8(self) -> bool:
         """Whether the cache holds e4m3 numbers, whose scales are the layer's."""
         return self.kv_cache_dtype in FP8
 
     def reserve(self, query: torch.Tensor) -> None:
-        """Make the operator and its workspace, so that vLLM's memory profile sees them."""
+        """Make the operator and its workspace, so that vLLM's memory profile sees them.
+
+        Raises:
+            RuntimeError: if the device has no room for them.
+        """
         if self._s2o_operator is not None:
             return
+        try:
+            self._reserve(query)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                "s2o: no memory for the workspaces of sparse attention, which need less with a "
+                "lower --max-model-len, --max-num-batched-tokens or --s2o-decode-requests: "
+                + str(error).split(". GPU")[0]
+            ) from None
+
+    def _reserve(self, query: torch.Tensor) -> None:
         self._s2o_operator = SparsePrefill(
             self._s2o_shape,
             query.dtype,
@@ -95,6 +119,8 @@ class SparseImpl:
             )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
+        if self._s2o.shadow_rate > 0:
+            self._s2o_shadow = LayerShadow(self.s2o_layer, query.device)
 
     def warm_up(
         self,
@@ -110,13 +136,24 @@ class SparseImpl:
         """
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
+        from .kernels.compilations import compile_with
+
         self._s2o_warm = True
         quantised, query = in_both(query, dtype)
         self.reserve(query)
         arguments = (query, as_numbers(kv_cache), attn_metadata.block_table)
-        self._s2o_operator.warm_up(*arguments, quantised)
-        if self._s2o_decode is not None:
-            self._s2o_decode.warm_up(*arguments)
+
+        def launch() -> None:
+            self._s2o_operator.warm_up(*arguments, quantised)
+            if self._s2o_decode is not None:
+                self._s2o_decode.warm_up(*arguments)
+
+        refused = compile_with(launch)
+        if refused is not None:
+            logger.warning(
+                "S2O: kernels were compiled without Triton's cache, which cannot be written (%s): "
+                "every start compiles them again", refused,
+            )  # fmt: skip
 
     def forward(
         self,
@@ -154,6 +191,7 @@ class SparseImpl:
             )
         tokens = attn_metadata.num_actual_tokens
         kv_scales = compat.kv_scales(layer, query.dtype) if self.fp8 else {}
+        given = query
         quantised, query = in_both(query[:tokens], output.dtype)
         self.reserve(query)
         cache, table = self.sparse_cache(as_numbers(kv_cache), attn_metadata.block_table, plan)
@@ -171,6 +209,14 @@ class SparseImpl:
             self._s2o_decode(query, cache, table, plan.decode, *result, **kv_scales)
         if self._s2o_published is not self._s2o_counters:
             self._s2o_published.copy_(self._s2o_counters, non_blocking=True)
+        if plan.shadow is not None and self._s2o_shadow is not None:
+            sampled = output[plan.shadow.tokens]
+            again = torch.empty_like(sampled)
+            super().forward(  # type: ignore[misc]
+                layer, at(given, plan.shadow.tokens), None, None, kv_cache, plan.shadow.metadata,
+                again, *scales,
+            )  # fmt: skip
+            self._s2o_shadow.add(sampled, again)
         return output
 
     def sparse_cache(
@@ -178,6 +224,13 @@ class SparseImpl:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cache as ``[blocks, kv_heads, block_size, 2 * head_dim]`` and its table."""
         return kv_cache, block_table
+
+
+def at(query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return some tokens of a query; PyTorch need not know how to index e4m3 numbers."""
+    if query.dtype.itemsize == 1:
+        return query.view(torch.uint8)[tokens].view(query.dtype)
+    return query[tokens]
 
 
 def in_both(query: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, compat, cost, metrics, support
+from . import __version__, compat, cost, metrics, request_work, shadow, support, worker_hooks
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -30,7 +30,9 @@ class SparseBuilder:
     s2o_layer_reasons: tuple[str, ...] = ()  # why some of its layers stay dense if others do not
     s2o_limits: Limits = Limits(1, 0)
     s2o_counts: bool = True  # whether chunks are counted here
+    s2o_counts_prompts: bool = False
     s2o_heads: int = 0  # query heads of this rank's layers with full attention, all together
+    s2o_sparse_heads: int = 0  # those of them in layers that can go sparse
     s2o_slots: DecodeSlots | None = None  # where decode is sparse
     s2o_table: DecodeTable | None = None
     s2o_lengths: torch.Tensor | None = None  # of sequences, as the parent sees them there
@@ -46,7 +48,9 @@ class SparseBuilder:
         """
         self.s2o = compat.settings_of(self.vllm_config)  # type: ignore[attr-defined]
         self.s2o_counts = compat.counts_chunks(self.vllm_config)  # type: ignore[attr-defined]
+        self.s2o_counts_prompts = compat.counts_prompts(self.vllm_config)  # type: ignore[attr-defined]
         compat.watch_requests()
+        worker_hooks.install()
         if self.s2o is not None:
             self.announce(self.s2o)  # before anything is counted: there must be space
         for layer in layers:
@@ -55,6 +59,7 @@ class SparseBuilder:
         full = [impl for impl in impls if impl.s2o_reason not in support.NOT_FULL_ATTENTION]
         self.s2o_heads = sum(impl.num_heads for impl in full)
         capable = [impl for impl in impls if impl.s2o_reason is None]
+        self.s2o_sparse_heads = sum(impl.num_heads for impl in capable)
         for impl in capable:
             metrics.worker.expect(impl.s2o_layer)
         if capable:
@@ -74,7 +79,8 @@ class SparseBuilder:
 
     def announce(self, settings: S2OConfig) -> None:
         """Begin to publish this worker's counters, and log the settings once."""
-        first = metrics.worker.start({"version": __version__} | settings.summary)
+        info = {"version": __version__} | settings.summary
+        first = metrics.worker.start(info, compat.metric_labels(self.vllm_config))  # type: ignore[attr-defined]
         if first and self.s2o_counts:
             words = ", ".join(f"{key} {value}" for key, value in settings.summary.items())
             logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)
@@ -106,6 +112,8 @@ class SparseBuilder:
         budgets = [budget_of(one, settings) for one in asked]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or support.dense_step_reason(common)
+        if dense_reason is None and shadow.guard.check(settings.shadow_limit):
+            dense_reason = "shadow_limit"
         decoding: list[DecodeRow] = []
         missed: list[str] = []
         names = [one.name for one in asked]
@@ -126,6 +134,12 @@ class SparseBuilder:
             reasons += [dense_reason] * len(sparse)
             sparse = []
         self.count(len(sparse), reasons)
+        if self.s2o_counts_prompts and self.s2o_heads:
+            skipped = request_work.left_out(
+                sparse, settings.segment, settings.min_context,
+                self.s2o_sparse_heads / self.s2o_heads,
+            )  # fmt: skip
+            request_work.tracker.step(asked, starts, lengths, prefill, skipped)
         if not sparse and not decoding:
             return None
         build = super().build  # type: ignore[misc]
@@ -142,6 +156,7 @@ class SparseBuilder:
             sparse, settings.segment, settings.min_context, device, self.s2o_limits
         )
         plan = StepPlan(work, sparse, dense)
+        plan.shadow = shadow.shadow_part(sparse, settings, common, build)
         if decoding:
             plan.decode = self.decode_list(decoding, count)
         if slots is not None and sparse:
@@ -211,6 +226,8 @@ class SparseBuilder:
             for part in plan.dense
         ]
         updated.s2o = replace(plan, dense=dense)
+        if plan.shadow is not None:
+            updated.s2o.shadow = plan.shadow.updated(update, blk_table, slot_mapping)
         if plan.decode is not None and self.s2o_table is not None:
             # The plan may be another group's: what graphs of this one read is its own.
             updated.s2o.decode = self.decode_list(plan.decode.rows, plan.decode.work.num_segments)

@@ -8,6 +8,8 @@ from .config import ConfigError, S2OConfig, check_budget, check_target, plain, r
 
 PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
+# Settings that decide what is served or measured, and not what keys and values are.
+NOT_OF_KEYS = ("max_request_budget", "shadow_rate", "shadow_limit")
 
 
 class RequestBudget(NamedTuple):
@@ -96,7 +98,8 @@ def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) 
         asked: the request's, as `request_settings` returns them.
     """
     settings = config.as_dict() | dict(asked)
-    del settings["max_request_budget"]  # decides what is served, not how
+    for key in NOT_OF_KEYS:
+        del settings[key]
     if settings["sparsity_budget"] == 1:
         mark = "dense"
     else:

@@ -7,6 +7,7 @@ from typing import Any
 from .kernels.decode_state import DecodeList, Snapshot
 from .kernels.work_list import PrefillRow, WorkList
 from .requests import RequestBudget
+from .shadow import ShadowPart
 
 # Tokens at the end of a prompt that attend to all of it: they hold the question, and the very last
 # one gives the first token. A list that serves many queries may lack what one of them needs.
@@ -39,6 +40,7 @@ class StepPlan:
         decode: the sparse decode queries, or None. Rows of ``dense`` may hold the same queries:
             their output is then written over.
         snapshots: for each work list, by number, the snapshot of its ranking to take.
+        shadow: queries that are attended densely as well, or None.
     """
 
     work: list[WorkList]
@@ -46,6 +48,7 @@ class StepPlan:
     dense: list[DensePart]
     decode: DecodeList | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    shadow: ShadowPart | None = None
 
 
 def dense_work(

@@ -11,6 +11,7 @@ DENSE_REASONS = {
     "few_new_tokens": "the chunk has so few new tokens that ranking costs more than it saves",
     "end_of_prompt": "the last tokens of a prompt attend to all of it",
     "budget_is_one": "the request or the server has a sparsity budget of 1",
+    "shadow_limit": "the sampled error is above shadow_limit",
     "no_decode_state": "no request state of sparse decode was free, or it does not fit",
     "dense_layer": "dense_layers names the layer",
     "sliding_window": "the layer attends to a sliding window",

@@ -50,8 +50,8 @@ def _farthest(size, number, rows, kept):
     """
     # As integers, which such numbers order like.
     size = tl.where(number < rows, size.to(tl.int32, bitcast=True), -1)
-    # The largest number that so many sizes reach, four bits at a time: a count is a round of messages
-    # between warps, for one number or for sixteen. The last round has three bits.
+    # The largest number that so many sizes reach, four bits at a time: a count is a round of
+    # messages between warps, for one number or for sixteen. The last round has three bits.
     least = 0
     for i in range(8):
         higher = least + (tl.arange(0, 16) << tl.maximum(27 - 4 * i, 0))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from s2o_vllm.metrics import INFO, METRICS
+from s2o_vllm.metrics import INFO, METRICS, SHARE
 from s2o_vllm.support import DENSE_REASONS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -47,6 +47,7 @@ def vllm_metrics() -> dict[str, str]:
 def exposed() -> set[str]:
     """Return every series name that the server's /metrics can have."""
     series = {name + "_total" for name in METRICS} | {INFO}
+    series |= {SHARE + part for part in HISTOGRAM_PARTS}
     for name, kind in vllm_metrics().items():
         if kind == "counter":
             series.add(name.removesuffix("_total") + "_total")
@@ -114,7 +115,9 @@ def test_every_s2o_metric_is_shown(metric: str):
 def test_no_counter_is_shown_without_a_rate():
     for expression in expressions():
         counters = re.findall(r"\S*_total\b", expression)
-        assert expression.count("rate(") >= len(counters), expression
+        assert expression.count("rate(") + expression.count("increase(") >= len(counters), (
+            expression
+        )
 
 
 def test_quantiles_keep_the_bucket_label():

@@ -1,6 +1,7 @@
 """Real servers: stock `vllm serve` processes, one S2O and one stock, on a tiny random model."""
 
 import os
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -24,8 +25,16 @@ class Server:
     log: Path
 
     def metrics(self) -> dict[str, float]:
-        """Samples of /metrics by name with labels."""
-        return server_process.samples(self.page())
+        """Samples of /metrics by name with labels; S2O's without those that all of them have."""
+        shared = ('engine="0"', f'model_name="{self.model}"')
+
+        def name(match: re.Match) -> str:
+            kept = [label for label in match[2].split(",") if label not in shared]
+            return match[1] + (f"{{{','.join(kept)}}}" if kept else "")
+
+        return server_process.samples(
+            re.sub(r"^(s2o:\w+)\{([^}]*)\}", name, self.page(), flags=re.M)
+        )
 
     def page(self) -> str:
         page = server_process.read(self.url + "/metrics")

@@ -108,12 +108,12 @@ def alive(pids):
     return [pid for pid, state in states.items() if state != "Z"]
 
 
-def wait_until(condition, seconds=GONE_SECONDS):
+def wait_until(condition, seconds=GONE_SECONDS, every=0.2):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.2)
+        time.sleep(every)
     return True
 
 
@@ -200,7 +200,8 @@ def test_a_worker_that_stands_still_goes_on_where_it_was(servers):
     (worker,) = [pid for pid, name in children(server.process.pid).items() if "Worker" in name]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, server.url, prompt(4), 0.1, 1500, cache_salt="stopped")
-        assert wait_until(lambda: not idle(server))
+        # It takes two seconds, in most of which the server answers no other page.
+        assert wait_until(lambda: not idle(server), every=0.01)
         os.kill(worker, signal.SIGSTOP)
         time.sleep(3)
         assert not asked.done()

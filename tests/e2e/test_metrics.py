@@ -5,7 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from asking import ask
-from s2o_vllm.metrics import LABELS, METRICS
+from s2o_vllm.metrics import LABELS, METRICS, SHARE, SHARE_BUCKETS
 from s2o_vllm.support import DENSE_REASONS
 
 pytestmark = pytest.mark.e2e
@@ -44,10 +44,24 @@ def test_every_series_is_there_before_the_first_request(fresh):
         reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
         layers = {
             f's2o:{name}_total{{layer="{layer}"}}'
-            for name in ("dropped_mass", "dropped_mass_rows")
+            for name in ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
             for layer in range(2)
         }
-        assert set(found) == unlabelled | reasons | layers
+        histogram = {key for key in found if key.startswith(SHARE)}
+        assert len(histogram) == len(SHARE_BUCKETS) + 2
+        assert set(found) == unlabelled | reasons | layers | histogram
+
+
+def test_every_series_has_the_labels_that_vllms_have(servers):
+    server = servers["small"]
+    series = [line for line in server.page().splitlines() if not line.startswith("#")]
+    ours = [line for line in series if line.startswith("s2o:")]
+    vllms = [line for line in series if line.startswith("vllm:num_requests_running{")]
+    assert ours
+    assert vllms
+    for line in ours + vllms:
+        assert 'engine="0"' in line
+        assert f'model_name="{server.model}"' in line
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +82,14 @@ def test_the_share_of_all_work_is_the_same_at_both_chunk_sizes(counted):
     small, large = (1 - totals[WORK[1]] / totals[WORK[0]] for totals in counted.values())
     assert small == pytest.approx(large, rel=0.005)
     assert 0.1 < small < 0.5
+
+
+def test_the_share_of_a_prompt_is_that_of_all_work_there_is_one(servers, counted):
+    for name, totals in counted.items():
+        found = servers[name].metrics()
+        assert found[f"{SHARE}_count"] == 1
+        share = 1 - totals[WORK[1]] / totals[WORK[0]]
+        assert found[f"{SHARE}_sum"] == pytest.approx(share, rel=0.01)
 
 
 def test_the_density_of_the_sparse_path_is_not(counted):

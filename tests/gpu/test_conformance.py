@@ -13,6 +13,7 @@ from conformance import (
     check_end_of_prompt,
     check_full,
     check_nearly_full,
+    check_shadow,
     maker,
 )
 from s2o_vllm.config import RANKINGS
@@ -48,6 +49,12 @@ def test_every_page_layout_and_head_split(backend, page, heads, kv_heads, head_m
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["mixed"])
+
+
+@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=FP8_CARD)])
+def test_shadow_mode(backend, fp8):
+    own = {"sparsity_budget": 0.1, "fp8": fp8}
+    check_shadow(backend(shadow_rate=0.5, **own), backend(**own), BATCHES["mixed"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,20 +3,15 @@
 Compiled without a GPU, in a process of its own: the other tests may be in the interpreter.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
-from s2o_vllm.kernels.ranking import RANKINGS
+import launch_keys
+from compiling import printed
 from s2o_vllm.kernels.tiles import BY_CAPABILITY, SHARED_MEMORY, WIDE
 
-COMPILING = Path(__file__).parents[1] / "support" / "compiling.py"
 BF16, FP8 = "bfloat16", "float8_e4m3fn"
 MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
 # Bytes of stack a thread may use. On Hopper Triton 3.7 needs none and 3.9 up to 48, but for tiles
@@ -37,29 +32,28 @@ UNFENCED = () if FENCED else ("_mean_score_kernel", "_score_kernel", "_attend_ke
 TARGETS = [*((capability, BF16) for capability in BY_CAPABILITY), (90, FP8), (100, FP8)]
 
 
-def compiling(*arguments):
-    """What the support script prints, run with the real compiler."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, str(COMPILING), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+@pytest.fixture(scope="module")
+def measured():
+    """For each layer and setting the kernels that compile late, and the memory of a step."""
+    return printed("launch_keys.py")
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("stop_threshold", [0.0, 0.01])
-@pytest.mark.parametrize("kv_dtype", [BF16, FP8])
-def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(
-    ranking, stop_threshold, kv_dtype
-):
-    assert compiling("variants", ranking, stop_threshold, kv_dtype) == []
+@pytest.mark.parametrize("case", launch_keys.cases())
+def test_no_step_needs_a_variant_that_the_warm_up_does_not_compile(measured, case):
+    late, _ = measured[case]
+    assert late == []
+
+
+@pytest.mark.parametrize("case", launch_keys.cases())
+def test_a_step_of_prefill_takes_next_to_no_memory(measured, case):
+    """What it needs is made at the start, inside vLLM's memory profile."""
+    _, allocated = measured[case]
+    assert allocated < 2**20
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_compiles_and_fits(target):
-    kernels, capability = compiling(*target), target[0]
+    kernels, capability = printed("compiling.py", *target), target[0]
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_mean_score_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_rows_kernel", "_shift_kernel", "_count_kernel",

@@ -1,12 +1,14 @@
 """Compile a Triton launch for a GPU that need not be there."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -52,19 +54,6 @@ class CompileOnly:
         source = ASTSource(kernel, *specialisation(kernel, args, kwargs))
         result = triton.compile(source, target=self.target, options=options)
         self.compiled.append(describe(kernel.fn.__name__, result))
-
-
-class RecordOnly:
-    """Stands in for ``JITFunction.run``: notes which variant of a kernel a launch needs."""
-
-    def __init__(self):
-        self.compiled: list[tuple] = []
-
-    def run(self, kernel, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-        parts = specialisation(kernel, args, kwargs)
-        key = json.dumps([[*map(str, part.items())] for part in (*parts, options)])
-        self.compiled.append((kernel.fn.__name__, key))
 
 
 def specialisation(kernel, args, kwargs) -> tuple[dict, dict, dict]:
@@ -156,6 +145,17 @@ def unfenced(ptx: str) -> bool:
     return False
 
 
+def printed(script, *arguments):
+    """What a script beside this one prints, run with the real compiler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
 def compile_attend(
     tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
 ) -> Compiled:
@@ -244,78 +244,6 @@ def standing_in(stand_in):
         triton.runtime.jit.JITFunction.run = run
 
 
-def variants_beyond_warm_up(
-    ranking: str, stop_threshold: float, kv_dtype: torch.dtype
-) -> list[str]:
-    """Kernels of which served steps need a variant that the warm-up does not compile.
-
-    The steps are odd in every way that a step can be: chunks that start anywhere, of one query
-    or of many, in any row of a block table whose width nothing divides.
-    """
-    from s2o_vllm.config import RANKINGS
-    from s2o_vllm.kernels import (
-        decode,
-        decode_state,
-        decode_step,
-        layout,
-        prefill,
-        tiles,
-        work_list,
-    )
-    from s2o_vllm.kernels.shape import Shape
-
-    meta = torch.device("meta")
-    shape = Shape(32, 8, 128, 131_040, 8192, RANKINGS[ranking], ranking)
-    operation = prefill.SparsePrefill(
-        shape, torch.bfloat16, meta, scale=0.1, stop_threshold=stop_threshold
-    )
-    operation.space = prefill.workspace(shape, torch.bfloat16, meta)
-    operation.tiles = {
-        (e4m3, visits): tiles.E4M3[90][128] if e4m3 else few_or_many
-        for e4m3 in (False, True)
-        for visits, few_or_many in (
-            (0, tiles.HOPPER[128]),
-            (tiles.WIDE_VISITS, tiles.WIDE[90][128]),
-        )
-    }
-    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device=meta)
-    quantised = query.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None
-    operation.fp8_products = quantised is not None
-    sizes = decode_state.DecodeShape(32, 8, 128, 131_040, 4, 0.05)
-    decoding = decode.SparseDecode(sizes, torch.bfloat16, meta, scale=0.1)
-    decoding.backend = decode_step.DecodeKernels(sizes, torch.bfloat16, meta)
-    decoding.backend.tile = tiles.DECODE_TILES[128]
-    kv = torch.empty(9000, 16, 8, 256, dtype=kv_dtype, device=meta).transpose(1, 2)
-    table = torch.empty(7, 8190, dtype=torch.int32, device=meta)
-    counters = torch.empty(layout.NUM_COUNTERS, dtype=torch.int64, device=meta)
-    with standing_in(RecordOnly()) as launches:
-        operation.warm_up(query, kv, table, quantised)
-        decoding.warm_up(query, kv, table)
-        known = set(launches)
-        rows = [decode_state.DecodeRow(3, 0, 100_001, 2, 99_000),
-                decode_state.DecodeRow(1, 3, 40_000, 0, 40_000)]  # fmt: skip
-        for some in (rows, rows[:1], rows[1:]):
-            steps = decode_state.DecodeTable(sizes, 7, torch.device("cpu")).fill(some, 3)
-            decoding(query, kv, table, steps, query, counters, k_scale=0.07, v_scale=0.3)
-        for row in (
-            work_list.PrefillRow(0, 0, 8192, 114_688, 0.05),
-            work_list.PrefillRow(3, 7, 8185, 100_001, 0.1),
-            work_list.PrefillRow(1, 1, 1, 8_193, 0.9),
-            work_list.PrefillRow(6, 4097, 33, 17, 0.02),
-        ):
-            cpu = torch.device("cpu")
-            for work in work_list.build_work_lists([row], shape.segment, 1000, cpu, shape.limits):
-                operation(
-                    query, kv, table, work, query, counters,
-                    k_scale=0.07, v_scale=0.3, query_e4m3=quantised,
-                )  # fmt: skip
-                if work.first_of_chunk and work.max_seen:
-                    end = decode_state.choose_snapshot(work, 3)
-                    decoding.take(end, query, kv, table, work, k_scale=0.07)
-    assert len(launches) > len(known), "the steps launch something"
-    return sorted({name for name, key in launches if (name, key) not in known})
-
-
 def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> list[Compiled]:
     """Compile every kernel of a decode step."""
     from s2o_vllm.kernels import decode_state, decode_step, layout
@@ -340,10 +268,6 @@ def main() -> None:
     """Compile everything for one capability and print it as JSON (run without interpreter)."""
     from s2o_vllm.kernels import tiles
 
-    if sys.argv[1] == "variants":
-        kv_dtype = getattr(torch, sys.argv[4])
-        print(json.dumps(variants_beyond_warm_up(sys.argv[2], float(sys.argv[3]), kv_dtype)))
-        return
     capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     compiled = compile_ranking(capability, 128, kv_dtype)
     table = tiles.BY_CAPABILITY[capability]

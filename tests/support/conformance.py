@@ -11,6 +11,7 @@ from cases import dense_attention, relative_error
 from s2o_vllm import compat
 from s2o_vllm.kernels import decode_state
 from s2o_vllm.kernels.layout import DENSE_START, HISTORY, LIST_LENGTH
+from s2o_vllm.kernels.output_error import ERROR_UNIT
 from s2o_vllm.requests import RequestInfo
 from s2o_vllm.step_plan import DENSE_TAIL
 
@@ -161,6 +162,30 @@ def decoding(step: Step) -> Step:
     """The same step, of a request that has read its prompt."""
     common = replace(step.common, is_prefilling=torch.zeros(1, dtype=torch.bool))
     return replace(step, common=common)
+
+
+def check_shadow(ours: Backend, plain: Backend, rows: list[Row]) -> None:
+    """The error that is counted is that of the sampled queries; being watched changes nothing."""
+    step = ours.step(rows)
+    output, plan, error, count = shadowed(ours, step)
+    tokens = plan.shadow.tokens
+    assert count == len(tokens) > 0
+    truth = dense_attention(step.batch)[tokens].double().flatten(1)
+    errors = (output[tokens].double().flatten(1) - truth).norm(dim=1) / truth.norm(dim=1)
+    floor = FLOOR[step.batch.query.dtype]
+    assert abs(error - float(errors.sum())) < (1e-3 * error + 2 * floor * count)
+    assert error / count > 0.05
+    assert torch.equal(plain.attend(step)[0], output)
+
+
+def shadowed(ours: Backend, step: Step) -> tuple:
+    """A step's output and plan, and the errors and rows that its layer counts."""
+    shadow = ours.layer.impl._s2o_shadow
+    before = [0, 0] if shadow is None else shadow.counters.tolist()
+    output, plan = ours.attend(step)
+    after = ours.layer.impl._s2o_shadow.counters.tolist()
+    error, count = (new - old for new, old in zip(after, before, strict=True))
+    return output, plan, error * ERROR_UNIT, count
 
 
 def _sparse(row: Row) -> bool:

@@ -47,11 +47,23 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("decode_min_context", -1, "0 or more"),
         ("decode_requests", 0, "from 1 to 256"),
         ("decode_requests", 2.5, "whole number"),
+        ("shadow_rate", 1.5, "from 0"),
+        ("shadow_rate", True, "from 0"),
+        ("shadow_limit", -0.1, "from 0"),
+        ("shadow_limit", math.inf, "to 10"),
     ],
 )
 def test_other_settings_are_refused_by_name(key, value, allowed):
     with pytest.raises(ConfigError, match=f"{key} is .*{allowed}"):
         S2OConfig(**{key: value})
+
+
+def test_whole_numbers_are_floats_where_a_setting_is_one():
+    """JSON has no point in 0; a kernel that is given an integer is another one."""
+    settings = {"sparsity_budget": 1, "target_error": 0, "stop_threshold": 0, "decode_budget": 1}
+    made = resolve({}, settings, {})
+    assert {type(getattr(made, key)) for key in settings} == {float}
+    assert made == resolve({}, {key: float(value) for key, value in settings.items()}, {})
 
 
 @pytest.mark.parametrize("ranking", config.RANKINGS)

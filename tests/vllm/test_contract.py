@@ -69,12 +69,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",
         *of("VllmConfig", "additional_config", "model_config", "parallel_config", "cache_config",
             "scheduler_config", "speculative_config", "compilation_config"),
-        *of("ModelConfig", "model", "use_mla", "runner_type", "is_encoder_decoder",
-            "get_sliding_window(self)", "hf_text_config", "max_model_len",
+        *of("ModelConfig", "model", "served_model_name", "use_mla", "runner_type",
+            "is_encoder_decoder", "get_sliding_window(self)", "hf_text_config", "max_model_len",
             "get_total_num_hidden_layers(self)"),
-        *of("ParallelConfig", "rank", "tensor_parallel_size", "decode_context_parallel_size",
-            "prefill_context_parallel_size", "use_ubatching(self)"),
-        *of("CompilationConfig", "max_cudagraph_capture_size"),
+        *of("ParallelConfig", "rank", "data_parallel_index", "tensor_parallel_size",
+            "decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching(self)"),
+        *of("CompilationConfig", "max_cudagraph_capture_size", "static_forward_context"),
+        *of("CUDAGraphMode", "NONE"),
         *of("CacheConfig", "block_size", "user_specified_block_size"),
         *of("SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
         *of("AttentionConfig", "backend", "backend_per_kind"),
@@ -110,13 +111,20 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.exceptions": of("VLLMValidationError", "__init__(self, message, parameter, ...)"),
     # Which row of a step belongs to which request, in both model runners.
     "vllm.v1.worker.gpu_model_runner": of(
-        "GPUModelRunner", "_update_states(self, scheduler_output)", "requests", "input_batch"
+        "GPUModelRunner", "_update_states(self, scheduler_output)", "requests", "input_batch",
+        "_dummy_run(self, num_tokens, cudagraph_runtime_mode, force_attention, ...)",
+    ),
+    # The start of a worker.
+    "vllm.v1.worker.gpu_worker": (
+        "kernel_warmup(worker, ...)",
+        *of("Worker", "compile_or_warm_up_model(self)", "model_runner", "vllm_config"),
     ),
     "vllm.v1.worker.gpu_input_batch": (
         "InputBatch.req_ids", "CachedRequestState.sampling_params",
     ),
     "vllm.v1.worker.gpu.model_runner": of(
-        "GPUModelRunner", "add_requests(self, scheduler_output)", "req_states"
+        "GPUModelRunner", "add_requests(self, scheduler_output)", "req_states",
+        "_dummy_run(self, num_tokens, ...)",
     ),
     "vllm.v1.worker.gpu.states": of("RequestState", "req_id_to_index"),
     "vllm.v1.core.sched.output": (

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from s2o_vllm import compat, metrics
+from s2o_vllm import compat, metrics, request_work
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.work_list import Limits
 from s2o_vllm.metadata import SparseBuilder
-from s2o_vllm.requests import RequestBudget
+from s2o_vllm.requests import RequestBudget, RequestInfo
 from s2o_vllm.step_plan import dense_work, split_rows
 
 
@@ -194,7 +194,8 @@ def group(*dense_layers, rank=0, device="cpu", **settings):
     settings = S2OConfig(min_context=100, dense_layers=dense_layers, **settings)
     builder.vllm_config = SimpleNamespace(
         additional_config={"s2o": settings.as_dict()},
-        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2),
+        model_config=SimpleNamespace(served_model_name="a/model"),
+        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2, data_parallel_index=1),
     )
 
     def layer(number):
@@ -254,6 +255,25 @@ def test_ranks_that_share_a_layers_heads_count_a_chunk_once(monkeypatch, rank, c
     assert bool(counters.totals()["s2o:sparse_requests", ""]) is counts
     assert counters.totals()["s2o:attention_tokens", ""] == WORK, "of the heads of every rank"
     assert counters._thread is not None, "what its heads visit is published from every rank"
+    assert counters._labels == {"model_name": "a/model", "engine": "1"}
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0)])
+def test_one_rank_counts_what_a_prompt_left_out(monkeypatch, rank, count):
+    """The first of 130 queries sees 1,001 tokens; one of three layers is dense."""
+    shares = []
+    worker = metrics.WorkerCounters()
+    monkeypatch.setattr(worker, "observe_share", shares.append)
+    monkeypatch.setattr(metrics, "worker", worker)
+    monkeypatch.setattr(request_work, "tracker", request_work.RequestWork())
+    asked = [RequestInfo({}, 1131, "request")]
+    monkeypatch.setattr(compat.requests, "of_rows", lambda *_: asked)
+    builder = group(0, rank=rank, segment_size=4096)
+    builder.build(0, common_metadata([130], [1130], [True]))
+    work = 130 * (1001 + 1130) / 2
+    # The last 64 tokens of the prompt are dense; the others leave out 90 % of 1,000 tokens.
+    skipped = 2 / 3 * (1131 - 64 - 1000) * 900
+    assert shares == count * [pytest.approx(1 - skipped / work)]
 
 
 def test_without_dense_layers_nothing_is_counted_for_them(monkeypatch):

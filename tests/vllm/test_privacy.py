@@ -34,6 +34,27 @@ SAID = {
         "metrics.py",
         'logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)',
     ),
+    (
+        "worker_hooks.py",
+        "logger.warning('S2O: %d layers have compiled no kernel: their first sparse "
+        "request will wait for it', len(cold))",
+    ),
+    (
+        "worker_hooks.py",
+        "logger.warning('S2O: kernel %s was compiled after the server was ready', kernel)",
+    ),
+    (
+        "forward.py",
+        "logger.warning(\"S2O: kernels were compiled without Triton's cache, which cannot "
+        'be written (%s): every start compiles them again", refused)',
+    ),
+    # Means over many queries, of nobody's in particular.
+    (
+        "shadow.py",
+        "logger.warning('S2O: sparse attention differs from dense by %.3f in the mean of the last "
+        "%d sampled queries, more than shadow_limit %g: all prefill stays dense until the server "
+        "is restarted', mean, rows, limit)",
+    ),
 }
 
 

@@ -68,6 +68,8 @@ def test_cache_salts_differ_exactly_where_the_kv_cache_does():
     assert requests.cache_salt(None, other, {}) != default
     capped = S2OConfig(sparsity_budget=0.1, max_request_budget=0.5)
     assert requests.cache_salt(None, capped, {}) == default
+    watched = S2OConfig(sparsity_budget=0.1, shadow_rate=0.5, shadow_limit=0.3)
+    assert requests.cache_salt(None, watched, {}) == default
     some_dense = S2OConfig(sparsity_budget=0.1, dense_layers=(0,))
     assert requests.cache_salt(None, some_dense, {}) != default
     assert requests.cache_salt(None, server, {"target_error": 0.1}) != default
