@@ -137,11 +137,12 @@ def faithful_lines(results: Results) -> list[Line]:
             continue
         stock, sparse = own[1.0], own[row["budget"]]
         names = ("difference", "difference_low", "difference_high")
+        first = ", question first" if row.get("question") == "start" else ""
         change = "{:+.1f} points from dense [{:+.1f}, {:+.1f}]".format(*(row[n] for n in names))
         lines.append(
             Line(
                 f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}; "
-                f"RULER at {row['context']:,}, {row['tasks']} tasks, {row['paired']} prompts",
+                f"RULER at {row['context']:,}, {row['tasks']} tasks, {row['paired']} prompts{first}",
                 f"{sparse:.2f} s for stock's {stock:.2f}: **{stock / sparse:.2f}x**; {change}",
                 "ttft",
             )

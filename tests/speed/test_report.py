@@ -103,6 +103,11 @@ def test_a_first_token_stands_beside_the_tasks_of_its_commit_and_budget():
     (only,) = headline(results).splitlines()[2:]
     assert "first token of 9 tokens from `vllm serve`, budget 0.05; RULER at 4,096, 4 tasks" in only
     assert "2.50 s for stock's 10.00: **4.00x**; -1.0 points from dense [-3.0, +1.0]" in only
+    tasks["rows"].append(mean(0.05, -2.0) | {"question": "start"})
+    end, start = headline(results).splitlines()[2:]
+    assert "96 prompts |" in end
+    assert "96 prompts, question first |" in start
+    tasks["rows"].pop()
     results["ruler_h200"] = tasks | {"commit": "another"}
     lines = headline(results).splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == [
