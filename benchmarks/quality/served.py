@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from s2o_vllm.kernels.layout import LOG2E
 from s2o_vllm.kernels.ranking import basis, retrieval
 from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
@@ -39,36 +40,64 @@ class Served(Method):
         if not unit.shared or unit.sorted:
             raise ValueError("the heads of a group share the lists of the served ranking")
         every = torch.arange(segment.kv_heads * segment.group)
-        scores = _scores(segment, unit.queries, every, basis.SERVED)
-        last = scores[-retrieval.SEGMENTS :]
-        histories = torch.full((len(last),), segment.history)
-        heads = retrieval.retrieval_heads(last, histories, segment.kv_heads).nonzero()[:, 0]
+        narrow = Estimate(segment, every, basis.SERVED)
+        starts = range(0, segment.length, unit.queries)
+        scores = torch.stack([narrow.scores(start, unit.queries) for start in starts])
+        # A work list begins with the last segment.
+        looked_at = [starts[-1 - number] for number in retrieval.looked_at(len(starts))]
+        exact = torch.stack([narrow.exact_scores(start, unit.queries) for start in looked_at])
+        histories = torch.full((len(looked_at),), segment.history)
+        heads = retrieval.retrieval_heads(exact, histories, segment.kv_heads).nonzero()[:, 0]
         if len(heads):
-            wide = _scores(segment, unit.queries, heads, basis.WIDE)
-            scores[:, heads] = torch.maximum(scores[:, heads], wide)
+            wide = Estimate(segment, heads, basis.WIDE)
+            more = torch.stack([wide.scores(start, unit.queries) for start in starts])
+            scores[:, heads] = torch.maximum(scores[:, heads], more)
         by_group = scores.unflatten(1, (segment.kv_heads, segment.group)).amax(2)
         return Ranking(unit.rows(segment), by_group.transpose(0, 1).flatten(0, 1))
 
 
-def _scores(
-    segment: Segment, queries_each: int, heads: Tensor, precision: basis.Precision
-) -> Tensor:
-    """Return the scores of some heads, list by list: float32 ``[lists, heads, history]``."""
-    recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)
-    recent = recent[:, -CHUNK_SPANS * SPAN_LENGTH :]
-    kv_head = heads // segment.group
-    keys, own_keys = segment.k[kv_head], segment.own_k[kv_head]
-    fitted = basis.fit(
-        recent[heads, :: -(-recent.shape[1] // basis.SAMPLES)],
-        keys[:, :: -(-segment.history // basis.SAMPLES)], segment.scale, precision.rank,
-    )  # fmt: skip
-    seen, own = (basis.key_images(part, fitted, torch.float8_e4m3fn) for part in (keys, own_keys))
-    lists = []
-    for start in range(0, segment.length, queries_each):
-        queries = segment.q[heads, start : start + queries_each].float()
-        scored = basis.scored_rows(queries @ fitted.a, precision.row_step)
-        queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
-        visible = torch.arange(segment.length) <= start + scored[..., None]
-        rows = basis.query_images(queries, fitted, seen, own, visible, torch.float8_e4m3fn)
-        lists.append((rows @ seen.mT).amax(1))
-    return torch.stack(lists)
+class Estimate:
+    """What some heads' scores of a history are estimated to be.
+
+    Args:
+        segment: queries and keys.
+        heads: int64, which heads.
+        precision: of the estimate.
+    """
+
+    def __init__(self, segment: Segment, heads: Tensor, precision: basis.Precision):
+        self.segment, self.heads, self.row_step = segment, heads, precision.row_step
+        recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)
+        recent = recent[:, -CHUNK_SPANS * SPAN_LENGTH :]
+        kv_head = heads // segment.group
+        self.keys, own_keys = segment.k[kv_head], segment.own_k[kv_head]
+        sampled = self.keys[:, :: -(-segment.history // basis.SAMPLES)]
+        self.mean = sampled.float().mean(1, keepdim=True)
+        self.fitted = basis.fit(
+            recent[heads, :: -(-recent.shape[1] // basis.SAMPLES)], sampled, segment.scale,
+            precision.rank,
+        )  # fmt: skip
+        self.seen, self.own = (
+            basis.key_images(part, self.fitted, torch.float8_e4m3fn)
+            for part in (self.keys, own_keys)
+        )
+
+    def probes(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return a list's probes: their queries, and projected with their log-sum-exp."""
+        queries = self.segment.q[self.heads, start : start + count].float()
+        chosen = basis.scored_rows(queries @ self.fitted.a, self.row_step)
+        queries = queries.gather(1, chosen[..., None].expand(-1, -1, queries.shape[2]))
+        visible = torch.arange(self.segment.length) <= start + chosen[..., None]
+        arguments = (queries, self.fitted, self.seen, self.own, visible, torch.float8_e4m3fn)
+        return queries, basis.query_images(*arguments)
+
+    def scores(self, start: int, count: int) -> Tensor:
+        """Return the scores of a list of ``count`` queries: float32 ``[heads, history]``."""
+        return (self.probes(start, count)[1] @ self.seen.mT).amax(1)
+
+    def exact_scores(self, start: int, count: int) -> Tensor:
+        """Return those by which retrieval heads are found, see `kernels.ranking.retrieval`."""
+        queries, rows = self.probes(start, count)
+        products = queries @ (self.keys.float() - self.mean).mT * (self.segment.scale * LOG2E)
+        factors = torch.tensor(basis.SHIFT_FACTORS)
+        return (products + (rows[..., -len(factors) :] * factors).sum(-1, keepdim=True)).amax(1)

@@ -142,7 +142,8 @@ def faithful_lines(results: Results) -> list[Line]:
         lines.append(
             Line(
                 f"first token of {longest:,} tokens from `vllm serve`, budget {row['budget']:g}; "
-                f"RULER at {row['context']:,}, {row['tasks']} tasks, {row['paired']} prompts{first}",
+                f"RULER at {row['context']:,}, {row['tasks']} tasks, "
+                f"{row['paired']} prompts{first}",
                 f"{sparse:.2f} s for stock's {stock:.2f}: **{stock / sparse:.2f}x**; {change}",
                 "ttft",
             )

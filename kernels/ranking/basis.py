@@ -157,16 +157,24 @@ def fit_span(
     Returns:
         A basis whose leading dimension is ``bases``.
     """
-    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // bases
-    of_queries, of_keys = samples(span, group)
+    of_queries, _ = samples(span, group)
     places = span.first + torch.arange(of_queries, device=query.device) * span.queries // of_queries
     queries = query[places].unflatten(1, (bases, group)).transpose(0, 1).flatten(1, 2)
-    places = torch.arange(of_keys, device=query.device) * span.tokens // of_keys
-    head = torch.arange(bases, device=query.device)[:, None] * kv_heads // bases
-    blocks = block_table[row][places // page].long()
-    keys = kv_cache[..., :head_dim][blocks, head, places % page]
+    keys = sampled_keys(kv_cache, block_table, row, span, bases)
     return fit(queries, keys, scale, rank)
+
+
+def sampled_keys(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, row: int, span: Span, bases: int
+) -> torch.Tensor:
+    """Return the keys that bases are fitted to: ``[bases, samples, head_dim]``, of the cache."""
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+    _, of_keys = samples(span, 1)
+    places = torch.arange(of_keys, device=kv_cache.device) * span.tokens // of_keys
+    head = torch.arange(bases, device=kv_cache.device)[:, None] * kv_heads // bases
+    blocks = block_table[row][places // page].long()
+    return kv_cache[..., :head_dim][blocks, head, places % page]
 
 
 def scored_rows(rows: torch.Tensor, row_step: int = ROW_STEP) -> torch.Tensor:

@@ -4,56 +4,91 @@ import torch
 import triton
 import triton.language as tl
 
-from ..columns import DENSE_START, SEGMENT_COLUMNS
+from ..columns import DENSE_START, NUM_QUERIES, QUERY_START, SEGMENT_COLUMNS
+from ..layout import LOG2E
+from ..tiles import input_precision
 from ..work_list import WorkList
-from . import retrieval
-from .packed_f16 import folded
-from .score import load_rows
-from .workspace import RankingWorkspace
+from . import basis, retrieval
+from .workspace import PrefillRanking
 
-BLOCK_N = 128
-SPAN = 2048  # keys of a program
+SPAN = 2048  # keys of a program, half of which count
+
+SEGMENTS = tl.constexpr(retrieval.SEGMENTS)
+STRIDE = tl.constexpr(retrieval.STRIDE)
+PROBES = tl.constexpr(retrieval.PROBES)
+BLOCK_N = tl.constexpr(retrieval.BLOCK)
+LEAST = tl.constexpr(retrieval.LEAST)
+UNIT = tl.constexpr(retrieval.UNIT)
+FACTOR_0, FACTOR_1, FACTOR_2 = (tl.constexpr(factor) for factor in basis.SHIFT_FACTORS)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit
+def _load_keys(p_kv, p_table, token, o_d, end, stride_block, stride_token, D, PAGE: tl.constexpr):
+    """Keys of some tokens of a KV head."""
+    page = tl.load(p_table + token // PAGE, token < end, 0).to(tl.int64)
+    o_k = page * stride_block + (token % PAGE) * stride_token
+    return tl.load(p_kv + o_k[:, None] + o_d[None, :], (token < end)[:, None] & (o_d < D), 0.0)
+
+
+@triton.jit(do_not_specialize=["row", "segments"])
 def _sought_kernel(
-    p_rows, p_images, p_segments, p_sought, stride_images, max_rows, segments,
-    ROW_STEP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPAN: tl.constexpr, WIDTH: tl.constexpr, FOLDS: tl.constexpr, PACKED: tl.constexpr,
-    SINK: tl.constexpr, RECENT: tl.constexpr, LEAST: tl.constexpr, UNIT: tl.constexpr,
+    p_q, p_kv, p_table, p_means, p_chosen, p_rows, p_segments, p_sought,
+    row, segments, max_rows, unit, stride_q_token, stride_q_head,
+    stride_block, stride_head, stride_token, stride_table,
+    SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    ROW_STEP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sought[head] += UNIT * sum over far keys and segments of max over probes of 2^(row . key).
+    """sought[head] += 2 UNIT sum over far keys k, segments of max over probes q of p(q, k).
 
-    Rows end with their log-sum-exp: products are log2-probabilities. One stage: Triton 3.6 sets
-    no fence between asynchronous copies and wgmma.
+    p(q, k) = min(1, 2^(unit q.(k - mean key) - log-sum-exp)), of every second block of keys. One
+    stage: Triton 3.6 sets no fence between asynchronous copies and wgmma.
     """
-    i_span, i_head = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, BLOCK_M)
-    o_r, o_i = tl.arange(0, WIDTH), tl.arange(0, SEGMENTS)
-    n = tl.load(p_segments + tl.minimum(o_i, segments - 1) * SEGMENT_COLUMNS + DENSE_START)
-    far = tl.where(o_i < segments, n - RECENT, 0)
+    i_span, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1)
+    o_d = tl.arange(0, D_PAD)
+    # Columns of the product: a segment's probes one after the other.
+    column = tl.arange(0, SEGMENTS * PROBES)
+    segment = tl.minimum(column // PROBES * STRIDE, segments - 1).to(tl.int64)
+    p_segment = p_segments + segment * SEGMENT_COLUMNS
+    o_i = tl.arange(0, SEGMENTS)
+    number = tl.minimum(o_i * STRIDE, segments - 1)
+    far = tl.load(p_segments + number * SEGMENT_COLUMNS + DENSE_START) - RECENT
     end = tl.minimum((i_span + 1) * SPAN, tl.max(far))
     if i_span * SPAN >= end:
         return
-    q = load_rows(
-        p_rows, p_segments, tl.minimum(column % SEGMENTS, segments - 1), i_head, tl.num_programs(1),
-        column // SEGMENTS, max_rows, o_r, 1, ROW_STEP, WIDTH,
-    )  # fmt: skip
-    p_images += i_head.to(tl.int64) * stride_images
+    # A dense segment has no probes; none of its keys are far.
+    ranked = tl.load(p_segment + DENSE_START) > 0
+    probes = tl.cdiv(tl.load(p_segment + NUM_QUERIES), ROW_STEP)
+    o_row = (segment * heads + i_head) * max_rows + tl.minimum(column % PROBES, probes - 1)
+    query = tl.load(p_segment + QUERY_START) + tl.load(p_chosen + o_row, ranked, 0)
+    o_q = query.to(tl.int64) * stride_q_token + i_head * stride_q_head
+    m_q = ranked[:, None] & (o_d < D)[None, :]
+    q = tl.load(p_q + o_q[:, None] + o_d[None, :], m_q, 0.0)
+    mean = tl.load(p_means + i_head * D_PAD + o_d, o_d < D, 0.0)
+    p_row = p_rows + o_row * WIDTH + WIDTH - 3
+    shift = tl.load(p_row, ranked, 0.0).to(tl.float32) * FACTOR_0
+    shift += tl.load(p_row + 1, ranked, 0.0).to(tl.float32) * FACTOR_1
+    shift += tl.load(p_row + 2, ranked, 0.0).to(tl.float32) * FACTOR_2
+    shift -= unit * tl.sum(q.to(tl.float32) * mean[None, :], 1)
+    p_kv += i_head // SHARE * stride_head
+    p_table += row.to(tl.int64) * stride_table
     total = tl.zeros([BLOCK_N, SEGMENTS], tl.float32)
     token = i_span * SPAN + tl.arange(0, BLOCK_N)
-    k = tl.load(p_images + token[:, None] * WIDTH + o_r[None, :])
-    for o in tl.range(i_span * SPAN, end, BLOCK_N, num_stages=1):
-        token = o + tl.arange(0, BLOCK_N)
-        o_ahead = (token + BLOCK_N)[:, None] * WIDTH + o_r[None, :]
-        ahead = tl.load(p_images + o_ahead, (token + BLOCK_N < end)[:, None], 0.0)
-        most = folded(tl.dot(k, q, out_dtype=tl.float16), FOLDS, PACKED)
-        # A score is rounded: it may exceed 0.
-        mass = tl.exp2(tl.minimum(most.to(tl.float32), 0.0))
+    k = _load_keys(p_kv, p_table, token, o_d, end, stride_block, stride_token, D, PAGE)
+    for _ in tl.range(i_span * SPAN, end, 2 * BLOCK_N, num_stages=1):
+        # The next keys are on their way meanwhile.
+        ahead = _load_keys(
+            p_kv, p_table, token + 2 * BLOCK_N, o_d, end, stride_block, stride_token, D, PAGE
+        )
+        s = tl.dot(k.to(q.dtype), tl.trans(q), input_precision=PRECISION) * unit + shift[None, :]
+        most = tl.max(tl.reshape(s, [BLOCK_N, SEGMENTS, PROBES]), 2)
+        mass = tl.exp2(tl.minimum(most, 0.0))
         counts = (token[:, None] >= SINK) & (token[:, None] < far[None, :]) & (mass > LEAST)
         total += tl.where(counts, mass, 0.0)
+        token += 2 * BLOCK_N
         k = ahead
-    tl.atomic_add(p_sought + i_head, (tl.sum(total) * UNIT).to(tl.int32))
+    tl.atomic_add(p_sought + i_head, (tl.sum(total) * (2 * UNIT)).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["least"])
@@ -82,29 +117,34 @@ def _pick_kernel(
 
 
 def find_heads(
-    work: WorkList, space: RankingWorkspace, sought: torch.Tensor, numbers: torch.Tensor,
-    kv_heads: int,
+    query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList,
+    space: PrefillRanking, sought: torch.Tensor, numbers: torch.Tensor, *, scale: float,
 ) -> None:  # fmt: skip
     """Find the retrieval heads of a chunk, from its first list.
 
     Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
-        space: images of keys, and of rows that end with their log-sum-exp; a basis a head.
+        space: the mean keys of each head's basis, its probes and their log-sum-exps.
         sought: int32 ``[heads]``, zeros before and after; scratch.
         numbers: int32 ``[kv_heads * capacity]``, written to: the retrieval heads of each KV head,
             those that seek most first, then -1.
-        kv_heads: key/value heads.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
     """
-    images, heads = space.images, space.images.shape[0]
-    rows, width = space.rows.shape[2:]
-    block_m = retrieval.SEGMENTS * min(retrieval.PROBES, triton.next_power_of_2(rows))
+    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
+    heads, width = query.shape[1], space.rows.shape[3]
     _sought_kernel[(-(-work.max_history // SPAN), heads)](
-        space.rows, images, work.segments, sought, images.stride(0), rows, work.num_segments,
-        ROW_STEP=space.row_step, SEGMENTS=retrieval.SEGMENTS, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
-        SPAN=SPAN, WIDTH=width, FOLDS=block_m.bit_length() - 5, PACKED=images.device.type != "cpu",
-        SINK=retrieval.SINK, RECENT=retrieval.RECENT, LEAST=retrieval.LEAST, UNIT=retrieval.UNIT,
+        query, kv_cache, block_table, space.fit.means, space.chosen, space.rows, work.segments,
+        sought, work.row, work.num_segments, space.rows.shape[2], scale * LOG2E,
+        query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1),
+        kv_cache.stride(2), block_table.stride(0), SHARE=heads // kv_heads, D=head_dim,
+        D_PAD=triton.next_power_of_2(head_dim), PAGE=page, ROW_STEP=space.row_step, WIDTH=width,
+        SINK=retrieval.SINK, RECENT=retrieval.RECENT, SPAN=SPAN,
+        PRECISION=input_precision(query.dtype),
     )  # fmt: skip
-    pick(sought, numbers, kv_heads, retrieval.least(work.num_segments))
+    pick(sought, numbers, kv_heads, retrieval.least())
 
 
 def pick(sought: torch.Tensor, numbers: torch.Tensor, kv_heads: int, least: int) -> None:

@@ -249,7 +249,10 @@ def low_rank_scores(
     if more is not None:
         with beside:  # of the scores of all heads
             if work.first_of_chunk:
-                find_heads(work, space, more.sought, more.numbers, scores.shape[1])
+                find_heads(
+                    query, kv_cache, block_table, work, space, more.sought, more.numbers,
+                    scale=scale,
+                )  # fmt: skip
                 project_keys(kv_cache, block_table, work.row, work.max_seen, more.wide)
             choose_rows(query, work, more.wide)
             shift_rows(query, work, more.wide)

@@ -92,9 +92,10 @@ class LowRank:
         arguments, kv_heads = (query, kv_cache, block_table, work), kv_cache.shape[1]
         scores = scores_by_head(*arguments, scale=scale)
         if work.first_of_chunk:
-            histories = work.segments[: retrieval.SEGMENTS, DENSE_START]
-            found = retrieval.retrieval_heads(scores[: len(histories)], histories, kv_heads)
-            self.heads = found.nonzero()[:, 0]
+            looked_at = retrieval.looked_at(work.num_segments)
+            exact = probe_scores(*arguments, looked_at, scale=scale)
+            histories = work.segments[looked_at, DENSE_START]
+            self.heads = retrieval.retrieval_heads(exact, histories, kv_heads).nonzero()[:, 0]
         if len(self.heads):
             wide = scores_by_head(*arguments, scale=scale, precision=basis.WIDE, heads=self.heads)
             scores[:, self.heads] = torch.maximum(scores[:, self.heads], wide)
@@ -158,6 +159,51 @@ def scores_by_head(
     return scores
 
 
+def probe_scores(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    looked_at: list[int],
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Score histories by exact products of the probes, less their log-sum-exps in 29 directions.
+
+    Arguments are those of :func:`scores_by_head`, and which segments; see :mod:`retrieval`.
+
+    Returns:
+        float32 ``[segments, heads, max_history]``, -inf behind a history.
+    """
+    page, head_dim, heads = kv_cache.shape[2], query.shape[2], query.shape[1]
+    scores = query.new_full(
+        (len(looked_at), heads, work.max_history), float("-inf"), dtype=torch.float32
+    )
+    if work.max_history == 0:
+        return scores
+    arguments = (kv_cache, block_table, work.row, work.chunk, heads)
+    own = basis.fit_span(query, *arguments, scale)
+    mean = basis.sampled_keys(*arguments).float().mean(1, keepdim=True)
+    slots = torch.arange(work.max_seen, device=query.device)
+    slots = physical_slots(slots, block_table[work.row], page)
+    keys, _ = load_tokens(kv_cache, slots, head_dim, heads)
+    dtype = basis.image_dtype(query.device)
+    images = basis.key_images(keys, own, dtype)
+    factors = torch.tensor(basis.SHIFT_FACTORS, device=query.device)
+    for number, item in enumerate(work.segments[looked_at].tolist()):
+        n = item[DENSE_START]
+        if n == 0:
+            continue
+        queries = segment_queries(query, item, heads).flatten(1, 2)
+        chosen = basis.scored_rows(queries @ own.a)[:, : retrieval.PROBES]
+        rows = probe_rows(queries, chosen, item, own, images, dtype)
+        probes = queries.gather(1, chosen[..., None].expand(-1, -1, head_dim))
+        products = probes @ (keys[:, :n] - mean).mT * (scale * LOG2E)
+        shift = (rows[..., -len(factors) :] * factors).sum(-1, keepdim=True)
+        scores[number, :, :n] = (products + shift).amax(1)
+    return scores
+
+
 def row_scores(
     queries: torch.Tensor,
     scored: torch.Tensor,
@@ -166,7 +212,23 @@ def row_scores(
     images: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Score an item's history by some of its rows.
+    """Score an item's history by some of its rows: float32 ``[bases, history]``.
+
+    Arguments are those of :func:`probe_rows`.
+    """
+    rows = probe_rows(queries, scored, item, fitted, images, dtype)
+    return (rows @ images[:, : item[DENSE_START]].mT).amax(1)
+
+
+def probe_rows(
+    queries: torch.Tensor,
+    scored: torch.Tensor,
+    item: Item,
+    fitted: basis.Basis,
+    images: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Project some rows of an item.
 
     Args:
         queries: all its rows ``[bases, rows, head_dim]``, query by query.
@@ -177,7 +239,7 @@ def row_scores(
         dtype: that images are rounded to.
 
     Returns:
-        float32 ``[bases, history]``.
+        float32 ``[bases, some, width]``, which end with their row log-sum-exp.
     """
     n, context, count = item[DENSE_START], item[HISTORY], item[NUM_QUERIES]
     group = queries.shape[1] // count
@@ -185,8 +247,7 @@ def row_scores(
     positions = torch.arange(n, context + count, device=queries.device)
     visible = positions <= context + scored[..., None] // group
     past, beside = images[:, :n], images[:, n : context + count]
-    rows = basis.query_images(queries, fitted, past, beside, visible, dtype)
-    return (rows @ past.mT).amax(1)
+    return basis.query_images(queries, fitted, past, beside, visible, dtype)
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:

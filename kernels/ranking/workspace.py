@@ -54,3 +54,19 @@ class RankingWorkspace(Protocol):
     @property
     def rows(self) -> Tensor:
         """The projected probes ``[segments, bases, probes, width]``."""
+
+
+class FittedBases(Bases, Protocol):
+    """Bases, and the mean keys that they are about."""
+
+    @property
+    def means(self) -> Tensor:
+        """Mean keys, float32 ``[bases, >= head_dim]``, in units of the cache."""
+
+
+class PrefillRanking(RankingWorkspace, Protocol):
+    """That of one request, with a basis for each query head."""
+
+    @property
+    def fit(self) -> FittedBases:
+        """The bases."""

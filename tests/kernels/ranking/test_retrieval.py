@@ -151,14 +151,48 @@ def test_half_of_a_groups_heads_are_picked_at_most(device, share):
 
 
 def test_keys_that_are_near_or_first_or_unlikely_do_not_count():
-    histories = torch.tensor([100])
-    scores = torch.full((1, 2, 120), -20.0)
-    scores[0, :, 3] = 0  # sink
-    scores[0, :, 90] = 0  # recent
-    scores[0, :, 110] = 0  # not history
+    histories = torch.full((retrieval.SEGMENTS,), 200)
+    scores = torch.full((retrieval.SEGMENTS, 2, 220), -20.0)
+    scores[:, :, 3:5] = 0  # sink
+    scores[:, :, 190:195] = 0  # recent
+    scores[:, :, 210:] = 0  # not history
+    scores[:, :, 100] = 0  # in a block that does not count
     assert not retrieval.retrieval_heads(scores, histories, 2).any()
-    scores[0, 1, 50] = 0
+    scores[:, 1, 50] = 0  # counts twice
     assert retrieval.retrieval_heads(scores, histories, 2).tolist() == [False, True]
-    scores[0, 1, 50] = -20
-    scores[0, 1, 20:70] = -8  # 50 of 1/256
+    scores[0, 1, 50] = -1
+    assert not retrieval.retrieval_heads(scores, histories, 2).any(), "in the mean of segments"
+    scores[:, 1, 50] = -20
+    scores[:, 1, 10:60] = -8  # 50 of 1/256
     assert not retrieval.retrieval_heads(scores, histories, 2).any()
+
+
+@pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48), (128, 32)])
+def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim, page):
+    """To a few parts in a thousand, above the threshold and below."""
+    heads, kv_heads = 4, 2
+    batch = make_batch(
+        device, chunks=((5000, 96),), heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
+        dtype=DTYPE,
+    )  # fmt: skip
+    batch.query[:, 1] *= 2  # more of its keys count
+    (work,) = batch.work(segment=32)
+    space = workspace(batch, work)
+    kept = torch.zeros(heads, dtype=torch.int32, device=device)
+    monkeypatch.setattr(find_heads, "pick", lambda sought, *_: kept.copy_(sought))
+    ranked(batch, work, space, chunk=4096)
+    looked_at = retrieval.looked_at(work.num_segments)
+    scores = reference.probe_scores(
+        batch.query, batch.kv_cache, batch.block_table, work, looked_at, scale=batch.scale
+    )
+    sums = []
+    monkeypatch.setattr(retrieval, "UNIT", retrieval.UNIT)
+    for least in torch.linspace(0.01, 4, 400).tolist():
+        monkeypatch.setattr(retrieval, "SOUGHT", least)
+        monkeypatch.setattr(retrieval, "capacity", lambda share: share)
+        histories = work.segments[looked_at, DENSE_START]
+        sums.append(retrieval.retrieval_heads(scores, histories, kv_heads))
+    wanted = torch.stack(sums).sum(0) * 0.01  # the last threshold that each head reaches
+    got = kept.float() / (retrieval.UNIT * retrieval.SEGMENTS)
+    assert (got > 0.05).any(), "something is sought"
+    torch.testing.assert_close(got.clamp(max=4), wanted.to(got), atol=0.1, rtol=0.1)
