@@ -248,19 +248,27 @@ class Model:
         loaded = loading(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION)
         self.model = loaded.to(device)
 
-    @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], first: int, attention: Attention) -> list[float]:
         """Return the log-probabilities of ``tokens[first:]``, in nats."""
+        return self.read(tokens, first, attention)[0]
+
+    @torch.inference_mode()
+    def read(
+        self, tokens: Sequence[int], first: int, attention: Attention
+    ) -> tuple[list[float], list[bool]]:
+        """Return those, and whether each of these tokens is the likeliest one."""
         self.attention = attention
         ids = torch.tensor(tokens, device=self.model.device)
         hidden = self.model.base_model(ids[None], use_cache=False).last_hidden_state[0]
         found: list[float] = []
+        likeliest: list[bool] = []
         for start in range(first, len(tokens), 512):
             logits = self.model.lm_head(hidden[start - 1 : start + 511]).float()
             wanted = ids[start : start + 512]
             known = logits[: len(wanted)].log_softmax(-1).gather(1, wanted[:, None])
             found += known[:, 0].tolist()
-        return found
+            likeliest += (logits[: len(wanted)].argmax(-1) == wanted).tolist()
+        return found, likeliest
 
 
 def judge(
