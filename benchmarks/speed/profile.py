@@ -38,7 +38,10 @@ CATEGORIES = {KERNEL, "gpu_memcpy", "gpu_memset"}  # of a trace's events, those 
 PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (  # the first that matches counts
-        ("rank", r"^_(mean|mean_score|score|moment|basis|project_\w+|shift|append)_kernel$"),
+        (
+            "rank",
+            r"^_(mean|mean_score|score|moment|basis|project_\w+|shift|append|sought|pick)_kernel$",
+        ),
         ("rank", r"^_(pool|mean_key|copy_keys|lse)_kernel$"),
         ("rank", r"^_(region|covariance|span_covariance|slope)_kernel$"),
         ("select", r"^_(plan|emit|count)_kernel$"),

@@ -310,9 +310,9 @@ def test_every_step_is_in_the_same_place_and_of_the_same_shape():
     table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
     one = table.fill([DecodeRow(1, 0, 500, 2, 440)], 3)
     other = table.fill([DecodeRow(0, 0, 90, 1, 1), DecodeRow(1, 1, 700, 0, 0)], 3)
-    for name in ("items", "max_history", "max_list", "max_queries", "target_error"):
+    for name in ("segments", "max_history", "max_list", "max_queries", "target_error"):
         a, b = getattr(one.work, name), getattr(other.work, name)
-        assert a.data_ptr() == b.data_ptr() if name == "items" else a == b
+        assert a.data_ptr() == b.data_ptr() if name == "segments" else a == b
     assert one.appends.data_ptr() == other.appends.data_ptr()
     # Alignment is part of what a kernel is compiled for.
     assert all(x.data_ptr() % 16 == 0 for x in (table.segments, table.appends, table.limits))

@@ -12,7 +12,8 @@ import tempfile
 import torch
 
 from compiling import CompileOnly, standing_in
-from s2o_vllm.kernels import compilations, decode
+from s2o_vllm.kernels import compilations
+from s2o_vllm.kernels.attention import split_kv
 
 
 def launch() -> None:
@@ -20,7 +21,9 @@ def launch() -> None:
     empty = {"device": "meta", "dtype": torch.float32}
     parts, mass, out = torch.empty(1, **empty), torch.empty(1, **empty), torch.empty(1, **empty)
     items = torch.empty(1, dtype=torch.int32, device="meta")
-    decode._merge_kernel[(1, 1)](parts, mass, items, out, 64, 64, GROUP=1, D=64, D_PAD=64, PARTS=2)
+    split_kv._merge_kernel[(1, 1)](
+        parts, mass, items, out, 64, 64, GROUP=1, D=64, D_PAD=64, PARTS=2
+    )
 
 
 def main(cache: str, temporary: str) -> None:
