@@ -102,7 +102,7 @@ FLAGS = {
 @pytest.fixture(scope="session")
 def begun(request, e2e_folder, tiny_model):
     """The session's servers, as far as they are needed. A start hardly fills one core."""
-    needed = {name for item in request.session.segments for name in item.fixturenames}
+    needed = {name for item in request.session.items for name in item.fixturenames}
     servers = {
         name: begin(e2e_folder, name, tiny_model, *flags)
         for name, flags in FLAGS.items()

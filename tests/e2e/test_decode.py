@@ -83,7 +83,7 @@ def test_requests_beyond_the_slots_decode_densely_and_are_counted(servers):
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(lambda tokens: ask(servers["decode"], tokens, 0.9999), prompts))
     alike = sorted(map(begun_alike, together, alone))
-    assert alike[0] >= 1, "the first token of each"
+    assert alike[1] >= 1, "the first token of all but one: two may be close"
     assert alike[2] >= TOKENS // 2, "half of the median answer"
     servers["decode"].settled(COUNTERS)
     assert no_state(servers["decode"]) > 0
