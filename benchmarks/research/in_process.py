@@ -12,7 +12,7 @@ last ``--judged`` tokens count, but the last 64, which stay dense as in a server
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,16 +277,15 @@ def judge(
     judged: int,
     near: int,
     settings: Sequence[Setting],
-) -> list[dict[str, Any]]:
-    """Return what each setting loses on the far tokens of some windows; windows are the samples.
+) -> Iterator[dict[str, Any]]:
+    """Yield what each setting loses on the far tokens of some windows; windows are the samples.
 
     Raises:
         SystemExit: if there is none.
     """
     longest = max(map(len, windows))
-    attentions = [Attention(setting, longest) for setting in settings]
     dense_one = Attention(None, longest)
-    lost: list[list[list[float]]] = [[] for _ in settings]
+    known: list[tuple[list[float], list[int]]] = []
     for tokens in windows:
         first = len(tokens) - DENSE_END - judged
         whole = model.logprobs(tokens, first, dense_one)[:judged]
@@ -294,22 +293,21 @@ def judge(
         for start in range(first, first + judged, max(near // 4, 1)):
             end = min(start + max(near // 4, 1), first + judged)
             short += model.logprobs(tokens[start - near : end], near, dense_one)
-        far = [one.number for one in find(whole, {near: short}, len(tokens))]
-        for number, attention in enumerate(attentions):
-            own = model.logprobs(tokens, first, attention)[:judged]
-            if far:
-                lost[number].append([whole[place] - own[place] for place in far])
-    if not any(lost):
+        known.append((whole, [one.number for one in find(whole, {near: short}, len(tokens))]))
+    if not any(far for _, far in known):
         raise SystemExit("in_process: no judged token needs far context: take more windows")
-    rows = []
-    for setting, attention, clusters in zip(settings, attentions, lost, strict=True):
-        value, low, high = mean_clustered(clusters)
-        rows.append(
+    for setting in settings:
+        attention, lost = Attention(setting, longest), []
+        for tokens, (whole, far) in zip(windows, known, strict=True):
+            own = model.logprobs(tokens, len(tokens) - DENSE_END - judged, attention)
+            if far:
+                lost.append([whole[place] - own[place] for place in far])
+        value, low, high = mean_clustered(lost)
+        yield (
             setting._asdict()
             | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
-            | {"samples": sum(map(len, clusters)), "density": attention.density}
+            | {"samples": sum(map(len, lost)), "density": attention.density}
         )
-    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -369,12 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     windows = [ids[i * step : i * step + args.context] for i in range(args.windows)]
     model = Model(args.model, args.device)
-    rows = [
-        {"model": args.model.name, "source": text.name, "context": args.context} | row
-        for row in judge(model, windows, args.judged, args.near, settings_of(args))
-    ]
-    save(args.out, header(), rows)
-    for row in rows:
+    rows = []
+    for row in judge(model, windows, args.judged, args.near, settings_of(args)):
+        rows.append({"model": args.model.name, "source": text.name, "context": args.context} | row)
+        save(args.out, header(), rows)  # each as it comes: exact lists take longer than others
         print(
             f"{row['lists']:>6} {row['ranking']:13} budget {row['budget']:<6} "
             f"{row['value']:+.4f} nats [{row['low']:+.4f}, {row['high']:+.4f}] "

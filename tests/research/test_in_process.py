@@ -84,3 +84,28 @@ def test_the_command_writes_a_row_a_setting(tmp_path, capsys):
     assert [row["lists"] for row in rows] == ["served", "exact"]
     assert capsys.readouterr().out.count("nats") == 2
     assert in_process.main([str(folder), *options, "--judged", "5000"]) == 2
+
+
+def test_rows_are_saved_as_they_come(tmp_path, monkeypatch):
+    """What takes too long may be stopped: what was measured before stays."""
+    import transformers
+
+    def some(*_):
+        yield setting()._asdict() | {
+            "value": 0.1, "low": 0.0, "high": 0.2, "samples": 3, "density": 0.1
+        }  # fmt: skip
+        raise KeyboardInterrupt
+
+    tokenizer = type("Tokenizer", (), {"encode": lambda self, text, **_: [1] * 40_000})
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer(), raising=True
+    )
+    monkeypatch.setattr(in_process, "Model", lambda *_: None)
+    monkeypatch.setattr(in_process, "judge", some)
+    (tmp_path / "text").write_text("a")
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        in_process.main(
+            ["model", "--text", str(tmp_path / "text"), "--windows", "1", "--out", str(out)]
+        )
+    assert [row["value"] for row in json.loads(out.read_text())["rows"]] == [0.1]
