@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import DTYPE, ON_GPU, make_batch
+from cases import CACHES, DTYPE, ON_GPU, make_batch
 from s2o_vllm.kernels.layout import DENSE_START
 from s2o_vllm.kernels.ranking import find_heads, low_rank, reference, retrieval
 from s2o_vllm.kernels.ranking.score import STORED
@@ -167,13 +167,14 @@ def test_keys_that_are_near_or_first_or_unlikely_do_not_count():
     assert not retrieval.retrieval_heads(scores, histories, 2).any()
 
 
+@pytest.mark.parametrize("fp8", CACHES)
 @pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48), (128, 32)])
-def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim, page):
+def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim, page, fp8):
     """To a few parts in a thousand, above the threshold and below."""
     heads, kv_heads = 4, 2
     batch = make_batch(
         device, chunks=((5000, 96),), heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
-        dtype=DTYPE,
+        dtype=DTYPE, fp8=fp8,
     )  # fmt: skip
     batch.query[:, 1] *= 2  # more of its keys count
     (work,) = batch.work(segment=32)
