@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.layout import LOG2E
 from s2o_vllm.kernels.ranking import basis, retrieval
 from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
@@ -98,6 +97,5 @@ class Estimate:
     def exact_scores(self, start: int, count: int) -> Tensor:
         """Return those by which retrieval heads are found, see `kernels.ranking.retrieval`."""
         queries, rows = self.probes(start, count)
-        products = queries @ (self.keys.float() - self.mean).mT * (self.segment.scale * LOG2E)
-        factors = torch.tensor(basis.SHIFT_FACTORS)
-        return (products + (rows[..., -len(factors) :] * factors).sum(-1, keepdim=True)).amax(1)
+        centred = self.keys.float() - self.mean
+        return basis.exact_scores(queries, rows, centred, self.segment.scale).amax(1)

@@ -58,7 +58,7 @@ def _attend_kernel(
 
     One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head. The first five
     arguments are tuples, taken apart below. With DENSE all segments have one list, the slots of the
-    sequence, and visit their history's part of it. With PARTS a segment has one tile, and so many
+    sequence, and visit their history's part of it. With PARTS a segment has one tile, and PARTS
     programs share its list: :class:`split_kv.Parts`. STOP_STEP is 0 without an early stop.
     """
     p_q, p_q_e4m3, stride_q_token, stride_q_head = queries

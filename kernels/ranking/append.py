@@ -7,6 +7,7 @@ import triton.language as tl
 from ..columns import APPEND_COLUMNS, APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT
 from ..decode_state import DecodeList
 from ..tiles import input_precision
+from .keys import load_keys
 from .workspace import RankingWorkspace
 
 APPEND_BLOCK = 16  # keys that a program projects at a time; mostly there is one
@@ -42,9 +43,11 @@ def _append_kernel(
         number = start + tl.arange(0, BLOCK)
         m_n = number < count
         o_n = first + number
-        page = tl.load(p_table + o_n // PAGE, m_n, 0).to(tl.int64)
-        o_k = page * stride_block + (o_n % PAGE) * stride_token + i_head * stride_head
-        k = tl.load(p_kv + o_k[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+        page = tl.load(p_table + o_n // PAGE, m_n, 0)
+        k = load_keys(
+            p_kv + i_head * stride_head, page, o_n, o_d, first + count, stride_block, stride_token,
+            PAGE, D,
+        )  # fmt: skip
         image = tl.dot(k.to(b.dtype), b, input_precision=PRECISION) - offset[None, :]
         image = tl.minimum(tl.maximum(image, -LIMIT), LIMIT)
         tl.store(

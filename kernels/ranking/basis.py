@@ -234,6 +234,25 @@ def query_images(
     return torch.cat([images, torch.stack(parts, -1)], -1)
 
 
+def exact_scores(
+    queries: torch.Tensor, rows: torch.Tensor, centred: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return exact products in base-2 units, less the row log-sum-exps that projections hold.
+
+    Args:
+        queries: float32 ``[..., n, head_dim]``.
+        rows: their projections, as :func:`query_images` returns them.
+        centred: keys less their mean, float32 ``[..., tokens, head_dim]``.
+        scale: softmax scale, times what one unit of the keys stands for.
+
+    Returns:
+        float32 ``[..., n, tokens]``.
+    """
+    factors = torch.tensor(SHIFT_FACTORS, device=rows.device)
+    shift = (rows[..., -len(SHIFT_FACTORS) :] * factors).sum(-1, keepdim=True)
+    return queries @ centred.mT * (scale * LOG2E) + shift
+
+
 def rough_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     """Return 2^(scores − most − ROUGH), linear between powers of two: by the shift of an integer.
 

@@ -9,6 +9,7 @@ from ..layout import LOG2E
 from ..tiles import input_precision
 from ..work_list import WorkList
 from . import basis, retrieval
+from .keys import load_keys
 from .workspace import PrefillRanking
 
 SPAN = 2048  # keys of a program, half of which count
@@ -20,14 +21,6 @@ BLOCK_N = tl.constexpr(retrieval.BLOCK)
 LEAST = tl.constexpr(retrieval.LEAST)
 UNIT = tl.constexpr(retrieval.UNIT)
 FACTOR_0, FACTOR_1, FACTOR_2 = (tl.constexpr(factor) for factor in basis.SHIFT_FACTORS)
-
-
-@triton.jit
-def _load_keys(p_kv, p_table, token, o_d, end, stride_block, stride_token, D, PAGE: tl.constexpr):
-    """Keys of some tokens of a KV head."""
-    page = tl.load(p_table + token // PAGE, token < end, 0).to(tl.int64)
-    o_k = page * stride_block + (token % PAGE) * stride_token
-    return tl.load(p_kv + o_k[:, None] + o_d[None, :], (token < end)[:, None] & (o_d < D), 0.0)
 
 
 @triton.jit(do_not_specialize=["row", "segments"])
@@ -75,18 +68,19 @@ def _sought_kernel(
     p_table += row.to(tl.int64) * stride_table
     total = tl.zeros([BLOCK_N, SEGMENTS], tl.float32)
     token = i_span * SPAN + tl.arange(0, BLOCK_N)
-    k = _load_keys(p_kv, p_table, token, o_d, end, stride_block, stride_token, D, PAGE)
+    page = tl.load(p_table + token // PAGE, token < end, 0)
+    k = load_keys(p_kv, page, token, o_d, end, stride_block, stride_token, PAGE, D)
     for _ in tl.range(i_span * SPAN, end, 2 * BLOCK_N, num_stages=1):
-        # The next keys are on their way meanwhile.
-        ahead = _load_keys(
-            p_kv, p_table, token + 2 * BLOCK_N, o_d, end, stride_block, stride_token, D, PAGE
-        )
+        # Prefetch the next keys.
+        o_ahead = token + 2 * BLOCK_N
+        page = tl.load(p_table + o_ahead // PAGE, o_ahead < end, 0)
+        ahead = load_keys(p_kv, page, o_ahead, o_d, end, stride_block, stride_token, PAGE, D)
         s = tl.dot(k.to(q.dtype), tl.trans(q), input_precision=PRECISION) * unit + shift[None, :]
         most = tl.max(tl.reshape(s, [BLOCK_N, SEGMENTS, PROBES]), 2)
         mass = tl.exp2(tl.minimum(most, 0.0))
         counts = (token[:, None] >= SINK) & (token[:, None] < far[None, :]) & (mass > LEAST)
         total += tl.where(counts, mass, 0.0)
-        token += 2 * BLOCK_N
+        token = o_ahead
         k = ahead
     tl.atomic_add(p_sought + i_head, (tl.sum(total) * (2 * UNIT)).to(tl.int32))
 

@@ -14,30 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ..side_stream import IN_TURN
-from ..side_stream import SideStream as Beside
+from ..side_stream import IN_TURN, SideStream
 from ..tiles import input_precision
 from ..tuning import CHUNK
 from ..work_list import WorkList
 from . import basis, retrieval
 from .find_heads import find_heads
 from .fit import FitWorkspace, find_bases, take_moments
+from .keys import load_keys
 from .rows import choose_rows, shift_rows
 from .score import image_room, score_rows
 
 KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
 KEYS_SPAN = 512
 COLUMNS = 128  # of one product, which the bases of several heads of a KV head fill
-
-
-@triton.jit
-def _load_keys(
-    p_kv, page, o_n, o_d, end, stride_block, stride_token, PAGE: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    """Keys of some tokens of a head."""
-    o_k = page.to(tl.int64) * stride_block + (o_n % PAGE) * stride_token
-    m_k = (o_n < end)[:, None] & (o_d < D)[None, :]
-    return tl.load(p_kv + o_k[:, None] + o_d[None, :], m_k, 0.0)
 
 
 @triton.jit(do_not_specialize=["row", "seen"])
@@ -78,12 +68,12 @@ def _project_keys_kernel(
     p_kv += i_head * stride_head
     o_n = i_span * SPAN + tl.arange(0, BLOCK)
     page = tl.load(p_table + o_n // PAGE, o_n < end, 0)
-    k = _load_keys(p_kv, page, o_n, o_d, end, stride_block, stride_token, PAGE, D)
+    k = load_keys(p_kv, page, o_n, o_d, end, stride_block, stride_token, PAGE, D)
     o_ahead = o_n + BLOCK
     page = tl.load(p_table + o_ahead // PAGE, o_ahead < end, 0)
     for _ in tl.range(i_span * SPAN, end, BLOCK, num_stages=1):
-        # The next keys are on their way meanwhile, and the page of those behind them.
-        ahead = _load_keys(p_kv, page, o_ahead, o_d, end, stride_block, stride_token, PAGE, D)
+        # Prefetch the next keys, and the page of those behind them.
+        ahead = load_keys(p_kv, page, o_ahead, o_d, end, stride_block, stride_token, PAGE, D)
         o_ahead += BLOCK
         page = tl.load(p_table + o_ahead // PAGE, o_ahead < end, 0)
         k = k.to(p_b.dtype.element_ty)
@@ -145,11 +135,8 @@ class RetrievalWorkspace:
     """Scratch of the second ranking, of retrieval heads alone; see :mod:`retrieval`.
 
     Args:
-        narrow: the ranking of all heads, whose moments it shares.
-        heads: query heads.
+        narrow: the ranking of all heads, whose sizes and moments it shares.
         kv_heads: key/value heads.
-        items: segments of a list.
-        max_history: longest history, in tokens.
         segment: queries of a segment.
 
     Attributes:
@@ -158,18 +145,14 @@ class RetrievalWorkspace:
         wide: bases of all heads, images and rows of retrieval heads.
     """
 
-    def __init__(
-        self, narrow: LowRankWorkspace, heads: int, kv_heads: int, items: int, max_history: int,
-        segment: int,
-    ):  # fmt: skip
-        device = narrow.images.device
+    def __init__(self, narrow: LowRankWorkspace, kv_heads: int, segment: int):
+        device, (segments, heads) = narrow.images.device, narrow.rows.shape[:2]
         self.sought = torch.zeros(heads, dtype=torch.int32, device=device)
         places = kv_heads * retrieval.capacity(heads // kv_heads)
         self.numbers = torch.full((places,), -1, dtype=torch.int32, device=device)
         self.wide = LowRankWorkspace(
-            heads, heads, narrow.fit.a.shape[1], max_history, items, segment, narrow.fit.a.dtype,
-            device, narrow.images.dtype, basis.WIDE,
-            numbers=self.numbers,
+            heads, heads, narrow.fit.a.shape[1], narrow.images.shape[1], segments, segment,
+            narrow.fit.a.dtype, device, narrow.images.dtype, basis.WIDE, numbers=self.numbers,
         )  # fmt: skip
         self.wide.fit.moments, self.wide.fit.means = narrow.fit.moments, narrow.fit.means
 
@@ -204,8 +187,8 @@ def low_rank_scores(
     *,
     scale: float,
     chunk: int = CHUNK,
-    beside: Beside = IN_TURN,
-    meanwhile: Callable[[], None] = lambda: None,
+    side_stream: SideStream = IN_TURN,
+    overlapped: Callable[[], None] = lambda: None,
 ) -> None:
     """Score every item's history, one score per KV head and token.
 
@@ -223,31 +206,31 @@ def low_rank_scores(
         space: scratch.
         scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
-        beside: where some of it runs beside the rest; joined.
-        meanwhile: launches what else a chunk with histories needs, and nothing here reads.
+        side_stream: where launches may overlap with the others; joined.
+        overlapped: launches what else a chunk with histories needs, and nothing here reads.
     """
     if work.max_seen == 0:
         return
     if work.first_of_chunk:
         take_moments(query, kv_cache, block_table, work.row, work.chunk, space.fit)
-        with beside:  # of the bases, which fill a quarter of a card
-            meanwhile()
+        with side_stream:  # of the bases, which fill a quarter of a card
+            overlapped()
         find_bases(space.fit, scale=scale)
-        with beside:  # of the keys' images, which wait for memory
+        with side_stream:  # of the keys' images, which wait for memory
             choose_rows(query, work, space)
         project_keys(kv_cache, block_table, work.row, work.max_seen, space)
-        beside.join()
+        side_stream.join()
     if work.max_history == 0:
         return
     if not work.first_of_chunk:
         choose_rows(query, work, space)
     more = space.retrieval
     if more is not None and work.first_of_chunk:
-        with beside:  # of log-sum-exps
+        with side_stream:  # of log-sum-exps
             find_bases(more.wide.fit, scale=scale)
     shift_rows(query, work, space)
     if more is not None:
-        with beside:  # of the scores of all heads
+        with side_stream:  # of the scores of all heads
             if work.first_of_chunk:
                 find_heads(
                     query, kv_cache, block_table, work, space, more.sought, more.numbers,
@@ -259,5 +242,5 @@ def low_rank_scores(
     group = query.shape[1] // space.fit.a.shape[-3]
     score_rows(work, scores, bounds, space, group, chunk=chunk)
     if more is not None:
-        beside.join()
+        side_stream.join()
         score_rows(work, scores, bounds, more.wide, group, chunk=chunk)

@@ -83,10 +83,7 @@ class LowRankRanking:
             shape.heads, shape.heads, shape.head_dim, shape.max_history, shape.limits.segments,
             shape.segment, dtype, device,
         )  # fmt: skip
-        self.space.retrieval = RetrievalWorkspace(
-            self.space, shape.heads, shape.kv_heads, shape.limits.segments, shape.max_history,
-            shape.segment,
-        )  # fmt: skip
+        self.space.retrieval = RetrievalWorkspace(self.space, shape.kv_heads, shape.segment)
 
     def score(
         self,
@@ -104,7 +101,7 @@ class LowRankRanking:
         """See :meth:`Ranking.score`."""
         low_rank_scores(
             query, kv_cache, block_table, work, scores, bounds, self.space, scale=scale,
-            beside=side_stream, meanwhile=overlapped,
+            side_stream=side_stream, overlapped=overlapped,
         )  # fmt: skip
 
 

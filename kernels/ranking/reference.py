@@ -4,6 +4,8 @@ Written for reading: the tests compare every kernel with these functions, and a 
 without a GPU serves with them. Each takes the same arguments as its kernel.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ..layout import DENSE_START, HISTORY, LOG2E, NUM_QUERIES, ROW
@@ -42,6 +44,49 @@ def mean_query_scores(
     return scores.half()
 
 
+class ProjectedKeys(NamedTuple):
+    """Keys of a request that some heads see, and their projections.
+
+    Attributes:
+        heads: int64, which query heads.
+        fitted: their bases.
+        keys: float32 ``[heads, tokens, head_dim]``, in units of the cache.
+        images: ``[heads, tokens, width]``, rounded to ``dtype``.
+        dtype: of projections.
+    """
+
+    heads: torch.Tensor
+    fitted: basis.Basis
+    keys: torch.Tensor
+    images: torch.Tensor
+    dtype: torch.dtype
+
+
+def project_keys(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    *,
+    scale: float,
+    precision: basis.Precision = basis.SERVED,
+    heads: torch.Tensor | None = None,
+) -> ProjectedKeys:
+    """Fit bases to a chunk and project the keys that it sees; ``heads`` None for all."""
+    page, head_dim, number = kv_cache.shape[2], query.shape[2], query.shape[1]
+    heads = torch.arange(number, device=query.device) if heads is None else heads
+    fitted = basis.fit_span(
+        query, kv_cache, block_table, work.row, work.chunk, number, scale, precision.rank
+    )
+    fitted = basis.Basis(*(part[heads] for part in fitted))
+    positions = torch.arange(work.max_seen, device=query.device)
+    slots = physical_slots(positions, block_table[work.row], page)
+    keys, _ = load_tokens(kv_cache, slots, head_dim)
+    keys = keys[heads * kv_cache.shape[1] // number]
+    dtype = basis.image_dtype(query.device)
+    return ProjectedKeys(heads, fitted, keys, basis.key_images(keys, fitted, dtype), dtype)
+
+
 def low_rank_scores(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -56,10 +101,11 @@ def low_rank_scores(
 
     ``chosen``: see :func:`scores_by_head`.
     """
-    by_head = scores_by_head(
-        query, kv_cache, block_table, work, scale=scale, precision=precision, chosen=chosen
-    )
-    return _of_groups(by_head, kv_cache.shape[1])
+    kv_heads = kv_cache.shape[1]
+    if work.max_history == 0:
+        return query.new_empty(work.num_segments, kv_heads, 0, dtype=torch.half)
+    projected = project_keys(query, kv_cache, block_table, work, scale=scale, precision=precision)
+    return _of_groups(scores_by_head(query, work, projected, precision, chosen), kv_heads)
 
 
 def _of_groups(by_head: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -90,72 +136,55 @@ class LowRank:
     ) -> torch.Tensor:
         """Score a work list."""
         arguments, kv_heads = (query, kv_cache, block_table, work), kv_cache.shape[1]
-        scores = scores_by_head(*arguments, scale=scale)
+        if work.max_history == 0:
+            return query.new_empty(work.num_segments, kv_heads, 0, dtype=torch.half)
+        projected = project_keys(*arguments, scale=scale)
+        scores = scores_by_head(query, work, projected)
         if work.first_of_chunk:
             looked_at = retrieval.looked_at(work.num_segments)
-            exact = probe_scores(*arguments, looked_at, scale=scale)
+            exact = probe_scores(*arguments, projected, looked_at, scale=scale)
             histories = work.segments[looked_at, DENSE_START]
             self.heads = retrieval.retrieval_heads(exact, histories, kv_heads).nonzero()[:, 0]
         if len(self.heads):
-            wide = scores_by_head(*arguments, scale=scale, precision=basis.WIDE, heads=self.heads)
+            more = project_keys(*arguments, scale=scale, precision=basis.WIDE, heads=self.heads)
+            wide = scores_by_head(query, work, more, basis.WIDE)
             scores[:, self.heads] = torch.maximum(scores[:, self.heads], wide)
         return _of_groups(scores, kv_heads)
 
 
 def scores_by_head(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
     work: WorkList,
-    *,
-    scale: float,
+    projected: ProjectedKeys,
     precision: basis.Precision = basis.SERVED,
     chosen: torch.Tensor | None = None,
-    heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score histories by low-rank images, head by head.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
-        block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request.
-        scale: softmax scale, times what one unit of the cache's keys stands for.
+        projected: the keys that they see.
         precision: of the estimate.
         chosen: int ``[items, heads, rows]``, the rows to score, where those of
             :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
-        heads: int64, which heads; None for all.
 
     Returns:
         float32 ``[items, heads, max_history]``, -inf behind a history.
     """
-    page, head_dim, number = kv_cache.shape[2], query.shape[2], query.shape[1]
-    heads = torch.arange(number, device=query.device) if heads is None else heads
+    heads, fitted, _, images, dtype = projected
     scores = query.new_full(
         (work.num_segments, len(heads), work.max_history), float("-inf"), dtype=torch.float32
     )
-    if work.max_history == 0:
-        return scores
-    own = basis.fit_span(
-        query, kv_cache, block_table, work.row, work.chunk, number, scale, precision.rank
-    )
-    own = basis.Basis(*(part[heads] for part in own))
-    positions = torch.arange(work.max_seen, device=query.device)
-    keys, _ = load_tokens(
-        kv_cache, physical_slots(positions, block_table[work.row], page), head_dim
-    )
-    keys = keys[heads * kv_cache.shape[1] // number]
-    dtype = basis.image_dtype(query.device)
-    images = basis.key_images(keys, own, dtype)  # [heads, tokens, width]
-    for i_item, item in enumerate(work.segments.tolist()):
+    for number, item in enumerate(work.segments.tolist()):
         n = item[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, number).flatten(1, 2)[heads]
-        scored = basis.scored_rows(queries @ own.a, precision.row_step)  # [heads, rows]
+        queries = segment_queries(query, item, query.shape[1]).flatten(1, 2)[heads]
+        scored = basis.scored_rows(queries @ fitted.a, precision.row_step)  # [heads, rows]
         if chosen is not None:
-            scored = chosen[i_item, :, : scored.shape[1]].long()
-        scores[i_item, :, :n] = row_scores(queries, scored, item, own, images, dtype)
+            scored = chosen[number, :, : scored.shape[1]].long()
+        scores[number, :, :n] = row_scores(queries, scored, item, fitted, images, dtype)
     return scores
 
 
@@ -164,43 +193,41 @@ def probe_scores(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
+    projected: ProjectedKeys,
     looked_at: list[int],
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Score histories by exact products of the probes, less their log-sum-exps in 29 directions.
+    """Score histories by :func:`basis.exact_scores` of the probes; see :mod:`retrieval`.
 
-    Arguments are those of :func:`scores_by_head`, and which segments; see :mod:`retrieval`.
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: segments of one request, that rank something.
+        projected: the keys that they see, of all heads.
+        looked_at: which segments.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
 
     Returns:
         float32 ``[segments, heads, max_history]``, -inf behind a history.
     """
-    page, head_dim, heads = kv_cache.shape[2], query.shape[2], query.shape[1]
+    heads, fitted, keys, images, dtype = projected
+    sampled = basis.sampled_keys(kv_cache, block_table, work.row, work.chunk, len(heads))
+    mean = sampled.float().mean(1, keepdim=True)
     scores = query.new_full(
-        (len(looked_at), heads, work.max_history), float("-inf"), dtype=torch.float32
+        (len(looked_at), len(heads), work.max_history), float("-inf"), dtype=torch.float32
     )
-    if work.max_history == 0:
-        return scores
-    arguments = (kv_cache, block_table, work.row, work.chunk, heads)
-    own = basis.fit_span(query, *arguments, scale)
-    mean = basis.sampled_keys(*arguments).float().mean(1, keepdim=True)
-    slots = torch.arange(work.max_seen, device=query.device)
-    slots = physical_slots(slots, block_table[work.row], page)
-    keys, _ = load_tokens(kv_cache, slots, head_dim, heads)
-    dtype = basis.image_dtype(query.device)
-    images = basis.key_images(keys, own, dtype)
-    factors = torch.tensor(basis.SHIFT_FACTORS, device=query.device)
     for number, item in enumerate(work.segments[looked_at].tolist()):
         n = item[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, heads).flatten(1, 2)
-        chosen = basis.scored_rows(queries @ own.a)[:, : retrieval.PROBES]
-        rows = probe_rows(queries, chosen, item, own, images, dtype)
-        probes = queries.gather(1, chosen[..., None].expand(-1, -1, head_dim))
-        products = probes @ (keys[:, :n] - mean).mT * (scale * LOG2E)
-        shift = (rows[..., -len(factors) :] * factors).sum(-1, keepdim=True)
-        scores[number, :, :n] = (products + shift).amax(1)
+        queries = segment_queries(query, item, len(heads)).flatten(1, 2)
+        chosen = basis.scored_rows(queries @ fitted.a)[:, : retrieval.PROBES]
+        rows = probe_rows(queries, chosen, item, fitted, images, dtype)
+        probes = queries.gather(1, chosen[..., None].expand(-1, -1, queries.shape[2]))
+        exact = basis.exact_scores(probes, rows, keys[:, :n] - mean, scale)
+        scores[number, :, :n] = exact.amax(1)
     return scores
 
 

@@ -18,11 +18,11 @@ found such heads by what models copy; this looks at one chunk's attention alone.
 import torch
 
 SEGMENTS = 4  # of a list that are looked at
-STRIDE = 2  # one of so many of the first, which see most
+STRIDE = 2  # every second segment from the first on; the first sees most
 PROBES = 16  # of a segment, at most
 BLOCK = 64  # keys: of every two blocks the first counts, twice
 SINK = 64  # first tokens of a request, which do not count as far
-RECENT = 1024  # nor do so many before a segment's dense pass
+RECENT = 1024  # tokens before a segment's dense pass, which do not count either
 LEAST = 0.01  # nor keys of a smaller probability, of which a long history has many
 SOUGHT = 2.0  # mean over segments from which on a head is a retrieval head
 UNIT = 2**16  # sums are integers: in whatever order programs add to them, they are the same

@@ -50,7 +50,7 @@ def _farthest(size, number, rows, kept):
     """
     # As integers, which such numbers order like.
     size = tl.where(number < rows, size.to(tl.int32, bitcast=True), -1)
-    # The largest number that so many sizes reach, four bits at a time: a count is a round of
+    # The largest number that ``kept`` sizes reach, four bits at a time: a count is a round of
     # messages between warps, for one number or for sixteen. The last round has three bits.
     least = 0
     for i in range(8):
@@ -312,7 +312,7 @@ def _shift_kernel(
         number = tl.arange(0, BLOCK_N)
         k = _load_sample(p_images, number, step, full, o_r, WIDTH)
         for _ in tl.range(0, full, BLOCK_N, num_stages=1):
-            # The next keys are on their way meanwhile.
+            # Prefetch the next keys.
             number += BLOCK_N
             ahead = _load_sample(p_images, number, step, full, o_r, WIDTH)
             rest += tl.sum(_minus_rough_exp2(tl.dot(q, tl.trans(k)), zero, FUSED), 1)

@@ -33,7 +33,7 @@ class RankingWorkspace(Protocol):
 
     @property
     def row_step(self) -> int:
-        """One query row in so many is a probe."""
+        """One query row of this many is a probe."""
 
     @property
     def numbers(self) -> Tensor | None:

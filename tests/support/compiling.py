@@ -192,9 +192,7 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     )
     sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_segments, 512)
     images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
-    images.retrieval = low_rank.RetrievalWorkspace(
-        images, HEADS, KV_HEADS, work.num_segments, MAX_HISTORY, 512
-    )
+    images.retrieval = low_rank.RetrievalWorkspace(images, KV_HEADS, 512)
     selection = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:

@@ -40,9 +40,7 @@ def workspace(batch, work, segment=32):
     heads, head_dim = batch.query.shape[1:]
     sizes = (heads, heads, head_dim, work.max_seen, work.num_segments, segment)
     space = low_rank.LowRankWorkspace(*sizes, batch.query.dtype, batch.query.device)
-    space.retrieval = low_rank.RetrievalWorkspace(
-        space, heads, batch.kv_cache.shape[1], work.num_segments, work.max_seen, segment
-    )
+    space.retrieval = low_rank.RetrievalWorkspace(space, batch.kv_cache.shape[1], segment)
     for part in (space.images, space.rows, space.retrieval.wide.images, space.retrieval.wide.rows):
         part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
     return space
@@ -183,9 +181,9 @@ def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim,
     monkeypatch.setattr(find_heads, "pick", lambda sought, *_: kept.copy_(sought))
     ranked(batch, work, space, chunk=4096)
     looked_at = retrieval.looked_at(work.num_segments)
-    scores = reference.probe_scores(
-        batch.query, batch.kv_cache, batch.block_table, work, looked_at, scale=batch.scale
-    )
+    arguments = (batch.query, batch.kv_cache, batch.block_table, work)
+    keys = reference.project_keys(*arguments, scale=batch.scale)
+    scores = reference.probe_scores(*arguments, keys, looked_at, scale=batch.scale)
     sums = []
     monkeypatch.setattr(retrieval, "UNIT", retrieval.UNIT)
     for least in torch.linspace(0.01, 4, 400).tolist():
