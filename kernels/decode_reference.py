@@ -12,7 +12,7 @@ from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_S
 from .ranking import basis
 from .ranking import reference as ranking_reference
 from .selection import reference as selection_reference
-from .tuning import REGION_TOKENS, TIERS_SPLIT
+from .tuning import REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 
@@ -168,7 +168,7 @@ def decode(
             one[APPEND_COUNT],
         )  # fmt: skip
     found = scores(query, space.images, space.fit, work)
-    lists = selection_reference.select(found, block_table, work, page, TIERS_SPLIT)
+    lists = selection_reference.select(found, block_table, work, page, TIERS_UNORDERED)
     attention_reference.attend(
         query, kv_cache, block_table, work, lists, space.summaries, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,

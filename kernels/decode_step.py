@@ -23,7 +23,7 @@ from .ranking.rows import choose_rows, shift_rows
 from .ranking.score import image_room, score_rows
 from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile
-from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_SPLIT
+from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 CHOSEN_BLOCK = 64  # query rows that are projected at a time
@@ -173,7 +173,7 @@ def decode(
         work, selection.scores, selection.bounds, space, group,
         chunk=selection.chunk, shared=False,
     )  # fmt: skip
-    select(block_table, work, kv_cache.shape[2], selection, TIERS_SPLIT, split=True)
+    select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,

@@ -6,13 +6,26 @@ import triton.language as tl
 from . import sampling
 
 FACTOR = tl.constexpr(sampling.FACTOR)
+NOISE_TOKENS = tl.constexpr(sampling.NOISE_TOKENS)
+NOISE_STEP = tl.constexpr(sampling.NOISE_STEP)
+
+
+@triton.jit
+def mixed(number):
+    """Return a hash of 32 bits of each integer."""
+    h = number.to(tl.uint32) * FACTOR
+    h ^= h >> 15
+    h *= FACTOR
+    return h ^ (h >> 13)
+
+
+@triton.jit
+def noise_phase(history):
+    """Return where in the priorities' noise a segment begins; see :func:`sampling.noise_phase`."""
+    return (mixed(history) % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP).to(tl.int32)
 
 
 @triton.jit
 def stratum_offset(number, room):
     """Return the offset of a stratum's token: a hash of the stratum's number, below ``room``."""
-    h = number.to(tl.uint32) * FACTOR
-    h ^= h >> 15
-    h *= FACTOR
-    h ^= h >> 13
-    return ((h >> 4) % room.to(tl.uint32)).to(tl.int32)
+    return ((mixed(number) >> 4) % room.to(tl.uint32)).to(tl.int32)

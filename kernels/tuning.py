@@ -14,13 +14,13 @@ ROW_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
 # Selection.
 BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs in proportion
 COUNTED = 16384  # scores of a list that are counted, at most; "What a fourth card run said"
-UNEVEN = 32  # one token of a list in this many is uncertain; tokens; "Read this first"
+# A token is listed by a priority of at most its score plus this, and weighs at most so much; in base
+# 2; > 0; "Priority samples".
+NOISE_LIMIT = 8.0
 # Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/4, 1/2, 7/8 of the list
-# and the rest where tiles may stop early; 7/8 and the rest where they may not, so that only the
-# worst eighth is ever cut off; one where several programs share a list.
+# and the rest where tiles may stop early; one where they may not.
 TIERS = 4
-TIERS_UNORDERED = 2
-TIERS_SPLIT = 1
+TIERS_UNORDERED = 1
 CAPACITY_STEP = 16  # lists have room for multiples of this; slots; keeps kernels' variants few
 HEADS_SHARED = 2  # KV heads that share a budget; >= 1; "Own mass, and budgets shared by pairs"
 # Least share of a list's skipped score mass that counts as dropped mass; 0 to 1; "A target error".

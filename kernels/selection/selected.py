@@ -6,11 +6,12 @@ import torch
 
 
 class SelectedTokens(NamedTuple):
-    """The lists of a work list's segments, best token first (ours: the paper sorts positions).
+    """The lists of a work list's segments, best tier first (ours: the paper sorts positions).
 
     Attributes:
         slots: int32 ``[segments, kv_heads, >= max_list]``, physical slots
             (block * block_size + offset).
+        weights: float16, likewise: the base-2 logarithm of how many tokens each stands for.
         lengths: int32 ``[segments, kv_heads]``, slots to visit.
         samples: int32 ``[ceil(segments / ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS]``: for every
             ``ESTIMATE_EVERY``-th segment the places in its list of evenly spaced tokens of its
@@ -18,5 +19,6 @@ class SelectedTokens(NamedTuple):
     """
 
     slots: torch.Tensor
+    weights: torch.Tensor
     lengths: torch.Tensor
     samples: torch.Tensor

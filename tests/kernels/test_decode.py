@@ -32,7 +32,7 @@ from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED
 from s2o_vllm.kernels.ranking import basis
 from s2o_vllm.kernels.ranking.append import append_keys
 from s2o_vllm.kernels.selection import reference as selection_reference
-from s2o_vllm.kernels.tuning import TIERS_SPLIT
+from s2o_vllm.kernels.tuning import TIERS_UNORDERED
 from s2o_vllm.kernels.work_list import PrefillRow
 
 LONGEST = 768
@@ -206,7 +206,7 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     got = space.selection.lists(work)
     scores = space.selection.scores[: work.num_segments, :, : work.max_history]
     lists = selection_reference.select(
-        scores, batch.block_table, work, page, TIERS_SPLIT, chunk=CHUNK
+        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK
     )
     assert torch.equal(got.lengths, lists.lengths)
     for number, head in itertools.product(range(work.num_segments), range(scores.shape[1])):

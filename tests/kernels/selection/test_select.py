@@ -12,7 +12,7 @@ from s2o_vllm.kernels.tuning import (
     HEADS_SHARED,
     MEAN_OF_MAX,
     TIERS,
-    TIERS_SPLIT,
+    TIERS_UNORDERED,
     TIERS_UNORDERED,
 )
 from s2o_vllm.kernels.work_list import list_capacity, longest_list
@@ -65,7 +65,7 @@ def random_scores(work, kv_heads, device, kind):
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
 @pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_SPLIT, 150)]
+    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_UNORDERED, 150)]
 )
 def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     """All scores are counted, or one of three."""
@@ -98,7 +98,7 @@ def assert_same_lists(work, got, wanted):
 @pytest.mark.parametrize("shared", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["normal", "equal"])
 @pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_SPLIT, 150)]
+    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_UNORDERED, 150)]
 )
 def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tiers, counted):
     """Five lists by threes or fours: the last share among fewer."""
@@ -237,7 +237,7 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
-@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED, TIERS_SPLIT])
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED, TIERS_UNORDERED])
 def test_chunks_of_a_servers_size(device, kind, tiers):
     """Whole chunks of one tier: its count fills all the bits that a count has."""
     batch = make_batch(device, budget=0.97, chunks=((2 * CHUNK + 100, 3),))
@@ -268,7 +268,7 @@ def test_page_table_is_the_only_indirection(device):
 
 
 @pytest.mark.parametrize("step", [4, 16])
-@pytest.mark.parametrize("tiers", [TIERS_SPLIT, TIERS_UNORDERED])
+@pytest.mark.parametrize("tiers", [TIERS_UNORDERED, TIERS_UNORDERED])
 def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step, tiers):
     lengths = [
         len(selection_reference.select_positions(torch.randn(20000), 1000, tiers, step))
@@ -276,7 +276,7 @@ def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step,
     ]
     unsure = (1000 * (step - 1)) ** 0.5
     assert max(lengths) <= 1000, "those that would be longer are cut"
-    if tiers == TIERS_SPLIT:
+    if tiers == TIERS_UNORDERED:
         assert 1000 - 3 * unsure < sum(lengths) / 50 < 1000 - 0.5 * unsure
     else:
         assert max(lengths) == 1000
@@ -286,7 +286,7 @@ def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step,
 def test_a_list_of_nearly_all_tokens_leaves_out_hardly_more_than_it_must():
     """Of 3,000 seeds 127 leave out more: a single tier counts linearly inside the worst bucket."""
     torch.manual_seed(0)
-    for tiers in (TIERS, TIERS_UNORDERED, TIERS_SPLIT):
+    for tiers in (TIERS, TIERS_UNORDERED, TIERS_UNORDERED):
         assert len(selection_reference.select_positions(torch.randn(1400), 1399, tiers)) >= 1398
 
 
