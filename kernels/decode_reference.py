@@ -20,8 +20,8 @@ class DecodeReference:
     """The states of a layer's requests; see `decode.DecodeBackend` and `decode_step.RequestStates`.
 
     Attributes:
-        images: projected keys, ``[slots, kv_heads, max_history, WIDTH]``.
-        fit: bases, float32, leading dimensions ``[slots, kv_heads]``.
+        projected_keys: ``[slots, kv_heads, max_history, WIDTH]``.
+        basis: float32, leading dimensions ``[slots, kv_heads]``.
         summaries: of skipped tokens, in ``dtype``.
     """
 
@@ -33,11 +33,11 @@ class DecodeReference:
         region: int = REGION_TOKENS,
     ):
         leading = (shape.requests, shape.kv_heads)
-        kind = basis.image_dtype(device)
-        self.images = torch.zeros(
-            *leading, shape.max_history, basis.WIDTH, dtype=kind, device=device
+        projection = basis.projection_dtype(device)
+        self.projected_keys = torch.zeros(
+            *leading, shape.max_history, basis.WIDTH, dtype=projection, device=device
         )
-        self.fit = basis.Basis(
+        self.basis = basis.Basis(
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, basis.RANK, device=device),
@@ -62,11 +62,11 @@ class DecodeReference:
         *,
         scale: float,
     ) -> None:
-        """Fit a chunk's basis into a slot, project the keys it sees, and summarise them."""
+        """Fit a basis to a span; store it, projected keys and summaries in a slot."""
         slot, number, tokens, _ = snapshot
         span, bases = work.spans[number], kv_cache.shape[1]
         fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
-        for own, part in zip(self.fit, fitted, strict=True):
+        for own, part in zip(self.basis, fitted, strict=True):
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
         held, count = self.summaries, tokens // self.summaries.region_tokens
@@ -85,9 +85,11 @@ class DecodeReference:
         positions = torch.arange(first, first + count, device=kv_cache.device)
         slots = paging.physical_slots(positions, table_row, kv_cache.shape[2])
         keys, _ = paging.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
-        own = basis.Basis(*(part[slot] for part in self.fit))
-        images = basis.key_images(keys, own, self.images.dtype)
-        self.images[slot, :, first : first + count] = images.to(self.images.dtype)
+        own = basis.Basis(*(part[slot] for part in self.basis))
+        projected = basis.project_keys(keys, own, self.projected_keys.dtype)
+        self.projected_keys[slot, :, first : first + count] = projected.to(
+            self.projected_keys.dtype
+        )
 
     def attend(
         self,
@@ -111,22 +113,22 @@ class DecodeReference:
 
 def scores(
     query: torch.Tensor,
-    images: torch.Tensor,
-    fit: basis.Basis,
+    keys: torch.Tensor,
+    bases: basis.Basis,
     work: WorkList,
 ) -> torch.Tensor:
     """Score the history of every query by all of its rows.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        images: projected keys, those of the queries' own tokens among them.
-        fit: the slots' bases.
+        keys: projected ``[slots, kv_heads, >= max_history, WIDTH]``, the queries' own included.
+        bases: the slots'.
         work: of a decode step.
 
     Returns:
         float16 ``[segments, kv_heads, max_history]``.
     """
-    kv_heads = images.shape[1]
+    kv_heads = keys.shape[1]
     found = query.new_full(
         (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
@@ -136,9 +138,9 @@ def scores(
             continue
         rows = paging.segment_queries(query, line, kv_heads)[:, :, 0]
         every = torch.arange(rows.shape[1], device=query.device).expand(kv_heads, -1)
-        own = basis.Basis(*(part[slot] for part in fit))
-        found[number, :, :n] = ranking_reference.row_scores(
-            rows, every, line, own, images[slot].float(), images.dtype
+        own = basis.Basis(*(part[slot] for part in bases))
+        found[number, :, :n] = ranking_reference.estimated_scores(
+            rows, every, line, own, keys[slot].float(), keys.dtype
         )
     return found.clamp(min=-torch.finfo(torch.half).max).half()
 
@@ -167,7 +169,7 @@ def decode(
             kv_cache, block_table[one[APPEND_ROW]], one[APPEND_SLOT], one[APPEND_FIRST],
             one[APPEND_COUNT],
         )  # fmt: skip
-    found = scores(query, space.images, space.fit, work)
+    found = scores(query, space.projected_keys, space.basis, work)
     lists = selection_reference.select(found, block_table, work, page, TIERS_UNORDERED)
     attention_reference.attend(
         query, kv_cache, block_table, work, lists, space.summaries, out,

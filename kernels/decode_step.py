@@ -16,26 +16,28 @@ from .attention.attend import attend
 from .attention.split_kv import Parts, merge
 from .attention.summary_table import Summaries
 from .decode_state import DecodeList, DecodeShape, Snapshot
-from .ranking import basis, fit
-from .ranking.append import append_keys
-from .ranking.low_rank import LowRankWorkspace, project_keys
-from .ranking.rows import choose_rows, shift_rows
-from .ranking.score import image_room, score_rows
+from .ranking import basis
+from .ranking.fit_basis import find_bases, take_moments
+from .ranking.low_rank import LowRankWorkspace
+from .ranking.probes import choose_probes
+from .ranking.project import append_keys, project_keys
+from .ranking.row_lse import estimate_row_lse
+from .ranking.score import key_capacity, score_history
 from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile
 from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
-CHOSEN_BLOCK = 64  # query rows that are projected at a time
-SHIFT_BLOCK_N = 128  # projected keys that a row log-sum-exp takes at a time
+PROBE_BLOCK = 64  # query rows that are projected at a time
+LSE_BLOCK_N = 128  # projected keys that a row log-sum-exp takes at a time
 
 
 class DecodeScratch(NamedTuple):
-    """Scratch of a step, which layers of one shape share."""
+    """Scratch of a step, which layers of one shape share; see `workspace.RankingWorkspace`."""
 
-    sizes: torch.Tensor
-    chosen: torch.Tensor
-    rows: torch.Tensor
+    distances: torch.Tensor
+    probe_rows: torch.Tensor
+    projected_probes: torch.Tensor
     selection: SelectWorkspace
     parts: Parts
 
@@ -43,13 +45,13 @@ class DecodeScratch(NamedTuple):
 def scratch(
     shape: DecodeShape,
     device: torch.device,
-    image_dtype: torch.dtype | None = None,
+    projection_dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
 ) -> DecodeScratch:
     """Return scratch for a step of ``shape.requests`` requests."""
     requests, kv_heads = shape.requests, shape.kv_heads
     group = shape.heads // kv_heads
-    kind = image_dtype or basis.image_dtype(device)
+    projection = projection_dtype or basis.projection_dtype(device)
 
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(requests, kv_heads, *size, dtype=dtype, device=device)
@@ -57,7 +59,7 @@ def scratch(
     return DecodeScratch(
         empty(group, dtype=torch.float32),
         empty(group, dtype=torch.int32),
-        empty(group, basis.WIDTH, dtype=kind),
+        empty(group, basis.WIDTH, dtype=projection),
         SelectWorkspace(requests, kv_heads, shape.max_history, shape.slots, device, chunk),
         Parts(
             empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
@@ -70,19 +72,19 @@ class RequestStates:
     """The states of one layer's requests, a slot each, and a step's scratch.
 
     Attributes:
-        images: projected keys, ``[slots, kv_heads, >= max_history, basis.WIDTH]``.
-        fit: their bases, ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``,
-            ``offset`` ``[slots, kv_heads, WIDTH]``.
-        sizes: of the projected query rows.
-        chosen: which of them are probes: all.
-        rows: the projected query rows.
+        projected_keys: ``[slots, kv_heads, >= max_history, basis.WIDTH]``.
+        basis: ``a`` and ``b`` ``[slots, kv_heads, head_dim, WIDTH]``, ``offset``
+            ``[slots, kv_heads, WIDTH]``.
+        distances: of the projected query rows.
+        probe_rows: which of them are probes: all.
+        projected_probes: the projected query rows.
         summaries: of the history that the prompt's end saw.
         known: how many regions of each slot are set.
-        row_step: 1, every row is a probe.
+        probe_step: 1, every row is a probe.
     """
 
-    row_step = 1
-    numbers = None
+    probe_step = 1
+    heads = None
 
     def __init__(
         self,
@@ -97,13 +99,16 @@ class RequestStates:
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(slots, kv_heads, *size, dtype=dtype, device=device)
 
-        self.images = zeros(image_room(shape.max_history), width, dtype=shared.rows.dtype)
-        self.fit = basis.Basis(
+        self.projected_keys = zeros(
+            key_capacity(shape.max_history), width, dtype=shared.projected_probes.dtype
+        )
+        self.basis = basis.Basis(
             zeros(shape.head_dim, width, dtype=dtype),
             zeros(shape.head_dim, width, dtype=dtype),
             zeros(width, dtype=torch.float32),
         )
-        self.sizes, self.chosen, self.rows, self.selection, self.parts = shared
+        self.distances, self.probe_rows, self.projected_probes = shared[:3]
+        self.selection, self.parts = shared.selection, shared.parts
         head_dim = shape.head_dim
         self.known = torch.zeros(slots, dtype=torch.int32, device=device)
         self.summaries = Summaries(
@@ -119,13 +124,13 @@ class RequestStates:
 
         Args:
             snapshot: which span, and its slot.
-            ranked: bases and projected keys, as :func:`low_rank.project_keys` left them.
+            ranked: bases and projected keys, as :func:`project.project_keys` left them.
             summaries: as :func:`summaries.summarise` left them.
         """
         slot, span, tokens, _ = snapshot
-        self.images[slot, :, :tokens].copy_(ranked.images[:, :tokens])
+        self.projected_keys[slot, :, :tokens].copy_(ranked.projected_keys[:, :tokens])
         for name in ("a", "b", "offset"):
-            getattr(self.fit, name)[slot].copy_(getattr(ranked.fit, name))
+            getattr(self.basis, name)[slot].copy_(getattr(ranked.basis, name))
         own, count = self.summaries, tokens // summaries.region_tokens
         own.means[slot, :, :count].copy_(summaries.means[:, :count])
         own.value_covariances[slot].copy_(summaries.value_covariances[span])
@@ -167,9 +172,9 @@ def decode(
     head_dim, heads, kv_heads = query.shape[2], query.shape[1], kv_cache.shape[1]
     group = heads // kv_heads
     append_keys(kv_cache, block_table, rows, space)
-    choose_rows(query, work, space, block=CHOSEN_BLOCK)
-    shift_rows(query, work, space, block_n=SHIFT_BLOCK_N)
-    score_rows(
+    choose_probes(query, work, space, block=PROBE_BLOCK)
+    estimate_row_lse(query, work, space, block_n=LSE_BLOCK_N)
+    score_history(
         work, selection.scores, selection.bounds, space, group,
         chunk=selection.chunk, shared=False,
     )  # fmt: skip
@@ -189,10 +194,10 @@ def shared_scratch(shape: DecodeShape, device: torch.device) -> DecodeScratch:
 
 
 @functools.cache
-def fitting_scratch(
+def basis_scratch(
     shape: DecodeShape, dtype: torch.dtype, device: torch.device
 ) -> tuple[LowRankWorkspace, Summaries]:
-    """Return scratch of a fit and summaries; layers of one shape share them."""
+    """Return scratch of a snapshot's basis, and of summaries; layers of one shape share them."""
     sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
     ranked = LowRankWorkspace(*sizes, 1, 1, dtype, device)
     return ranked, summaries.workspace(*sizes[1:], dtype, device)
@@ -203,7 +208,7 @@ class DecodeKernels:
 
     def __init__(self, shape: DecodeShape, dtype: torch.dtype, device: torch.device):
         self.states = RequestStates(shape, dtype, device, shared_scratch(shape, device))
-        self.fitting = fitting_scratch(shape, dtype, device)
+        self.basis_scratch = basis_scratch(shape, dtype, device)
         self.tile: AttendTile | None = None  # another one than that of the table
 
     def take(
@@ -217,10 +222,10 @@ class DecodeKernels:
         scale: float,
     ) -> None:
         """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
-        ranked, means = self.fitting
+        ranked, means = self.basis_scratch
         span = work.spans[snapshot.span]
-        fit.take_moments(query, kv_cache, block_table, work.row, span, ranked.fit)
-        fit.find_bases(ranked.fit, scale=scale)
+        take_moments(query, kv_cache, block_table, work.row, span, ranked.basis)
+        find_bases(ranked.basis, scale=scale)
         project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
         summaries.summarise(kv_cache, block_table, work, means)
         self.states.store(snapshot, ranked, means)

@@ -86,8 +86,8 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def image_dtype(device: torch.device) -> torch.dtype:
-    """Return what keys and queries are ranked in: fp8 where the matrix unit takes it."""
+def projection_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of projected keys and queries: e4m3 where the matrix unit takes it."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return torch.float8_e4m3fn
     return torch.float16

@@ -9,7 +9,7 @@ CHUNK = 4096  # history that one program scores; tokens; a power of two; not log
 SEGMENTS_TOGETHER = 16  # that `mean_query` scores at a time; segments; >= 1; not logged
 SPAN_LENGTH = 2048  # that share covariances; queries; whole segments; "A mean value that follows"
 CHUNK_SPANS = 4  # of a chunk, which share their bases; spans; >= 1; "A basis of each head"
-ROW_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
+PROBE_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
 
 # Selection.
 BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs in proportion

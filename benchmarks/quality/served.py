@@ -39,24 +39,24 @@ class Served(Method):
         if not unit.shared or unit.sorted:
             raise ValueError("the heads of a group share the lists of the served ranking")
         every = torch.arange(segment.kv_heads * segment.group)
-        narrow = Estimate(segment, every, basis.SERVED)
+        every_head = Estimate(segment, every, basis.SERVED)
         starts = range(0, segment.length, unit.queries)
-        scores = torch.stack([narrow.scores(start, unit.queries) for start in starts])
+        scores = torch.stack([every_head.scores(start, unit.queries) for start in starts])
         # A work list begins with the last segment.
-        looked_at = [starts[-1 - number] for number in retrieval.looked_at(len(starts))]
-        exact = torch.stack([narrow.exact_scores(start, unit.queries) for start in looked_at])
-        histories = torch.full((len(looked_at),), segment.history)
+        sampled = [starts[-1 - number] for number in retrieval.sampled_segments(len(starts))]
+        exact = torch.stack([every_head.exact_scores(start, unit.queries) for start in sampled])
+        histories = torch.full((len(sampled),), segment.history)
         heads = retrieval.retrieval_heads(exact, histories, segment.kv_heads).nonzero()[:, 0]
         if len(heads):
-            wide = Estimate(segment, heads, basis.WIDE)
-            more = torch.stack([wide.scores(start, unit.queries) for start in starts])
+            retrieving = Estimate(segment, heads, basis.RETRIEVAL)
+            more = torch.stack([retrieving.scores(start, unit.queries) for start in starts])
             scores[:, heads] = torch.maximum(scores[:, heads], more)
         by_group = scores.unflatten(1, (segment.kv_heads, segment.group)).amax(2)
         return Ranking(unit.rows(segment), by_group.transpose(0, 1).flatten(0, 1))
 
 
 class Estimate:
-    """What some heads' scores of a history are estimated to be.
+    """Scores of a history that probes of some heads are estimated to give.
 
     Args:
         segment: queries and keys.
@@ -65,7 +65,7 @@ class Estimate:
     """
 
     def __init__(self, segment: Segment, heads: Tensor, precision: basis.Precision):
-        self.segment, self.heads, self.row_step = segment, heads, precision.row_step
+        self.segment, self.heads, self.probe_step = segment, heads, precision.probe_step
         recent = torch.cat([segment.past_q.float(), segment.q.float()], 1)
         recent = recent[:, -CHUNK_SPANS * SPAN_LENGTH :]
         kv_head = heads // segment.group
@@ -77,18 +77,18 @@ class Estimate:
             precision.rank,
         )  # fmt: skip
         self.seen, self.own = (
-            basis.key_images(part, self.fitted, torch.float8_e4m3fn)
+            basis.project_keys(part, self.fitted, torch.float8_e4m3fn)
             for part in (self.keys, own_keys)
         )
 
     def probes(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Return a list's probes: their queries, and projected with their log-sum-exp."""
         queries = self.segment.q[self.heads, start : start + count].float()
-        chosen = basis.scored_rows(queries @ self.fitted.a, self.row_step)
-        queries = queries.gather(1, chosen[..., None].expand(-1, -1, queries.shape[2]))
-        visible = torch.arange(self.segment.length) <= start + chosen[..., None]
+        rows = basis.farthest_rows(queries @ self.fitted.a, self.probe_step)
+        queries = queries.gather(1, rows[..., None].expand(-1, -1, queries.shape[2]))
+        visible = torch.arange(self.segment.length) <= start + rows[..., None]
         arguments = (queries, self.fitted, self.seen, self.own, visible, torch.float8_e4m3fn)
-        return queries, basis.query_images(*arguments)
+        return queries, basis.project_queries(*arguments)
 
     def scores(self, start: int, count: int) -> Tensor:
         """Return the scores of a list of ``count`` queries: float32 ``[heads, history]``."""
@@ -96,6 +96,6 @@ class Estimate:
 
     def exact_scores(self, start: int, count: int) -> Tensor:
         """Return those by which retrieval heads are found, see `kernels.ranking.retrieval`."""
-        queries, rows = self.probes(start, count)
+        queries, projected = self.probes(start, count)
         centred = self.keys.float() - self.mean
-        return basis.exact_scores(queries, rows, centred, self.segment.scale).amax(1)
+        return basis.exact_scores(queries, projected, centred, self.segment.scale).amax(1)

@@ -32,7 +32,7 @@ from s2o_vllm.kernels import decode_step
 from s2o_vllm.kernels.decode_state import DecodeRow, DecodeShape, DecodeTable
 from s2o_vllm.kernels.layout import NUM_COUNTERS
 from s2o_vllm.kernels.ranking import basis
-from s2o_vllm.kernels.ranking.append import append_keys
+from s2o_vllm.kernels.ranking.project import append_keys
 from s2o_vllm.kernels.tuning import CHUNK
 
 from ..result_file import header, save
@@ -97,9 +97,9 @@ def operator(
     space = decode_step.RequestStates(
         shape, dtype, device, decode_step.scratch(shape, device, chunk=chunk)
     )
-    for part in (space.fit.a, space.fit.b):
+    for part in (space.basis.a, space.basis.b):
         part[..., : basis.RANK].normal_(std=head_dim**-0.5)
-    space.fit.offset[..., basis.RANK :] = -torch.tensor(basis.SHIFT_FACTORS, device=device)
+    space.basis.offset[..., basis.RANK :] = -torch.tensor(basis.LSE_FACTORS, device=device)
     space.known.fill_(batch.context // space.summaries.region_tokens)
     table = DecodeTable(shape, size, device)
     rows = [DecodeRow(number, number, batch.context - 1, number, 0) for number in range(size)]

@@ -40,7 +40,7 @@ PARTS = tuple(
     for part, pattern in (  # the first that matches counts
         (
             "rank",
-            r"^_(mean|mean_score|score|moment|basis|project_\w+|shift|append|sought|pick)_kernel$",
+            r"^_(mean|mean_score|score|moment|basis|project_\w+|row_lse|append|far_mass|pick)_kernel$",
         ),
         ("rank", r"^_(pool|mean_key|copy_keys|lse)_kernel$"),
         ("rank", r"^_(region|covariance|span_covariance|slope)_kernel$"),

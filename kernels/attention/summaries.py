@@ -6,7 +6,7 @@ region's skipped tokens (FlashPrefill's mean term, of fixed regions instead of b
 A softmax does not weigh a region's values alike: values whose keys are like the query count for
 more. To first order in the query the mean value moves by Cov(value, key) query, as it does exactly
 where keys and values are jointly normal. Likewise a region has more mass than its mean key says, by
-the variance of its scores, query' Cov(key, key) query. One covariance of either kind serves all
+the variance of its scores, query' Cov(key, key) query. One covariance of each serves all
 regions of a history (both ours).
 """
 
@@ -30,7 +30,7 @@ from .summary_table import Summaries, covariance_part, region_samples
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
 ROWS = 4  # of a covariance that a program averages
-KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit(do_not_specialize=["row", "history", "samples"])
@@ -66,7 +66,7 @@ def _covariance_kernel(
     stride_block, stride_head, stride_token, stride_table,
     D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr, PAGE: tl.constexpr,
     SAMPLES: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum of (k - mean k)(x - mean x)' over a part's groups; x is a strip of keys or of values."""
     i_part, i_head = tl.program_id(0), tl.program_id(1)
@@ -89,7 +89,7 @@ def _covariance_kernel(
         x = tl.load(p_x, (o_x < D)[None, :], 0.0).to(tl.float32)
         k -= (tl.sum(k, 0) / GROUP)[None, :]
         x -= (tl.sum(x, 0) / GROUP)[None, :]
-        total = tl.dot(tl.trans(k.to(KIND)), x.to(KIND), total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(k.to(DTYPE)), x.to(DTYPE), total, input_precision=PRECISION)
     p_sums += ((2 * i_part + i_half) * tl.num_programs(1) + i_head).to(tl.int64) * D_PAD * D_PAD
     tl.store(p_sums + o_d[:, None] * D_PAD + o_x[None, :], total)
 
@@ -186,8 +186,8 @@ def summarise(
     _covariance_kernel[(max(1, work.max_seen // part), kv_heads, 2 * (pad // strip))](
         kv_cache, block_table, summaries.sums, work.row, work.max_seen, part, *strides,
         D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
-        GROUP=min(COVARIANCE_GROUP, samples), KIND=KINDS[dtype], PRECISION=input_precision(dtype),
-        num_warps=8,
+        GROUP=min(COVARIANCE_GROUP, samples), DTYPE=TRITON_DTYPES[dtype],
+        PRECISION=input_precision(dtype), num_warps=8,
     )  # fmt: skip
     _span_covariance_kernel[(pad // ROWS, kv_heads, 2)](
         summaries.sums, work.span_table, summaries.value_covariances, summaries.key_covariances,

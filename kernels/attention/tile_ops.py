@@ -56,9 +56,9 @@ def slot_offset(slot, stride_block, stride_token, PAGE: tl.constexpr):
 
 
 @triton.jit
-def cast(x, kind: tl.constexpr):
+def cast(x, dtype: tl.constexpr):
     """Return cached keys or values in the queries' dtype, exactly."""
-    if x.dtype == tl.float8e4nv and kind == tl.bfloat16:
+    if x.dtype == tl.float8e4nv and dtype == tl.bfloat16:
         # The compiler goes by way of fp16, on the unit that computes exponentials. Here an exponent
         # of four bits is put in the place of one of eight, where it is 120 too small.
         return tl.inline_asm_elementwise(
@@ -79,7 +79,7 @@ def cast(x, kind: tl.constexpr):
             }""",
             "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=4,
         )  # fmt: skip
-    return x.to(kind)
+    return x.to(dtype)
 
 
 @triton.jit

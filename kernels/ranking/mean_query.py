@@ -120,8 +120,8 @@ def _mean_score_kernel(
             worst = tl.minimum(worst, tl.min(tl.where(m_score, s, float("inf")), 1))
         else:
             m_new = tl.maximum(m, tl.max(s, 1))
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            mass = mass * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+            finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+            mass = mass * tl.exp2(m - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
             m = m_new
     if WRITE_SCORES:
         o_list = o_score_segment.to(tl.int64) * tl.num_programs(1) + i_head

@@ -15,7 +15,7 @@ def halves(s):
 def largest(a, b, c, PACKED: tl.constexpr):
     """Return the largest of three, element by element; two to a register if PACKED."""
     if PACKED:
-        # Which Hopper has one instruction for. Left to itself the compiler takes two.
+        # Hopper has one instruction for this; the compiler by itself emits two.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 most;
@@ -30,9 +30,9 @@ def largest(a, b, c, PACKED: tl.constexpr):
 @triton.jit
 def folded(s, FOLDS: tl.constexpr, PACKED: tl.constexpr):
     """Fold the columns of [N, M], M = 2^(FOLDS + 4), to eight by maxima: j, j + 8, j + 16, …."""
-    most, rest = halves(s)
+    most, half = halves(s)
     for _ in tl.static_range(FOLDS):
         first, second = halves(most)
-        third, rest = halves(rest)
+        third, half = halves(half)
         most = largest(first, second, third, PACKED)
-    return largest(most, rest, rest, PACKED)
+    return largest(most, half, half, PACKED)

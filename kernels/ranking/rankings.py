@@ -105,7 +105,7 @@ class LowRankRanking:
         )  # fmt: skip
 
 
-KINDS: dict[str, type[MeanQueryRanking] | type[LowRankRanking]] = {
+CLASSES: dict[str, type[MeanQueryRanking] | type[LowRankRanking]] = {
     "mean_query": MeanQueryRanking,
     "low_rank": LowRankRanking,
 }
@@ -113,4 +113,4 @@ KINDS: dict[str, type[MeanQueryRanking] | type[LowRankRanking]] = {
 
 def make_ranking(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ranking:
     """Return the ranking that a shape names, with its scratch."""
-    return KINDS[shape.ranking](shape, dtype, device)
+    return CLASSES[shape.ranking](shape, dtype, device)

@@ -13,7 +13,7 @@ from ..paging import load_tokens, physical_slots, segment_queries
 from ..work_list import WorkList
 from . import basis, retrieval
 
-Item = list[int]
+Segment = list[int]  # a line of the work table, by the columns of `layout`
 
 
 def mean_query_scores(
@@ -24,20 +24,24 @@ def mean_query_scores(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Score a segment's history by its mean query; see :func:`mean_query.mean_query_scores`."""
+    """Score histories by the segments' mean queries; see :func:`mean_query.mean_query_scores`.
+
+    Returns:
+        float16 ``[segments, kv_heads, max_history]``, -inf behind a history.
+    """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     scores = query.new_full(
         (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
-    for number, item in enumerate(work.segments.tolist()):
-        n = item[DENSE_START]
+    for number, segment in enumerate(work.segments.tolist()):
+        n = segment[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, kv_heads)
+        queries = segment_queries(query, segment, kv_heads)
         mean = queries.mean(2)  # [kv_heads, group, head_dim]
         positions = torch.arange(n, device=query.device)
         keys, _ = load_tokens(
-            kv_cache, physical_slots(positions, block_table[item[ROW]], page), head_dim
+            kv_cache, physical_slots(positions, block_table[segment[ROW]], page), head_dim
         )
         logits = torch.einsum("hgd,hnd->hgn", mean, keys) * scale
         scores[number, :, :n] = group_log_probability(logits)
@@ -49,20 +53,20 @@ class ProjectedKeys(NamedTuple):
 
     Attributes:
         heads: int64, which query heads.
-        fitted: their bases.
+        bases: theirs.
         keys: float32 ``[heads, tokens, head_dim]``, in units of the cache.
-        images: ``[heads, tokens, width]``, rounded to ``dtype``.
+        projected: float32 ``[heads, tokens, width]``, rounded to ``dtype``.
         dtype: of projections.
     """
 
     heads: torch.Tensor
-    fitted: basis.Basis
+    bases: basis.Basis
     keys: torch.Tensor
-    images: torch.Tensor
+    projected: torch.Tensor
     dtype: torch.dtype
 
 
-def project_keys(
+def fit_and_project(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -72,19 +76,29 @@ def project_keys(
     precision: basis.Precision = basis.SERVED,
     heads: torch.Tensor | None = None,
 ) -> ProjectedKeys:
-    """Fit bases to a chunk and project the keys that it sees; ``heads`` None for all."""
+    """Fit bases to a chunk and project the keys that it sees.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+        block_table: int32 ``[rows, max_blocks]``.
+        work: segments of one request.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+        precision: of the estimate.
+        heads: int64, which query heads; all by default.
+    """
     page, head_dim, number = kv_cache.shape[2], query.shape[2], query.shape[1]
     heads = torch.arange(number, device=query.device) if heads is None else heads
-    fitted = basis.fit_span(
+    bases = basis.fit_span(
         query, kv_cache, block_table, work.row, work.chunk, number, scale, precision.rank
     )
-    fitted = basis.Basis(*(part[heads] for part in fitted))
+    bases = basis.Basis(*(part[heads] for part in bases))
     positions = torch.arange(work.max_seen, device=query.device)
     slots = physical_slots(positions, block_table[work.row], page)
     keys, _ = load_tokens(kv_cache, slots, head_dim)
     keys = keys[heads * kv_cache.shape[1] // number]
-    dtype = basis.image_dtype(query.device)
-    return ProjectedKeys(heads, fitted, keys, basis.key_images(keys, fitted, dtype), dtype)
+    dtype = basis.projection_dtype(query.device)
+    return ProjectedKeys(heads, bases, keys, basis.project_keys(keys, bases, dtype), dtype)
 
 
 def low_rank_scores(
@@ -95,17 +109,17 @@ def low_rank_scores(
     *,
     scale: float,
     precision: basis.Precision = basis.SERVED,
-    chosen: torch.Tensor | None = None,
+    probe_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score by rows against low-rank images; see :func:`low_rank.low_rank_scores`.
+    """Score by probes against projected keys; see :func:`low_rank.low_rank_scores`.
 
-    ``chosen``: see :func:`scores_by_head`.
+    ``probe_rows``: see :func:`scores_by_head`.
     """
     kv_heads = kv_cache.shape[1]
     if work.max_history == 0:
         return query.new_empty(work.num_segments, kv_heads, 0, dtype=torch.half)
-    projected = project_keys(query, kv_cache, block_table, work, scale=scale, precision=precision)
-    return _of_groups(scores_by_head(query, work, projected, precision, chosen), kv_heads)
+    keys = fit_and_project(query, kv_cache, block_table, work, scale=scale, precision=precision)
+    return _of_groups(scores_by_head(query, work, keys, precision, probe_rows), kv_heads)
 
 
 def _of_groups(by_head: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -115,7 +129,7 @@ def _of_groups(by_head: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 class LowRank:
-    """The ranking that serves: all heads narrowly, retrieval heads widely; see :mod:`retrieval`.
+    """The ranking that serves: all heads, then retrieval heads again; see :mod:`retrieval`.
 
     Called like :func:`low_rank_scores`; lists of a chunk must come in order.
 
@@ -134,67 +148,70 @@ class LowRank:
         *,
         scale: float,
     ) -> torch.Tensor:
-        """Score a work list."""
+        """Score a work list: float16 ``[segments, kv_heads, max_history]``."""
         arguments, kv_heads = (query, kv_cache, block_table, work), kv_cache.shape[1]
         if work.max_history == 0:
             return query.new_empty(work.num_segments, kv_heads, 0, dtype=torch.half)
-        projected = project_keys(*arguments, scale=scale)
-        scores = scores_by_head(query, work, projected)
+        keys = fit_and_project(*arguments, scale=scale)
+        scores = scores_by_head(query, work, keys)
         if work.first_of_chunk:
-            looked_at = retrieval.looked_at(work.num_segments)
-            exact = probe_scores(*arguments, projected, looked_at, scale=scale)
-            histories = work.segments[looked_at, DENSE_START]
+            sampled = retrieval.sampled_segments(work.num_segments)
+            exact = exact_probe_scores(*arguments, keys, sampled, scale=scale)
+            histories = work.segments[sampled, DENSE_START]
             self.heads = retrieval.retrieval_heads(exact, histories, kv_heads).nonzero()[:, 0]
         if len(self.heads):
-            more = project_keys(*arguments, scale=scale, precision=basis.WIDE, heads=self.heads)
-            wide = scores_by_head(query, work, more, basis.WIDE)
-            scores[:, self.heads] = torch.maximum(scores[:, self.heads], wide)
+            more = fit_and_project(
+                *arguments, scale=scale, precision=basis.RETRIEVAL, heads=self.heads
+            )
+            again = scores_by_head(query, work, more, basis.RETRIEVAL)
+            scores[:, self.heads] = torch.maximum(scores[:, self.heads], again)
         return _of_groups(scores, kv_heads)
 
 
 def scores_by_head(
     query: torch.Tensor,
     work: WorkList,
-    projected: ProjectedKeys,
+    keys: ProjectedKeys,
     precision: basis.Precision = basis.SERVED,
-    chosen: torch.Tensor | None = None,
+    probe_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score histories by low-rank images, head by head.
+    """Score histories by projected probes, head by head.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         work: segments of one request.
-        projected: the keys that they see.
+        keys: those that the segments see.
         precision: of the estimate.
-        chosen: int ``[items, heads, rows]``, the rows to score, where those of
-            :func:`basis.scored_rows` are not wanted: rounding decides between rows of equal size.
+        probe_rows: int ``[segments, heads, probes]``, in place of those that
+            :func:`basis.farthest_rows` returns: rounding decides between rows of equal distance.
 
     Returns:
-        float32 ``[items, heads, max_history]``, -inf behind a history.
+        float32 ``[segments, heads, max_history]``, -inf behind a history.
     """
-    heads, fitted, _, images, dtype = projected
     scores = query.new_full(
-        (work.num_segments, len(heads), work.max_history), float("-inf"), dtype=torch.float32
+        (work.num_segments, len(keys.heads), work.max_history), float("-inf"), dtype=torch.float32
     )
-    for number, item in enumerate(work.segments.tolist()):
-        n = item[DENSE_START]
+    for number, segment in enumerate(work.segments.tolist()):
+        n = segment[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, query.shape[1]).flatten(1, 2)[heads]
-        scored = basis.scored_rows(queries @ fitted.a, precision.row_step)  # [heads, rows]
-        if chosen is not None:
-            scored = chosen[number, :, : scored.shape[1]].long()
-        scores[number, :, :n] = row_scores(queries, scored, item, fitted, images, dtype)
+        rows = segment_queries(query, segment, query.shape[1]).flatten(1, 2)[keys.heads]
+        probes = basis.farthest_rows(rows @ keys.bases.a, precision.probe_step)  # [heads, probes]
+        if probe_rows is not None:
+            probes = probe_rows[number, :, : probes.shape[1]].long()
+        scores[number, :, :n] = estimated_scores(
+            rows, probes, segment, keys.bases, keys.projected, keys.dtype
+        )
     return scores
 
 
-def probe_scores(
+def exact_probe_scores(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     work: WorkList,
-    projected: ProjectedKeys,
-    looked_at: list[int],
+    keys: ProjectedKeys,
+    sampled: list[int],
     *,
     scale: float,
 ) -> torch.Tensor:
@@ -205,76 +222,76 @@ def probe_scores(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         work: segments of one request, that rank something.
-        projected: the keys that they see, of all heads.
-        looked_at: which segments.
+        keys: those that the segments see, of all heads.
+        sampled: which segments.
         scale: softmax scale, times what one unit of the cache's keys stands for.
 
     Returns:
         float32 ``[segments, heads, max_history]``, -inf behind a history.
     """
-    heads, fitted, keys, images, dtype = projected
-    sampled = basis.sampled_keys(kv_cache, block_table, work.row, work.chunk, len(heads))
-    mean = sampled.float().mean(1, keepdim=True)
+    heads = len(keys.heads)
+    of_mean = basis.sampled_keys(kv_cache, block_table, work.row, work.chunk, heads)
+    mean = of_mean.float().mean(1, keepdim=True)
     scores = query.new_full(
-        (len(looked_at), len(heads), work.max_history), float("-inf"), dtype=torch.float32
+        (len(sampled), heads, work.max_history), float("-inf"), dtype=torch.float32
     )
-    for number, item in enumerate(work.segments[looked_at].tolist()):
-        n = item[DENSE_START]
+    for number, segment in enumerate(work.segments[sampled].tolist()):
+        n = segment[DENSE_START]
         if n == 0:
             continue
-        queries = segment_queries(query, item, len(heads)).flatten(1, 2)
-        chosen = basis.scored_rows(queries @ fitted.a)[:, : retrieval.PROBES]
-        rows = probe_rows(queries, chosen, item, fitted, images, dtype)
-        probes = queries.gather(1, chosen[..., None].expand(-1, -1, queries.shape[2]))
-        exact = basis.exact_scores(probes, rows, keys[:, :n] - mean, scale)
+        rows = segment_queries(query, segment, heads).flatten(1, 2)
+        probes = basis.farthest_rows(rows @ keys.bases.a)[:, : retrieval.PROBES]
+        projected = project_probes(rows, probes, segment, keys.bases, keys.projected, keys.dtype)
+        queries = rows.gather(1, probes[..., None].expand(-1, -1, rows.shape[2]))
+        exact = basis.exact_scores(queries, projected, keys.keys[:, :n] - mean, scale)
         scores[number, :, :n] = exact.amax(1)
     return scores
 
 
-def row_scores(
-    queries: torch.Tensor,
-    scored: torch.Tensor,
-    item: Item,
-    fitted: basis.Basis,
-    images: torch.Tensor,
+def estimated_scores(
+    rows: torch.Tensor,
+    probes: torch.Tensor,
+    segment: Segment,
+    bases: basis.Basis,
+    keys: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Score an item's history by some of its rows: float32 ``[bases, history]``.
+    """Score a segment's history by some of its rows: float32 ``[bases, history]``.
 
-    Arguments are those of :func:`probe_rows`.
+    Arguments are those of :func:`project_probes`.
     """
-    rows = probe_rows(queries, scored, item, fitted, images, dtype)
-    return (rows @ images[:, : item[DENSE_START]].mT).amax(1)
+    projected = project_probes(rows, probes, segment, bases, keys, dtype)
+    return (projected @ keys[:, : segment[DENSE_START]].mT).amax(1)
 
 
-def probe_rows(
-    queries: torch.Tensor,
-    scored: torch.Tensor,
-    item: Item,
-    fitted: basis.Basis,
-    images: torch.Tensor,
+def project_probes(
+    rows: torch.Tensor,
+    probes: torch.Tensor,
+    segment: Segment,
+    bases: basis.Basis,
+    keys: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Project some rows of an item.
+    """Project some rows of a segment.
 
     Args:
-        queries: all its rows ``[bases, rows, head_dim]``, query by query.
-        scored: which of them count, int64 ``[bases, some]``.
-        item: of a work list.
-        fitted: the bases.
-        images: of all keys that the item sees, ``[bases, tokens, width]``.
-        dtype: that images are rounded to.
+        rows: all its rows ``[bases, rows, head_dim]``, query by query.
+        probes: which rows to project, int64 ``[bases, probes]``.
+        segment: a line of the work table.
+        bases: those of the rows.
+        keys: float32 ``[bases, tokens, width]``, all projected keys that the segment sees.
+        dtype: that projections are rounded to.
 
     Returns:
-        float32 ``[bases, some, width]``, which end with their row log-sum-exp.
+        float32 ``[bases, probes, width]``, which end with their row log-sum-exp, negated.
     """
-    n, context, count = item[DENSE_START], item[HISTORY], item[NUM_QUERIES]
-    group = queries.shape[1] // count
-    queries = queries.gather(1, scored[..., None].expand(-1, -1, queries.shape[2]))
-    positions = torch.arange(n, context + count, device=queries.device)
-    visible = positions <= context + scored[..., None] // group
-    past, beside = images[:, :n], images[:, n : context + count]
-    return basis.query_images(queries, fitted, past, beside, visible, dtype)
+    n, context, count = segment[DENSE_START], segment[HISTORY], segment[NUM_QUERIES]
+    group = rows.shape[1] // count
+    queries = rows.gather(1, probes[..., None].expand(-1, -1, rows.shape[2]))
+    positions = torch.arange(n, context + count, device=rows.device)
+    visible = positions <= context + probes[..., None] // group
+    past, own = keys[:, :n], keys[:, n : context + count]
+    return basis.project_queries(queries, bases, past, own, visible, dtype)
 
 
 def group_log_probability(logits: torch.Tensor) -> torch.Tensor:

@@ -1,62 +1,68 @@
-"""What probes are projected into and scored from: scratch of prefill, request states of decode."""
+"""Bases, projected keys and probes: scratch of prefill, request states of decode."""
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class Bases(Protocol):
-    """Projections of queries and keys, see :class:`basis.Basis`."""
+    """Projections of queries and keys, see :class:`basis.Basis`; the last dimension is padded."""
 
     @property
     def a(self) -> Tensor:
-        """Projection of queries."""
+        """Projection of queries, the queries' dtype, ``[(slots,) bases, head_dim, width]``."""
 
     @property
     def b(self) -> Tensor:
-        """Projection of keys."""
+        """Projection of keys, the queries' dtype, ``[(slots,) bases, head_dim, width]``."""
 
     @property
     def offset(self) -> Tensor:
-        """The projected mean key."""
+        """The projected mean key, float32 ``[(slots,) bases, width]``."""
 
 
 class RankingWorkspace(Protocol):
     """Bases, projected keys and probes of a work list.
 
-    Where ``images`` has four dimensions the first one of it and of the bases is a request's slot.
+    Projected keys and probes are e4m3 or fp16, see :func:`tiles.projection_dtype`. Where
+    ``projected_keys`` has four dimensions its first one, and that of the bases, is a request's
+    slot of sparse decode.
     """
 
     @property
-    def fit(self) -> Bases:
+    def basis(self) -> Bases:
         """The bases."""
 
     @property
-    def row_step(self) -> int:
-        """One query row of this many is a probe."""
+    def probe_step(self) -> int:
+        """One query row in this many is a probe."""
 
     @property
-    def numbers(self) -> Tensor | None:
-        """None, or int32 ``[places]``: the heads that are ranked, -1 for none; see `retrieval`."""
+    def heads(self) -> Tensor | None:
+        """None, or int32 ``[capacity]``: the heads that are ranked, -1 for none; `retrieval`."""
 
     @property
-    def images(self) -> Tensor:
+    def projected_keys(self) -> Tensor:
         """Projected keys ``[(slots,) bases, >= max_history, width]``."""
 
     @property
-    def sizes(self) -> Tensor:
-        """How far each projected query row is from the segment's mean, squared, float32."""
+    def distances(self) -> Tensor:
+        """Squared distance of each projected row to its segment's mean.
+
+        Float32 ``[segments, bases, rows of a segment]``.
+        """
 
     @property
-    def chosen(self) -> Tensor:
+    def probe_rows(self) -> Tensor:
         """Which query rows are the probes, int32 ``[segments, bases, probes]``."""
 
     @property
-    def rows(self) -> Tensor:
-        """The projected probes ``[segments, bases, probes, width]``."""
+    def projected_probes(self) -> Tensor:
+        """The projected probes ``[segments, bases, probes, width]``, ending with their row LSE."""
 
 
-class FittedBases(Bases, Protocol):
+class CentredBases(Bases, Protocol):
     """Bases, and the mean keys that they are about."""
 
     @property
@@ -68,5 +74,21 @@ class PrefillRanking(RankingWorkspace, Protocol):
     """That of one request, with a basis for each query head."""
 
     @property
-    def fit(self) -> FittedBases:
+    def basis(self) -> CentredBases:
         """The bases."""
+
+
+def kernel_constants(query: Tensor, space: RankingWorkspace) -> dict[str, int | float | bool]:
+    """Return the constants of a launch that reads projected probes and keys.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        space: bases, projected keys and probes.
+    """
+    return {
+        "GROUP": query.shape[1] // space.basis.a.shape[-3],
+        "WIDTH": space.projected_probes.shape[-1],
+        "PROBE_STEP": space.probe_step,
+        "BY_SLOT": space.projected_keys.dim() == 4,
+        "LIMIT": torch.finfo(space.projected_keys.dtype).max,
+    }

@@ -83,7 +83,7 @@ def test_lists_agree_with_the_reference(ranking, fp8):
             )  # fmt: skip
             low_rank.low_rank_scores(*arguments, *results, space, scale=batch.scale)
             wanted = ranking_reference.low_rank_scores(
-                *arguments, scale=batch.scale, chosen=space.chosen
+                *arguments, scale=batch.scale, probe_rows=space.probe_rows
             )
         page = batch.kv_cache.shape[2]
         select.select(batch.block_table, work, page, selection)

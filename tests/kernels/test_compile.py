@@ -56,10 +56,10 @@ def test_compiles_and_fits(target):
     kernels, capability = printed("compiling.py", *target), target[0]
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_mean_score_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
-        "_project_keys_kernel", "_project_rows_kernel", "_shift_kernel", "_count_kernel",
+        "_project_keys_kernel", "_project_probes_kernel", "_row_lse_kernel", "_count_kernel",
         "_plan_kernel", "_emit_kernel", "_region_kernel", "_covariance_kernel",
         "_span_covariance_kernel",
-        "_attend_kernel", "_append_kernel", "_merge_kernel", "_sought_kernel", "_pick_kernel",
+        "_attend_kernel", "_append_kernel", "_merge_kernel", "_far_mass_kernel", "_pick_kernel",
     }  # fmt: skip
     for one in kernels:
         assert one["shared"] <= SHARED_MEMORY[capability], one

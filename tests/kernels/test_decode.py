@@ -30,7 +30,7 @@ from s2o_vllm.kernels.decode_state import (
 )
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
 from s2o_vllm.kernels.ranking import basis
-from s2o_vllm.kernels.ranking.append import append_keys
+from s2o_vllm.kernels.ranking.project import append_keys
 from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.tuning import TIERS_UNORDERED
 from s2o_vllm.kernels.work_list import PrefillRow
@@ -47,7 +47,7 @@ SIZES = [
     (3, 3, 128, 16, True, False),
     pytest.param((8, 2, 64, 48, False, True), marks=FP8_CARD),
 ]
-ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of images, as in test_low_rank.py
+ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of projections, as in test_low_rank.py
 
 
 def make(device, heads=4, kv_heads=2, head_dim=64, page=16, head_major=True, fp8=False, **options):
@@ -75,7 +75,7 @@ def prompt_of(batch, number):
     return query.to(batch.query), work
 
 
-def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
+def snapshots(batch, budget=0.25, slots=(3, 0, 1), by=None):
     """Slots that hold the ends of prompts, all else poisoned, and the decode list of the batch.
 
     ``by`` fills one: by default the references do, which take less time than the kernels.
@@ -85,7 +85,7 @@ def kept(batch, budget=0.25, slots=(3, 0, 1), by=None):
         shape, batch.query.dtype, device, decode_step.scratch(shape, device, chunk=CHUNK), REGION
     )
     kind = torch.uint8 if ON_GPU else torch.int16
-    space.images.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
+    space.projected_keys.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
     for number, slot in enumerate(slots):
         query, work = prompt_of(batch, number)
         (by or by_references)(batch, space, choose_snapshot(work, slot), query, work)
@@ -101,16 +101,16 @@ def by_references(batch, space, one, query, work):
     cache, table, slot, rank = batch.kv_cache, batch.block_table, one.slot, basis.RANK
     span, bases = work.spans[one.span], cache.shape[1]
     fitted = basis.fit_span(query, cache, table, work.row, span, bases, batch.scale)
-    for own, part in zip(space.fit, fitted, strict=True):
+    for own, part in zip(space.basis, fitted, strict=True):
         own[slot, ..., :rank] = part
-    space.fit.offset[slot, :, rank:] = -torch.tensor(basis.SHIFT_FACTORS, device=query.device)
+    space.basis.offset[slot, :, rank:] = -torch.tensor(basis.LSE_FACTORS, device=query.device)
     positions = torch.arange(one.tokens, device=query.device)
     places = paging.physical_slots(positions, table[work.row], cache.shape[2])
     keys, _ = paging.load_tokens(cache, places, query.shape[2])
-    images = basis.key_images(
-        keys, basis.Basis(*(part[slot] for part in fit_of(space))), space.images.dtype
+    projected = basis.project_keys(
+        keys, basis.Basis(*(part[slot] for part in basis_of(space))), space.projected_keys.dtype
     )
-    space.images[slot, :, : one.tokens] = images.to(space.images.dtype)
+    space.projected_keys[slot, :, : one.tokens] = projected.to(space.projected_keys.dtype)
     averaged = attention_reference.summarise(cache, table, work, query.dtype, REGION)
     space.known[slot] = one.tokens // REGION
     space.summaries.means[slot, :, : one.tokens // REGION] = averaged.means
@@ -122,10 +122,10 @@ def by_kernels(batch, space, one, query, work):
     """Fill a slot as a server does on a card."""
     shape, device, dtype = shape_of(batch), query.device, query.dtype
     backend = decode_step.DecodeKernels(shape, dtype, device)
-    ranked, _ = decode_step.fitting_scratch(shape, dtype, device)
+    ranked, _ = decode_step.basis_scratch(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
     averaged = summaries.workspace(*sizes, dtype, device, REGION)
-    backend.states, backend.fitting = space, (ranked, averaged)
+    backend.states, backend.basis_scratch = space, (ranked, averaged)
     operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
     operator.backend = backend
     operator.take(one, query, batch.kv_cache, batch.block_table, work, k_scale=batch.k_scale)
@@ -147,34 +147,34 @@ def run(batch, rows, space, function=decode_step.decode, **options):
     return out, counters
 
 
-def fit_of(space):
-    """The slots' bases without the columns that hold shifts."""
-    return basis.Basis(*(part[..., : basis.RANK].float() for part in space.fit))
+def basis_of(space):
+    """The slots' bases without the columns that hold log-sum-exps."""
+    return basis.Basis(*(part[..., : basis.RANK].float() for part in space.basis))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_new_keys_have_the_images_that_the_slots_basis_gives(device, size):
+def test_new_keys_are_projected_by_the_slots_basis(device, size):
     batch = make(device, *size)
-    space, rows = kept(batch, by=by_kernels)
+    space, rows = snapshots(batch, by=by_kernels)
     append_keys(batch.kv_cache, batch.block_table, rows, space)
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
-    factors = torch.tensor(basis.SHIFT_FACTORS, device=device)
+    factors = torch.tensor(basis.LSE_FACTORS, device=device)
     for row in rows.rows:
         positions = torch.arange(row.context + 1, device=device)
         slots = paging.physical_slots(positions, batch.block_table[row.row], page)
         keys, _ = paging.load_tokens(batch.kv_cache, slots, head_dim)
-        wanted = keys @ space.fit.b[row.slot].float() - space.fit.offset[row.slot][:, None]
-        got = space.images[row.slot, :, : row.context + 1].float()
+        wanted = keys @ space.basis.b[row.slot].float() - space.basis.offset[row.slot][:, None]
+        got = space.projected_keys[row.slot, :, : row.context + 1].float()
         assert ((got - wanted).abs() <= ULP * wanted.abs() + 2e-2).all()
         assert (got[..., basis.RANK :] == factors).all()
-        assert torch.isnan(space.images[row.slot, :, row.context + 1 :].float()).all()
+        assert torch.isnan(space.projected_keys[row.slot, :, row.context + 1 :].float()).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_full_list_is_dense_attention(device, size, dtype):
     batch = make(device, *size, dtype=dtype)
-    space, rows = kept(batch, budget=1.0)
+    space, rows = snapshots(batch, budget=1.0)
     out, counters = run(batch, rows, space)
     floor = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
     assert relative_error(out, dense_attention(batch)) < floor
@@ -184,13 +184,13 @@ def test_a_full_list_is_dense_attention(device, size, dtype):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_scores_are_the_references(device, size):
     batch = make(device, *size, spread=2.0)
-    space, rows = kept(batch)
+    space, rows = snapshots(batch)
     run(batch, rows, space)
-    wanted = decode_reference.scores(batch.query, space.images, fit_of(space), rows.work)
+    wanted = decode_reference.scores(batch.query, space.projected_keys, basis_of(space), rows.work)
     got = space.selection.scores[: rows.work.num_segments]
-    for number, item in enumerate(rows.work.segments.tolist()):
-        n = item[DENSE_START]
-        # Rough exponentials, and rows that end with their shift in three roundings.
+    for number, segment in enumerate(rows.work.segments.tolist()):
+        n = segment[DENSE_START]
+        # Approximate exponentials, and log-sum-exps in three parts that are rounded.
         torch.testing.assert_close(
             got[number, :, :n].float(), wanted[number, :, :n].float(), atol=0.15, rtol=0
         )
@@ -200,7 +200,7 @@ def test_scores_are_the_references(device, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_lists_and_outputs_are_the_references(device, size, softcap):
     batch = make(device, *size, spread=2.0)
-    space, rows = kept(batch)
+    space, rows = snapshots(batch)
     out, counters = run(batch, rows, space, softcap=softcap)
     work, page = rows.work, batch.kv_cache.shape[2]
     got = space.selection.lists(work)
@@ -230,7 +230,7 @@ def test_a_cache_beyond_32_bits_gives_the_same(device, head_major):
     results = [
         run(one, rows, space)
         for one in (batch, far_away(batch))
-        for space, rows in [kept(one, by=by_kernels)]
+        for space, rows in [snapshots(one, by=by_kernels)]
     ]
     (out, counters), (far, counted) = results
     assert torch.isfinite(far).all()
@@ -240,7 +240,7 @@ def test_a_cache_beyond_32_bits_gives_the_same(device, head_major):
 
 def test_a_request_does_not_depend_on_its_neighbours(device):
     batch = make(device)
-    space, rows = kept(batch)
+    space, rows = snapshots(batch)
     together, _ = run(batch, rows, space)
     out, _ = run(batch, listed(batch, [rows.rows[1]]), space)
     assert torch.equal(out[1], together[1])
@@ -253,7 +253,7 @@ def test_finds_the_token_that_the_query_wants(device):
     block = int(batch.block_table[1, 333 // 16])
     batch.kv_cache[block, :, 333 % 16, :64] = needle
     batch.query[1] += needle
-    space, rows = kept(batch, budget=0.05)
+    space, rows = snapshots(batch, budget=0.05)
     out, _ = run(batch, rows, space)
     assert relative_error(out[1], dense_attention(batch)[1]) < max(1e-3, TOLERANCE)
 
@@ -306,7 +306,7 @@ def test_the_step_lists_what_its_slots_lack():
 
 
 def test_every_step_is_in_the_same_place_and_of_the_same_shape():
-    """A graph of one step serves all of as many items: it knows addresses and grids."""
+    """A graph of one step serves all of as many segments: it knows addresses and grids."""
     table = DecodeTable(DecodeShape(4, 2, 64, 700, 5, 0.1), 6, torch.device("cpu"))
     one = table.fill([DecodeRow(1, 0, 500, 2, 440)], 3)
     other = table.fill([DecodeRow(0, 0, 90, 1, 1), DecodeRow(1, 1, 700, 0, 0)], 3)
@@ -318,14 +318,14 @@ def test_every_step_is_in_the_same_place_and_of_the_same_shape():
     assert all(x.data_ptr() % 16 == 0 for x in (table.segments, table.appends, table.limits))
 
 
-def test_items_to_spare_write_nothing(device):
+def test_segments_to_spare_write_nothing(device):
     batch = make(device)
-    space, rows = kept(batch)
+    space, rows = snapshots(batch)
     run(batch, rows, space)
     some = rows.rows[1:]
     wanted, counted = run(batch, listed(batch, some), space)
-    images, lists = (
-        space.images.clone(),
+    projected, lists = (
+        space.projected_keys.clone(),
         space.selection.lists(listed(batch, some, segments=5).work),
     )
     got, again = run(batch, listed(batch, some, segments=5), space)
@@ -334,7 +334,7 @@ def test_items_to_spare_write_nothing(device):
     assert torch.equal(again, counted)
     assert (lists.lengths[len(some) :] == 0).all()
     kind = torch.uint8 if ON_GPU else torch.int16
-    assert torch.equal(space.images.view(kind), images.view(kind))
+    assert torch.equal(space.projected_keys.view(kind), projected.view(kind))
 
     nothing, counters = run(batch, listed(batch, [], segments=5), space)
     assert torch.isnan(nothing).all()

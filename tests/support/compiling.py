@@ -191,13 +191,13 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
         work.num_segments, HEADS, head_dim, MAX_HISTORY, q.dtype, meta
     )
     sizes = (HEADS, HEADS, head_dim, MAX_HISTORY, work.num_segments, 512)
-    images = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, ranked_in(capability))
-    images.retrieval = low_rank.RetrievalWorkspace(images, KV_HEADS, 512)
+    space = low_rank.LowRankWorkspace(*sizes, q.dtype, meta, projection_dtype(capability))
+    space.retrieval = low_rank.RetrievalWorkspace(space, KV_HEADS, 512)
     selection = select.SelectWorkspace(work.num_segments, KV_HEADS, MAX_HISTORY, PLACES, meta)
     results = (selection.scores, selection.bounds)
     with compiling_for(capability) as compiled:
         mean_query.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
-        low_rank.low_rank_scores(q, kv, table, work, *results, images, scale=0.1)
+        low_rank.low_rank_scores(q, kv, table, work, *results, space, scale=0.1)
         for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
             select.select(table, work, 16, selection, tiers)
         means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
@@ -205,8 +205,8 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     return compiled
 
 
-def ranked_in(capability: int) -> torch.dtype:
-    """What keys are ranked in; see :func:`tiles.image_dtype`."""
+def projection_dtype(capability: int) -> torch.dtype:
+    """Dtype of projected keys; see :func:`tiles.projection_dtype`."""
     return torch.float8_e4m3fn if capability >= 89 else torch.float16
 
 
@@ -250,7 +250,7 @@ def compile_decode(capability: int, head_dim: int, kv_dtype: torch.dtype) -> lis
     q, kv, table, _ = launch_arguments(head_dim, kv_dtype)
     meta = torch.device("meta")
     shape = decode_state.DecodeShape(32, 8, head_dim, 131072, 4, 0.05)
-    scratch = decode_step.scratch(shape, meta, ranked_in(capability))
+    scratch = decode_step.scratch(shape, meta, projection_dtype(capability))
     space = decode_step.RequestStates(shape, q.dtype, meta, scratch)
     rows = [decode_state.DecodeRow(0, 0, 100_000, 1, 99_990)]
     steps = decode_state.DecodeTable(shape, 1, torch.device("cpu")).fill(rows, 1)

@@ -41,8 +41,9 @@ def workspace(batch, work, segment=32):
     sizes = (heads, heads, head_dim, work.max_seen, work.num_segments, segment)
     space = low_rank.LowRankWorkspace(*sizes, batch.query.dtype, batch.query.device)
     space.retrieval = low_rank.RetrievalWorkspace(space, batch.kv_cache.shape[1], segment)
-    for part in (space.images, space.rows, space.retrieval.wide.images, space.retrieval.wide.rows):
-        part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # what was there before
+    for one in (space, space.retrieval.ranking):
+        for part in (one.projected_keys, one.projected_probes):
+            part.view(torch.uint8 if ON_GPU else torch.int16).fill_(0x3C)  # of an earlier list
     return space
 
 
@@ -61,7 +62,7 @@ def ranked(batch, work, space, chunk=128):
 
 
 def found(space):
-    return sorted(n for n in space.retrieval.numbers.tolist() if n >= 0)
+    return sorted(n for n in space.retrieval.heads.tolist() if n >= 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -71,7 +72,7 @@ def test_heads_whose_queries_want_keys_of_their_own_are_found(device, shape):
     space = workspace(batch, work)
     ranked(batch, work, space)
     assert found(space) == SEEKERS[shape]
-    assert (space.retrieval.sought == 0).all(), "the next chunk counts anew"
+    assert (space.retrieval.far_mass == 0).all(), "the next chunk counts anew"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,25 +85,25 @@ def test_scores_are_those_of_the_reference(device, shape):
     serving = reference.LowRank()
     wanted = serving(*arguments, scale=batch.scale)
     assert serving.heads.tolist() == SEEKERS[shape]
-    narrow = reference.low_rank_scores(*arguments, scale=batch.scale, chosen=space.chosen)
+    once = reference.low_rank_scores(*arguments, scale=batch.scale, probe_rows=space.probe_rows)
     gained = 0.0
-    for number, item in enumerate(work.segments.tolist()):
-        n = item[DENSE_START]
+    for number, segment in enumerate(work.segments.tolist()):
+        n = segment[DENSE_START]
         got = scores[number, :, :n].float()
-        # e4m3 may round either way on the card, and rows of equal size may change capacity.
+        # e4m3 may round either way on the card, and rows of equal distance may change places.
         atol = 1.0 if ON_GPU else 0.1
         torch.testing.assert_close(got, wanted[number, :, :n].float(), atol=atol, rtol=0)
         assert torch.isnan(scores[number, :, n + STORED.value - 1 :]).all()
-        gained = max(gained, float((got - narrow[number, :, :n].float()).max()))
+        gained = max(gained, float((got - once[number, :, :n].float()).max()))
         for head in range(got.shape[0]):
             for place, part in enumerate(got[head].split(128)):
                 own = bounds[number * got.shape[0] + head, place]
                 assert own.tolist() == [float(part.max()), float(part.min())]
-    assert gained > 2, "a narrow ranking does not see what every query wants"
+    assert gained > 2, "29 directions and a quarter of the queries miss keys"
 
 
-def test_without_retrieval_heads_scores_are_narrow_ones(device, monkeypatch):
-    monkeypatch.setattr(retrieval, "SOUGHT", 1e3)
+def test_without_retrieval_heads_scores_are_those_of_all_heads(device, monkeypatch):
+    monkeypatch.setattr(retrieval, "FAR_MASS", 1e3)
     batch = seeking_batch(device, 4, 2)
     (work,) = batch.work(segment=32)
     space = workspace(batch, work)
@@ -124,27 +125,27 @@ def test_a_later_list_of_a_chunk_ranks_the_heads_that_the_first_one_found(device
     space = workspace(batch, lists[0])
     parts = [ranked(batch, work, space)[0] for work in lists]
     assert found(space) == SEEKERS[4, 2]
-    for number, item in enumerate(whole.segments.tolist()):
-        part = parts[number // 2][number % 2, :, : item[DENSE_START]]
+    for number, segment in enumerate(whole.segments.tolist()):
+        part = parts[number // 2][number % 2, :, : segment[DENSE_START]]
         torch.testing.assert_close(
-            part, scores[number, :, : item[DENSE_START]], atol=0 if ON_GPU else 2e-3, rtol=0
+            part, scores[number, :, : segment[DENSE_START]], atol=0 if ON_GPU else 2e-3, rtol=0
         )
 
 
 @pytest.mark.parametrize("share", [1, 2, 3, 8])
 def test_half_of_a_groups_heads_are_picked_at_most(device, share):
-    """Those that seek most; of equal ones the first."""
+    """Those of the largest far mass; of equal ones the first."""
     kv_heads, capacity = 2, retrieval.capacity(share)
     generator = torch.Generator().manual_seed(share)
-    sought = torch.randint(0, 4, (kv_heads, share), generator=generator)
-    numbers = torch.full((kv_heads * capacity,), 77, dtype=torch.int32, device=device)
-    on_device = sought.flatten().int().to(device)
-    find_heads.pick(on_device, numbers, kv_heads, 2)
+    far_mass = torch.randint(0, 4, (kv_heads, share), generator=generator)
+    heads = torch.full((kv_heads * capacity,), 77, dtype=torch.int32, device=device)
+    on_device = far_mass.flatten().int().to(device)
+    find_heads.pick(on_device, heads, kv_heads, 2)
     assert (on_device == 0).all()
     for head in range(kv_heads):
-        order = sorted(range(share), key=lambda number: (-sought[head, number], number))
-        wanted = [head * share + n for n in order[:capacity] if sought[head, n] >= 2]
-        got = numbers.tolist()[head * capacity : (head + 1) * capacity]
+        order = sorted(range(share), key=lambda number: (-far_mass[head, number], number))
+        wanted = [head * share + n for n in order[:capacity] if far_mass[head, n] >= 2]
+        got = heads.tolist()[head * capacity : (head + 1) * capacity]
         assert got == wanted + [-1] * (capacity - len(wanted))
 
 
@@ -167,7 +168,7 @@ def test_keys_that_are_near_or_first_or_unlikely_do_not_count():
 
 @pytest.mark.parametrize("fp8", CACHES)
 @pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48), (128, 32)])
-def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim, page, fp8):
+def test_the_far_mass_is_that_of_the_reference(device, monkeypatch, head_dim, page, fp8):
     """To a few parts in a thousand, above the threshold and below."""
     heads, kv_heads = 4, 2
     batch = make_batch(
@@ -177,21 +178,21 @@ def test_what_heads_seek_is_that_of_the_reference(device, monkeypatch, head_dim,
     batch.query[:, 1] *= 2  # more of its keys count
     (work,) = batch.work(segment=32)
     space = workspace(batch, work)
-    kept = torch.zeros(heads, dtype=torch.int32, device=device)
-    monkeypatch.setattr(find_heads, "pick", lambda sought, *_: kept.copy_(sought))
+    copied = torch.zeros(heads, dtype=torch.int32, device=device)
+    monkeypatch.setattr(find_heads, "pick", lambda far_mass, *_: copied.copy_(far_mass))
     ranked(batch, work, space, chunk=4096)
-    looked_at = retrieval.looked_at(work.num_segments)
+    sampled = retrieval.sampled_segments(work.num_segments)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work)
-    keys = reference.project_keys(*arguments, scale=batch.scale)
-    scores = reference.probe_scores(*arguments, keys, looked_at, scale=batch.scale)
+    keys = reference.fit_and_project(*arguments, scale=batch.scale)
+    scores = reference.exact_probe_scores(*arguments, keys, sampled, scale=batch.scale)
     sums = []
     monkeypatch.setattr(retrieval, "UNIT", retrieval.UNIT)
     for least in torch.linspace(0.01, 4, 400).tolist():
-        monkeypatch.setattr(retrieval, "SOUGHT", least)
+        monkeypatch.setattr(retrieval, "FAR_MASS", least)
         monkeypatch.setattr(retrieval, "capacity", lambda share: share)
-        histories = work.segments[looked_at, DENSE_START]
+        histories = work.segments[sampled, DENSE_START]
         sums.append(retrieval.retrieval_heads(scores, histories, kv_heads))
     wanted = torch.stack(sums).sum(0) * 0.01  # the last threshold that each head reaches
-    got = kept.float() / (retrieval.UNIT * retrieval.SEGMENTS)
-    assert (got > 0.05).any(), "something is sought"
+    got = copied.float() / (retrieval.UNIT * retrieval.SEGMENTS)
+    assert (got > 0.05).any(), "some head has far mass"
     torch.testing.assert_close(got.clamp(max=4), wanted.to(got), atol=0.1, rtol=0.1)

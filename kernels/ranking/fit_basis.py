@@ -3,8 +3,8 @@
 :func:`basis.fit_span` is the reference. Torch needs some sixty launches for it, which take
 longer on the host than the whole attention of a layer takes on the device; here there are two.
 Where the reference uses float64, this uses float32 and makes the directions orthogonal before
-their moments are taken and factored: the same basis, up to rounding. Products are of three TF32
-ones, whose rounding is some 2^-21: less than what the moments' own sample leaves unknown.
+their moments are taken and factored: the same basis, up to rounding. Each product is the sum of
+three TF32 products, which round by some 2^-21: less than the sampling error of the moments.
 """
 
 import torch
@@ -17,14 +17,14 @@ from . import basis
 
 STRIP_ENTRIES = 8192  # of a moment that a program computes: all programs run at once
 RIDGE = 1e-6  # of the queries' mean moment
-# Columns that the others are made orthogonal to between two steps: what is left then differs so
-# little in length that float32 tells it behind the next one.
-SPREAD = 12
+# Columns that the others are made orthogonal to between two steps; columns; 1 to the rank. What
+# remains of the others then differs so little in length that one more step in float32 keeps it.
+ORTHOGONAL = 12
 
 
 @triton.jit
 def _even(number, count, samples):
-    """Return which of ``count`` things an evenly spaced sample is: 32 bits, up to 2M things."""
+    """Return the indices among ``count`` tokens of evenly spaced samples: 32 bits, up to 2M."""
     return (number.to(tl.uint32) * count.to(tl.uint32) // samples.to(tl.uint32)).to(tl.int32)
 
 
@@ -42,7 +42,7 @@ def _moment(
     o_d = tl.arange(0, D_PAD)
     o_s = i_strip * STRIP + tl.arange(0, STRIP)
     n = samples if OF_KEYS else samples * GROUP
-    kind: tl.constexpr = p_q.dtype.element_ty  # differences of fp8 keys are no fp8 numbers
+    dtype: tl.constexpr = p_q.dtype.element_ty  # differences of fp8 keys are no fp8 numbers
     moment = tl.zeros([D_PAD, STRIP], tl.float32)
     sums = tl.zeros([BLOCK, D_PAD], tl.float32)
     sums_s = tl.zeros([BLOCK, STRIP], tl.float32)
@@ -50,7 +50,7 @@ def _moment(
     first_s = tl.zeros([STRIP], tl.float32)
     p_kv += (i_head // SHARE).to(tl.int64) * stride_head
     if OF_KEYS:
-        # Keys are taken about the first one: their mean may be far larger than their spread.
+        # Keys are taken about the first one: their mean may be far larger than their deviation.
         o_first = tl.load(p_table).to(tl.int64) * stride_block
         first = tl.load(p_kv + o_first + o_d, o_d < D, 0.0).to(tl.float32)
         first_s = tl.load(p_kv + o_first + o_s, o_s < D, 0.0).to(tl.float32)
@@ -70,8 +70,8 @@ def _moment(
         x = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
         s = tl.load(p_row[:, None] + o_s[None, :], m_n[:, None] & (o_s < D)[None, :], 0.0)
         if OF_KEYS:
-            x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0).to(kind)
-            s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0).to(kind)
+            x = tl.where(m_n[:, None], x.to(tl.float32) - first[None, :], 0.0).to(dtype)
+            s = tl.where(m_n[:, None], s.to(tl.float32) - first_s[None, :], 0.0).to(dtype)
             sums += x.to(tl.float32)
             sums_s += s.to(tl.float32)
         moment = tl.dot(tl.trans(x), s, moment, input_precision=PRECISION)
@@ -92,7 +92,10 @@ def _moment_kernel(
     GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """STRIP columns of either moment: one launch, for each alone waits for memory."""
+    """moment[2, D, STRIP]: E[q q'] of the queries, Cov(k, k) of the keys, of one basis.
+
+    One launch computes both: each alone waits for memory.
+    """
     if tl.program_id(2) == 0:
         _moment(
             p_q, p_kv, p_table, p_moments, p_means, row, first_query, tokens, samples_k,
@@ -147,8 +150,8 @@ def _gram(p_y, z, o_d, o_r, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _spread(y, o_r, columns):
-    """Keep the space of y's columns and spread them over it: Gram–Schmidt along the first ones.
+def _orthogonalise(y, o_r, columns):
+    """Make y's columns orthogonal to its first ``columns`` ones, of unit length: Gram–Schmidt.
 
     Products turn all columns towards the same directions, until rounding hides the others.
     """
@@ -169,7 +172,7 @@ def _inverse_factor(gram, o_r, least, RANK: tl.constexpr):
     """Return the inverse of the lower Cholesky factor of a Gram matrix, in its place.
 
     Few queries leave directions without moment, where rounding would be blown up to one: a
-    row whose rest is less than ``least`` ends as zeros.
+    row whose remainder is less than ``least`` ends as zeros.
     """
     o_i = o_r[:, None]
     o_j = o_r[None, :]
@@ -180,9 +183,9 @@ def _inverse_factor(gram, o_r, least, RANK: tl.constexpr):
         factor = tl.where(square > least, tl.rsqrt(tl.maximum(square, least)), 0.0)
         row = tl.where(o_r == j, 1.0, row) * factor
         column = tl.where(o_r > j, column * factor, 0.0)
-        # Behind column j are the rows that are left, up to it those of the inverse.
-        rest = tl.where(o_j == j, 0.0, gram) - column[:, None] * row[None, :]
-        gram = tl.where(o_i == j, row[None, :], rest)
+        # Rows after j are still to be factored, those up to j belong to the inverse.
+        remainder = tl.where(o_j == j, 0.0, gram) - column[:, None] * row[None, :]
+        gram = tl.where(o_i == j, row[None, :], remainder)
     return tl.where((o_j <= o_i) & (o_i < RANK), gram, 0.0)
 
 
@@ -190,10 +193,14 @@ def _inverse_factor(gram, o_r, least, RANK: tl.constexpr):
 def _basis_kernel(
     p_moments, p_means, p_start, p_y, p_a, p_b, p_offset, unit,
     D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr,
-    STEPS: tl.constexpr, SPREAD: tl.constexpr, RIDGE: tl.constexpr,
+    STEPS: tl.constexpr, ORTHOGONAL: tl.constexpr, RIDGE: tl.constexpr,
     FACTOR_0: tl.constexpr, FACTOR_1: tl.constexpr, FACTOR_2: tl.constexpr,
 ):  # fmt: skip
-    """One basis: directions from random ones by subspace iteration, padded to WIDTH."""
+    """A, B, offset of one basis, padded to WIDTH columns; see :func:`basis.fit`.
+
+    y <- Ck Cq y, STEPS times from random directions; y' Cq y = L L'; A = y L'^-1; B = Cq A unit;
+    offset = (mean key)' B, then -FACTOR_0, -FACTOR_1, -FACTOR_2.
+    """
     i_basis = tl.program_id(0)
     o_d = tl.arange(0, D_PAD)
     o_r = tl.arange(0, WIDTH)
@@ -205,7 +212,7 @@ def _basis_kernel(
     for step in range(STEPS):
         z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
         y = _product(p_ck, p_y, z, o_d, o_r, D_PAD, WIDTH)
-        y = _spread(y, o_r, tl.where(step == STEPS - 1, RANK, SPREAD))
+        y = _orthogonalise(y, o_r, tl.where(step == STEPS - 1, RANK, ORTHOGONAL))
     z = _product(p_cq, p_y, y, o_d, o_r, D_PAD, WIDTH)
     # Columns of y have length 1: a moment's ridge is theirs.
     gram = _gram(p_y, z, o_d, o_r, D_PAD, WIDTH)
@@ -218,21 +225,30 @@ def _basis_kernel(
     offset = tl.where(o_r == RANK + 1, -FACTOR_1, offset)
     offset = tl.where(o_r == RANK + 2, -FACTOR_2, offset)
     o_out = (i_basis * D + o_d[:, None]) * WIDTH + o_r[None, :]
-    kind: tl.constexpr = p_a.dtype.element_ty
-    tl.store(p_a + o_out, y.to(kind), (o_d < D)[:, None])
-    tl.store(p_b + o_out, (z * unit).to(kind), (o_d < D)[:, None])
+    dtype: tl.constexpr = p_a.dtype.element_ty
+    tl.store(p_a + o_out, y.to(dtype), (o_d < D)[:, None])
+    tl.store(p_b + o_out, (z * unit).to(dtype), (o_d < D)[:, None])
     tl.store(p_offset + i_basis * WIDTH + o_r, offset)
 
 
-class FitWorkspace:
-    """Moments of some queries and keys, and their bases, padded to ``width`` numbers.
+class BasisWorkspace:
+    """Moments of sampled queries and keys, and the bases that follow, ``width`` columns each.
 
     Args:
         bases: heads, for a basis of each, or KV heads, for one that a group shares.
         head_dim: size of a head.
         dtype: of queries.
-        device: where it is.
+        device: of the kernels.
         width: see :class:`basis.Precision`.
+
+    Attributes:
+        moments: float32 ``[bases, 2, D, D]``, of queries and of keys; D is head_dim, padded.
+        means: float32 ``[bases, D]``, mean keys in units of the cache.
+        y: float32 ``[bases, 2, D, width]``, scratch of products.
+        start: float32 ``[D, width]``, random directions.
+        a: projection of queries, ``dtype``, ``[bases, head_dim, width]``.
+        b: projection of keys, ``dtype``, ``[bases, head_dim, width]``.
+        offset: the projected mean key, float32 ``[bases, width]``.
     """
 
     def __init__(
@@ -248,7 +264,7 @@ class FitWorkspace:
         self.means = empty(pad)
         self.y = empty(2, pad, width)
         extra = (0, width - self.rank, 0, pad - head_dim)
-        start = torch.nn.functional.pad(basis.start(head_dim, self.rank), extra)
+        start = torch.nn.functional.pad(basis.random_directions(head_dim, self.rank), extra)
         self.start = start.float().to(device)
         self.a = empty(head_dim, width, dtype=dtype)
         self.b = empty(head_dim, width, dtype=dtype)
@@ -261,7 +277,7 @@ def take_moments(
     block_table: torch.Tensor,
     row: int,
     span: Span,
-    space: FitWorkspace,
+    space: BasisWorkspace,
 ) -> None:
     """Take the moments of queries and the keys they see; see :func:`basis.fit_span`.
 
@@ -270,8 +286,8 @@ def take_moments(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table: int32 ``[rows, max_blocks]``.
         row: of the block table.
-        span: which queries, and of how many tokens.
-        space: written to; it tells how many bases there are.
+        span: the queries, and the tokens that they see.
+        space: ``moments`` and ``means`` are written.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     bases, pad = space.a.shape[0], triton.next_power_of_2(head_dim)
@@ -286,14 +302,19 @@ def take_moments(
     )  # fmt: skip
 
 
-def find_bases(space: FitWorkspace, *, scale: float) -> None:
-    """Find the bases that the moments in ``space`` tell of; see :func:`basis.fit_span`."""
+def find_bases(space: BasisWorkspace, *, scale: float) -> None:
+    """Compute bases from the moments in ``space``; see :func:`basis.fit_span`.
+
+    Args:
+        space: ``moments`` and ``means`` are read; ``a``, ``b`` and ``offset`` are written.
+        scale: softmax scale, times what one unit of the cache's keys stands for.
+    """
     bases, head_dim, width = space.a.shape
     _basis_kernel[(bases,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
         scale * basis.LOG2E,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=width, RANK=space.rank,
-        STEPS=basis.STEPS, SPREAD=SPREAD, RIDGE=RIDGE,
-        FACTOR_0=basis.SHIFT_FACTORS[0], FACTOR_1=basis.SHIFT_FACTORS[1],
-        FACTOR_2=basis.SHIFT_FACTORS[2], num_warps=width // 8,
+        STEPS=basis.STEPS, ORTHOGONAL=ORTHOGONAL, RIDGE=RIDGE,
+        FACTOR_0=basis.LSE_FACTORS[0], FACTOR_1=basis.LSE_FACTORS[1],
+        FACTOR_2=basis.LSE_FACTORS[2], num_warps=width // 8,
     )  # fmt: skip
