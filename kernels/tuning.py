@@ -14,8 +14,7 @@ PROBE_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
 # Selection.
 BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs in proportion
 COUNTED = 16384  # scores of a list that are counted, at most; "What a fourth card run said"
-# A token is listed by a priority of at most its score plus this, and weighs at most so much; in base
-# 2; > 0; "Priority samples".
+# Most noise of a priority, so most weight of a token; base-2 logarithm; > 0; "Priority samples"
 NOISE_LIMIT = 8.0
 # Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/4, 1/2, 7/8 of the list
 # and the rest where tiles may stop early; one where they may not.
@@ -34,23 +33,6 @@ STOP_STEP_TOKENS = 2048  # between tests of the early stop; tokens; "By hand on 
 ESTIMATE_EVERY = 8  # one segment in this many has an estimate; segments
 ESTIMATE_TOKENS = 256  # sampled from its history; tokens; within a factor of 1.5 for 97 % of tiles
 ESTIMATE_STEP = 8  # least distance of two samples; tokens; keeps a page's samples few
-
-# Summaries of skipped tokens: "Skipped tokens, summarised by region means".
-REGION_TOKENS = 1024  # that one summary stands for; tokens
-REGION_SAMPLES = 256  # most samples of a region's mean; tokens
-REGIONS_SAMPLES = 16384  # most samples of all regions, above one piece for each; tokens
-REGION_PIECE = 128  # samples that are read at a time; tokens
-# A region weighs REGION_WEIGHT * exp(REGION_VARIANCE * variance of its scores) times its mean key's
-# mass, at most REGION_WEIGHT_LIMIT times; "A weight that follows the query". A normal distribution
-# has exp(variance / 2), of which lists hold the best tokens.
-REGION_WEIGHT = 1.5
-REGION_VARIANCE = 0.3
-REGION_WEIGHT_LIMIT = 16.0
-# Covariances of keys with values and with keys: "A mean value that follows the query".
-COVARIANCE_PARTS = 16  # most parts of a history; parts
-COVARIANCE_SAMPLES = 256  # of a part; tokens
-COVARIANCE_GROUP = 64  # samples about one local mean; tokens
-COVARIANCE_WEIGHT = 0.9  # of the value-key covariance, as lists hold what has most of it; 0 to 1
 
 # Decode: "Decode by the basis of a prompt's end".
 DECODE_RECENT = 64  # the dense pass covers this many to twice as many recent tokens; tokens

@@ -1,1 +1,1 @@
-"""Attend to selected tokens, and to summaries of the skipped ones."""
+"""Attend to the own segment and to selected tokens."""

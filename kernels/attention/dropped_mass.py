@@ -15,10 +15,10 @@ def dropped_mass(
     SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """1 - mass / (mass + n / samples * sum of exp2(s - m) over skipped samples), of each row.
+    """min(1, n / samples * sum of exp2(s - m) over skipped samples / mass), of each row.
 
-    An estimate of the share of softmax mass on history tokens that were not visited. ``mass`` is
-    that of the visited ones and the own segment, in units of exp2(``m``).
+    An estimate of the share of softmax mass on history tokens that were not visited, for which
+    others stand. ``mass`` is that of all tokens, in units of exp2(``m``).
     """
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     samples = n // step
@@ -36,8 +36,6 @@ def dropped_mass(
         if SOFTCAP:
             s = soft_cap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
-    # Beside summaries tokens may have no mass left in fp32.
-    share = 1.0 - mass / tl.maximum(mass + lost * n / tl.maximum(samples, 1), 1e-37)
-    # Nothing lost is 0 whatever a division rounds to. So is NaN: as an integer it would spoil the
-    # counter for good.
+    share = tl.minimum(lost * n / (tl.maximum(samples, 1) * mass), 1.0)
+    # NaN is 0: as an integer it would spoil the counter for good.
     return tl.where(lost > 0, share, 0.0)

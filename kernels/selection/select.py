@@ -313,7 +313,8 @@ def select(
     shape = {"CHUNK": space.chunk, "TIERS": tiers}
     _count_kernel[(heads, work.num_segments)](
         space.scores, work.segments, space.bounds, space.noise, space.counts, space.masses,
-        space.ranges, *strides, space.chunks, work.target_error, CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
+        space.ranges, *strides, space.chunks, work.target_error, CHUNK=space.chunk,
+        BUCKETS=BUCKETS, COUNTED=counted,
         CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         num_warps=8 if split else 4, enable_fp_fusion=False,
     )  # fmt: skip

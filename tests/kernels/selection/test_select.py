@@ -13,7 +13,6 @@ from s2o_vllm.kernels.tuning import (
     MEAN_OF_MAX,
     TIERS,
     TIERS_UNORDERED,
-    TIERS_UNORDERED,
 )
 from s2o_vllm.kernels.work_list import list_capacity, longest_list
 
@@ -31,7 +30,7 @@ def select_with_kernel(
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
-    for part in (space.slots, space.lengths, space.samples):
+    for part in (space.slots, space.weights, space.lengths, space.samples):
         part.fill_(-7)
     select.select(
         batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted, shared=shared
@@ -65,7 +64,7 @@ def random_scores(work, kv_heads, device, kind):
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
 @pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_UNORDERED, 150)]
+    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)]
 )
 def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     """All scores are counted, or one of three."""
@@ -86,6 +85,9 @@ def assert_same_lists(work, got, wanted):
             slots = got.slots[number, head]
             assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
             assert (slots[count:] == -7).all(), "wrote beyond the list"
+            weights = got.weights[number, head]
+            assert weights[:count].tolist() == wanted.weights[number, head, :count].tolist()
+            assert (weights[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
                 history = int(work.segments[number, DENSE_START])
                 samples = len(selection_reference.sample_positions(history, "cpu"))
@@ -98,7 +100,7 @@ def assert_same_lists(work, got, wanted):
 @pytest.mark.parametrize("shared", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["normal", "equal"])
 @pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150), (TIERS_UNORDERED, 150)]
+    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)]
 )
 def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tiers, counted):
     """Five lists by threes or fours: the last share among fewer."""
@@ -237,7 +239,7 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
-@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED, TIERS_UNORDERED])
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_chunks_of_a_servers_size(device, kind, tiers):
     """Whole chunks of one tier: its count fills all the bits that a count has."""
     batch = make_batch(device, budget=0.97, chunks=((2 * CHUNK + 100, 3),))
@@ -268,7 +270,7 @@ def test_page_table_is_the_only_indirection(device):
 
 
 @pytest.mark.parametrize("step", [4, 16])
-@pytest.mark.parametrize("tiers", [TIERS_UNORDERED, TIERS_UNORDERED])
+@pytest.mark.parametrize("tiers", [TIERS_UNORDERED])
 def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step, tiers):
     lengths = [
         len(selection_reference.select_positions(torch.randn(20000), 1000, tiers, step))
