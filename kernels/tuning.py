@@ -13,7 +13,7 @@ PROBE_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
 
 # Selection.
 BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs in proportion
-COUNTED = 16384  # scores of a list that are counted, at most; "What a fourth card run said"
+COUNTED = 8192  # priorities of a list that are counted, at most; "Priority samples"
 # Most noise of a priority, so most weight of a token; base-2 logarithm; > 0; "Priority samples"
 NOISE_LIMIT = 8.0
 # Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/4, 1/2, 7/8 of the list
