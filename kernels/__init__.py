@@ -8,7 +8,7 @@ The path of a chunk of queries:
 3. :mod:`ranking` scores every token of a segment's history, by its mean query or by low-rank
    projections; some of that runs beside it on a :mod:`side_stream`.
 4. :mod:`selection` shares the budget, finds each list's threshold and writes physical slots.
-5. :mod:`attention` attends to the own segment, and to the slots by their weights.
+5. :mod:`attention` attends to the own segment, to the slots and to summaries of skipped tokens.
 6. :mod:`decode` takes the same path for single queries, by what :mod:`decode_state` keeps.
 
 Public are ``SparsePrefill``, ``SparseDecode`` and the tables of 1 and 6. Constants that were

@@ -28,7 +28,7 @@ class DecodeBackend(Protocol):
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to the end of a prompt; store it and projected keys in a slot."""
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
 
     def attend(
         self,
@@ -81,7 +81,7 @@ class SparseDecode:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Take a snapshot: a basis of the end of a prompt, and its projected keys.
+        """Take a snapshot: a basis of the end of a prompt, its projected keys and summaries.
 
         Args:
             snapshot: which span of the chunk, and the request's slot.
@@ -135,4 +135,4 @@ def make_backend(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -
         from .decode_step import DecodeKernels
 
         return DecodeKernels(shape, dtype, device)
-    return DecodeReference(shape, device)
+    return DecodeReference(shape, dtype, device)

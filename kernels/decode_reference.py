@@ -6,12 +6,13 @@ import torch
 
 from . import paging
 from .attention import reference as attention_reference
+from .attention.summary_table import Summaries
 from .decode_state import DecodeList, DecodeShape, Snapshot
 from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SPAN
 from .ranking import basis
 from .ranking import reference as ranking_reference
 from .selection import reference as selection_reference
-from .tuning import TIERS_UNORDERED
+from .tuning import REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 
@@ -21,9 +22,16 @@ class DecodeReference:
     Attributes:
         projected_keys: ``[slots, kv_heads, max_history, WIDTH]``.
         basis: float32, leading dimensions ``[slots, kv_heads]``.
+        summaries: of skipped tokens, in ``dtype``.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device):
+    def __init__(
+        self,
+        shape: DecodeShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        region: int = REGION_TOKENS,
+    ):
         leading = (shape.requests, shape.kv_heads)
         projection = basis.projection_dtype(device)
         self.projected_keys = torch.zeros(
@@ -33,6 +41,15 @@ class DecodeReference:
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, basis.RANK, device=device),
+        )
+        head_dim, count = shape.head_dim, max(1, shape.max_history // region)
+        self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
+        self.summaries = Summaries(
+            torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
+            region,
+            known=self.known,
         )
 
     def take(
@@ -45,13 +62,21 @@ class DecodeReference:
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to a span; store it and projected keys in a slot."""
+        """Fit a basis to a span; store it, projected keys and summaries in a slot."""
         slot, number, tokens, _ = snapshot
         span, bases = work.spans[number], kv_cache.shape[1]
         fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
         for own, part in zip(self.basis, fitted, strict=True):
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
+        held, count = self.summaries, tokens // self.summaries.region_tokens
+        found = attention_reference.summarise(
+            kv_cache, block_table, work, held.means.dtype, held.region_tokens
+        )
+        held.means[slot, :, :count] = found.means[:, :count]
+        held.value_covariances[slot] = found.value_covariances[number]
+        held.key_covariances[slot] = found.key_covariances[number]
+        self.known[slot] = count
 
     def project(
         self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
@@ -147,6 +172,6 @@ def decode(
     found = scores(query, space.projected_keys, space.basis, work)
     lists = selection_reference.select(found, block_table, work, page, TIERS_UNORDERED)
     attention_reference.attend(
-        query, kv_cache, block_table, work, lists, out, counters,
-        scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
+        query, kv_cache, block_table, work, lists, space.summaries, out,
+        counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """A step of sparse decode: one query a request, ranked by the snapshot of its prompt (ours).
 
-The last chunk of a prompt leaves a basis and the keys that it projected: the request's state. A
-decode step projects the keys that are new since then, scores all projected keys by the rows of its
-one query, selects and attends as prefill does. Several programs share a list (split KV), since
-lists are few.
+The last chunk of a prompt leaves a basis, the keys that it projected, and summaries: the request's
+state. A decode step projects the keys that are new since then, scores all projected keys by the
+rows of its one query, selects and attends as prefill does. Several programs share a list (split
+KV), since lists are few.
 """
 
 import functools
@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from .attention import summaries
 from .attention.attend import attend
 from .attention.split_kv import Parts, merge
+from .attention.summary_table import Summaries
 from .decode_state import DecodeList, DecodeShape, Snapshot
 from .ranking import basis
 from .ranking.fit_basis import find_bases, take_moments
@@ -23,7 +25,7 @@ from .ranking.row_lse import estimate_row_lse
 from .ranking.score import key_capacity, score_history
 from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile
-from .tuning import CHUNK, DECODE_PARTS, TIERS_UNORDERED
+from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 PROBE_BLOCK = 64  # query rows that are projected at a time
@@ -76,6 +78,8 @@ class RequestStates:
         distances: of the projected query rows.
         probe_rows: which of them are probes: all.
         projected_probes: the projected query rows.
+        summaries: of the history that the prompt's end saw.
+        known: how many regions of each slot are set.
         probe_step: 1, every row is a probe.
     """
 
@@ -88,6 +92,7 @@ class RequestStates:
         dtype: torch.dtype,
         device: torch.device,
         shared: DecodeScratch,
+        region: int = REGION_TOKENS,
     ):
         slots, kv_heads, width = shape.requests, shape.kv_heads, basis.WIDTH
 
@@ -104,18 +109,33 @@ class RequestStates:
         )
         self.distances, self.probe_rows, self.projected_probes = shared[:3]
         self.selection, self.parts = shared.selection, shared.parts
+        head_dim = shape.head_dim
+        self.known = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.summaries = Summaries(
+            zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            zeros(head_dim, head_dim, dtype=dtype),
+            region,
+            known=self.known,
+        )
 
-    def store(self, snapshot: Snapshot, ranked: LowRankWorkspace) -> None:
-        """Copy bases and projected keys of a prompt's end into a slot.
+    def store(self, snapshot: Snapshot, ranked: LowRankWorkspace, summaries: Summaries) -> None:
+        """Copy bases, projected keys and summaries of a prompt's end into a slot.
 
         Args:
             snapshot: which span, and its slot.
             ranked: bases and projected keys, as :func:`project.project_keys` left them.
+            summaries: as :func:`summaries.summarise` left them.
         """
-        slot, tokens = snapshot.slot, snapshot.tokens
+        slot, span, tokens, _ = snapshot
         self.projected_keys[slot, :, :tokens].copy_(ranked.projected_keys[:, :tokens])
         for name in ("a", "b", "offset"):
             getattr(self.basis, name)[slot].copy_(getattr(ranked.basis, name))
+        own, count = self.summaries, tokens // summaries.region_tokens
+        own.means[slot, :, :count].copy_(summaries.means[:, :count])
+        own.value_covariances[slot].copy_(summaries.value_covariances[span])
+        own.key_covariances[slot].copy_(summaries.key_covariances[span])
+        self.known[slot : slot + 1].fill_(count)
 
 
 def decode(
@@ -160,7 +180,7 @@ def decode(
     )  # fmt: skip
     select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(
-        query, kv_cache, block_table, work, selection.lists(work), out, counters,
+        query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,
         tile=tile or decode_tile(head_dim, query.device, group),
     )  # fmt: skip
@@ -174,10 +194,13 @@ def shared_scratch(shape: DecodeShape, device: torch.device) -> DecodeScratch:
 
 
 @functools.cache
-def basis_scratch(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> LowRankWorkspace:
-    """Return scratch of a snapshot's basis; layers of one shape share it."""
+def basis_scratch(
+    shape: DecodeShape, dtype: torch.dtype, device: torch.device
+) -> tuple[LowRankWorkspace, Summaries]:
+    """Return scratch of a snapshot's basis, and of summaries; layers of one shape share them."""
     sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.max_history)
-    return LowRankWorkspace(*sizes, 1, 1, dtype, device)
+    ranked = LowRankWorkspace(*sizes, 1, 1, dtype, device)
+    return ranked, summaries.workspace(*sizes[1:], dtype, device)
 
 
 class DecodeKernels:
@@ -198,13 +221,14 @@ class DecodeKernels:
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to the end of a prompt; store it and projected keys in a slot."""
-        ranked = self.basis_scratch
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+        ranked, means = self.basis_scratch
         span = work.spans[snapshot.span]
         take_moments(query, kv_cache, block_table, work.row, span, ranked.basis)
         find_bases(ranked.basis, scale=scale)
         project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
-        self.states.store(snapshot, ranked)
+        summaries.summarise(kv_cache, block_table, work, means)
+        self.states.store(snapshot, ranked, means)
 
     def attend(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .attention import reference as attention_reference
+from .attention.summary_table import Summaries
 from .layout import NUM_COUNTERS
 from .ranking import RANKINGS, reference_of
 from .selection import reference as selection_reference
@@ -132,7 +133,7 @@ class SparsePrefill:
             query_e4m3 = None
         self.rank(*arguments, k_scale=k_scale)
         attend.attend(
-            *arguments, self.space.selection.lists(work), out, counters,
+            *arguments, self.space.selection.lists(work), self.space.summaries, out, counters,
             scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
             stop_threshold=self.stop_threshold, query_e4m3=query_e4m3,
             tile=self.tile(work, query_e4m3 is not None),
@@ -147,14 +148,19 @@ class SparsePrefill:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Score and select on a CUDA device; the results stay in the workspace."""
+        """Score, select and summarise on a CUDA device; the results stay in the workspace."""
+        from .attention import summaries
         from .selection import select
 
         space = self.space
         assert space is not None, "the CPU has the references alone"
+
+        def summarise() -> None:
+            summaries.summarise(kv_cache, block_table, work, space.summaries)
+
         space.ranking.score(
             query, kv_cache, block_table, work, space.selection.scores, space.selection.bounds,
-            scale=self.scale * k_scale, side_stream=space.side_stream,
+            scale=self.scale * k_scale, side_stream=space.side_stream, overlapped=summarise,
         )  # fmt: skip
         select.select(
             block_table, work, kv_cache.shape[2], space.selection, self.tiers,
@@ -181,17 +187,19 @@ class SparsePrefill:
             shared=self.shape.limits.shared,
         )  # fmt: skip
         attention_reference.attend(
-            query, kv_cache, block_table, work, lists, out, counters,
+            query, kv_cache, block_table, work, lists,
+            attention_reference.summarise(kv_cache, block_table, work, query.dtype), out, counters,
             scale=scale, v_scale=v_scale, softcap=self.softcap, stop_threshold=self.stop_threshold,
             queries_per_tile=max(1, 128 * self.shape.kv_heads // self.shape.heads),
         )  # fmt: skip
 
 
 class Workspace(NamedTuple):
-    """The ranking, scratch of the selection, and a side stream."""
+    """The ranking, scratch of the selection, summaries, and a side stream."""
 
     ranking: "Ranking"
     selection: "SelectWorkspace"
+    summaries: Summaries
     side_stream: SideStream
 
 
@@ -200,6 +208,7 @@ _workspaces: dict[tuple[Shape, torch.dtype, torch.device], Workspace] = {}
 
 def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspace:
     """Return the scratch for a shape; layers of one shape share it (they run in turn)."""
+    from .attention import summaries
     from .ranking.rankings import make_ranking
     from .selection import select
 
@@ -209,6 +218,7 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
         _workspaces[key] = Workspace(
             make_ranking(shape, dtype, device),
             select.SelectWorkspace(segments, shape.kv_heads, shape.max_history, slots, device),
+            summaries.workspace(shape.kv_heads, shape.head_dim, shape.max_history, dtype, device),
             SideStream(device),
         )
     return _workspaces[key]

@@ -35,9 +35,8 @@ class Shape:
         """What one launch handles: a chunk and a quarter of its history, if the scratch allows."""
         most = CHUNK_SPANS * span_queries(self.segment) // self.segment
         chunk = min(-(-self.max_queries // self.segment), most)
-        each = (
-            self.kv_heads * self.max_history * 7 // 2
-        )  # a score, a quarter of a slot and a weight
+        # Of each token a score, and a quarter of a slot and of a weight.
+        each = self.kv_heads * self.max_history * 7 // 2
         segments = max(1, min(chunk, WORKSPACE_BYTES // max(each, 1)))
         longest = list_capacity(self.max_history)
         return Limits(segments, max(longest, segments * longest // 4))

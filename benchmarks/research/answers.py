@@ -29,12 +29,14 @@ class Prompt(NamedTuple):
     Attributes:
         task: of RULER.
         context: length it was made for, in tokens.
+        question: ``end`` or ``start``: where the question stands.
         tokens: of the prompt and the wanted string.
         first: the string's first token.
     """
 
     task: str
     context: int
+    question: str
     tokens: list[int]
     first: int
 
@@ -57,7 +59,9 @@ def read_prompts(args: argparse.Namespace, encode: Any) -> list[Prompt]:
     for sample in samples:
         before = encode(sample.input)
         wanted = encode(" " + sample.outputs[0].strip(), add_special_tokens=False)
-        prompts.append(Prompt(sample.task, sample.context, before + wanted, len(before)))
+        prompts.append(
+            Prompt(sample.task, sample.context, sample.question, before + wanted, len(before))
+        )
     return prompts
 
 
@@ -118,14 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = judge(Model(args.model, device), prompts, attentions, Attention(None, longest))
     rows = []
-    for task, context in sorted({(prompt.task, prompt.context) for prompt in prompts}):
-        own = [n for n, one in enumerate(prompts) if (one.task, one.context) == (task, context)]
+    for task, context, question in sorted({prompt[:3] for prompt in prompts}):
+        own = [n for n, one in enumerate(prompts) if one[:3] == (task, context, question)]
         dense_hits = sum(found[0][n][1] for n in own) / len(own)
         for setting, attention, results in zip(settings, attentions, found[1:], strict=True):
             lost = [results[n][0] - found[0][n][0] for n in own]
             value, low, high = mean_student(lost)
             rows.append(
-                {"model": args.model.name, "task": task, "context": context}
+                {"model": args.model.name, "task": task, "context": context, "question": question}
                 | setting._asdict()
                 | {"summaries": not args.no_summaries, "samples": len(own)}
                 | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
@@ -135,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save(args.out, header(), rows)
     for row in rows:
         print(
-            f"{row['task']} {row['context']} {row['lists']:>6} {row['ranking']} budget "
+            f"{row['task']} {row['context']} {row['question']:>5} {row['lists']:>6} {row['ranking']} budget "
             f"{row['budget']:<6} {row['value']:+.3f} nats [{row['low']:+.3f}, {row['high']:+.3f}], "
             f"hit {row['hit']:.3f} of {row['dense_hit']:.3f} ({row['samples']} prompts)"
         )

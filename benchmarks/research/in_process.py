@@ -126,8 +126,11 @@ class ExactRanking:
         *,
         scale: float,
         side_stream: SideStream,
+        overlapped: Callable[[], None],
     ) -> None:
         """See `ranking.rankings.Ranking`."""
+        if work.first_of_chunk:
+            overlapped()
         if work.max_history == 0:
             return
         found = exact_scores(query, kv_cache, block_table, work, scale=scale)

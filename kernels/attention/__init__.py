@@ -1,1 +1,1 @@
-"""Attend to the own segment and to selected tokens."""
+"""Attend to selected tokens, and to summaries of the skipped ones."""

@@ -3,10 +3,12 @@
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a stable state
 (S2O, section on the two passes). Pass 2 walks a list of physical slots from most to least important
 and may stop on measured softmax mass. The list is a page table of one-token pages: keys and values
-are never copied or moved. A token weighs as many tokens as it stands for, those that the list
-leaves out among them: see :mod:`selection.select` (ours). An epilogue estimates for some segments
-how much softmax mass was left out (ours).
+are never copied or moved. A token weighs as many as it stands for: see :mod:`selection.select`.
+Epilogues attend to summaries, for the other share of the skipped tokens, and estimate for some
+segments how much softmax mass was dropped (ours).
 """
+
+import math
 
 import torch
 import triton
@@ -19,11 +21,13 @@ from ..columns import (
     DROPPED_UNITS,
     ELIGIBLE,
     HISTORY,
+    LN2,
     NUM_QUERIES,
     QUERY_START,
     ROW,
     SAMPLED,
     SEGMENT_COLUMNS,
+    SPAN,
     STOPPED,
     TILES,
     VISITED,
@@ -35,32 +39,28 @@ from ..tuning import ESTIMATE_STEP, STOP_STEP_TOKENS
 from ..work_list import WorkList
 from .dropped_mass import dropped_mass
 from .split_kv import Parts
-from .tile_ops import (
-    attend_tail,
-    cast,
-    gather_attend,
-    load_rows,
-    online_softmax,
-    scores,
-    soft_cap,
-)
+from .summary_pass import add_regression, log_mass_correction, summary_pass
+from .summary_table import Summaries
+from .tile_ops import cast, gather_attend, load_rows, online_softmax, scores, soft_cap
 
 EVERY = tl.constexpr(tuning.ESTIMATE_EVERY)
 SAMPLES = tl.constexpr(tuning.ESTIMATE_TOKENS)
+LOG_OTHER_SHARE = tl.constexpr(math.log2(max(1 - tuning.SAMPLE_SHARE, 1e-9)))
 
 
 @triton.jit(do_not_specialize=["first_segment"])
 def _attend_kernel(
-    queries, cache, output, selected, p_segments, p_table, stride_table, p_counters,
+    queries, cache, output, selected, summaries, p_segments, p_table, stride_table, p_counters,
     first_segment, scale, v_scale, softcap, stop_threshold,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     DENSE: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE_STEP: tl.constexpr, PARTS: tl.constexpr,
+    REGION: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output = softmax(own scores | selected scores + log-weights) (own | selected values).
+    """Output = softmax(own | selected | summary scores) (own | selected | summary values).
 
-    One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head. The first four
+    One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head. The first five
     arguments are tuples, taken apart below. With DENSE all segments have one list, the slots of the
     sequence, and visit their history's part of it. With PARTS a segment has one tile, and PARTS
     programs share its list: :class:`split_kv.Parts`. STOP_STEP is 0 without an early stop.
@@ -69,6 +69,7 @@ def _attend_kernel(
     p_kv, stride_block, stride_head, stride_token = cache
     p_out, p_lse, stride_o_token, stride_o_head = output
     p_slots, p_weights, p_lengths, p_samples, stride_slots_segment, stride_slots_head = selected
+    p_means, p_value_cov, p_key_cov, p_known, stride_means_span, stride_means_head = summaries
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
     i_tile, i_head = tl.program_id(0), tl.program_id(2)
     i_segment = (first_segment + tl.program_id(1)).to(tl.int64)
@@ -87,6 +88,7 @@ def _attend_kernel(
         count = tl.load(p_lengths + i_segment * kv_heads + i_head)
         o_list = i_segment * stride_slots_segment + i_head * stride_slots_head
     first = i_tile * QUERIES
+    listed = count
     i_part = 0
     if PARTS:
         i_part = i_tile
@@ -107,7 +109,8 @@ def _attend_kernel(
     if p_weights is not None:
         p_list_weights += o_list
     slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
-    tail_slot = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)
+    o_tail = full * BLOCK_N + o_n
+    tail_slot = tl.load(p_list + o_tail, o_n < tail, 0)
 
     o_row = tl.arange(0, BLOCK_M)
     o_query = first + o_row // GROUP
@@ -124,6 +127,13 @@ def _attend_kernel(
         p_q_e4m3 += query_start * stride_q_token + (i_head * GROUP).to(tl.int64) * stride_q_head
         q_k = load_rows(p_q_e4m3, o_q, m_row, o_d, True, D, D_PAD)
 
+    # Before anything is visited: registers are free here.
+    correction = tl.zeros([BLOCK_M], tl.float32)
+    if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
+        p_key_cov += (tl.load(p_segment + SPAN) * kv_heads + i_head).to(tl.int64) * (D * D)
+        correction = log_mass_correction(
+            q, p_q, o_q, m_row, p_key_cov, o_d, scale, D, D_PAD, KEY_BLOCK, PRECISION
+        )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
@@ -160,8 +170,8 @@ def _attend_kernel(
     if FROZEN and full > 0:
         ahead = tl.load(p_list + tl.minimum(1, full - 1) * BLOCK_N + o_n)
         m, mass, acc = gather_attend(
-            q, q_k, p_k, p_v, slot, p_list_weights, o_n, m, mass, acc, o_d, scale,
-            softcap, stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
+            q, q_k, p_k, p_v, slot, p_list_weights, o_n, m, mass, acc, o_d, scale, softcap,
+            stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
         slot = ahead
         seen = 1
@@ -202,14 +212,37 @@ def _attend_kernel(
         seen = full
     visited = seen * BLOCK_N + tail
 
-    m, mass, acc = attend_tail(
-        q, q_k, p_k, p_v, tail_slot, p_list_weights, full * BLOCK_N, tail, m, mass, acc, o_n, o_d,
-        scale, softcap, stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP,
+    span = tl.load(p_segment + SPAN).to(tl.int64)
+    p_means += span * stride_means_span + i_head.to(tl.int64) * stride_means_head
+    if not PARTS:
+        listed = visited
+    missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
+    regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
+    if PARTS:
+        regions = tl.minimum(regions, tl.load(p_known + span))
+    correction += tl.log2(REGION * missing)
+    if p_weights is not None:
+        correction += LOG_OTHER_SHARE
+    m, mass, tokens, acc = summary_pass(
+        q, p_k, p_means, tail_slot, p_list_weights, o_tail, tail, regions, correction, m, mass, acc,
+        o_n, o_d, scale, softcap, stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP,
         PRECISION,
     )  # fmt: skip
+
     if PARTS:
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
-    acc *= (1.0 / mass)[:, None]
+    unit = 1.0 / mass
+    if regions > 0:
+        p_value_cov += (span * kv_heads + i_head) * (D * D)
+        # The regression weight of a row: its share of mass on regions times the natural scale. It
+        # divides the other summand, so that queries are multiplied as they are at hand.
+        weight = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
+        acc *= (unit / weight)[:, None]
+        acc = add_regression(
+            acc, q, p_q, o_q, m_row, p_value_cov, o_d, D, D_PAD, VALUE_BLOCK, PRECISION
+        )
+        unit = weight
+    acc *= unit[:, None]
     if p_kv.dtype.element_ty != p_q.dtype.element_ty:  # a quantised cache
         acc *= v_scale
     if PARTS:
@@ -257,6 +290,7 @@ def attend(
     block_table: torch.Tensor,
     work: WorkList,
     selected: SelectedTokens,
+    summaries: Summaries,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -279,6 +313,9 @@ def attend(
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         selected: the tokens that the segments visit of their histories.
+        summaries: of the request's whole regions, at least of those in any history here, and the
+            covariances of its spans. They stand for the tokens that a segment does not visit; they
+            take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to; see :mod:`layout`.
         scale: softmax scale, times what one unit of the cache's keys stands for.
@@ -288,13 +325,13 @@ def attend(
         stop_step: tokens between two tests of the threshold, at least two tiles of keys.
         softcap: cap of the scaled scores, 0 for none.
         parts: written to instead of ``out``; without an early stop, and with no estimate of the
-            dropped mass.
+            dropped mass. Summaries that are each request's own go with it.
         query_e4m3: the same numbers as ``query`` in e4m3, with the same strides, where a layer
             quantises its queries as it does its cache: both operands of the scores are e4m3 then.
             Not in the interpreter; see `tiles.fp8_products`.
         tile: tile shape, see :mod:`tiles`.
 
-    Source: S2O, two passes and early stop; packing the GQA group into a tile and the weights are
+    Source: S2O, two passes and early stop; packing the GQA group into a tile and the summaries are
     ours.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
@@ -303,6 +340,7 @@ def attend(
     shares = 0 if parts is None else parts.lse.shape[2]
     tiles = shares or -(-work.max_queries // (tile.block_m // group))
     pad = triton.next_power_of_2(head_dim)
+    known = summaries.known
     ranked = work.num_segments - work.dense_segments
     for first, count in ((0, ranked), (ranked, work.dense_segments)):
         if count == 0:
@@ -316,13 +354,16 @@ def attend(
             (*((out, None) if parts is None else parts), out.stride(0), out.stride(1)),
             (slots, None if dense else selected.weights, selected.lengths, selected.samples,
              selected.slots.stride(0), selected.slots.stride(1)),
+            (summaries.means, summaries.value_covariances, summaries.key_covariances, known,
+             0 if known is None else summaries.means.stride(0), summaries.means.stride(-3)),
             work.segments, block_table, block_table.stride(0), counters,
             first, scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
             GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, LIST_PAGE=0 if contiguous else page,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             STOP_STEP=max(2, stop_step // tile.block_n) if stops else 0,
             DENSE=dense, SOFTCAP=softcap > 0, SAMPLE_STEP=ESTIMATE_STEP, PARTS=shares,
-            PRECISION=input_precision(query.dtype),
+            REGION=summaries.region_tokens, KEY_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
+            VALUE_BLOCK=pad if pad <= 128 else 32, PRECISION=input_precision(query.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ def dropped_mass(
     """min(1, n / samples * sum of exp2(s - m) over skipped samples / mass), of each row.
 
     An estimate of the share of softmax mass on history tokens that were not visited, for which
-    others stand. ``mass`` is that of all tokens, in units of exp2(``m``).
+    weights and summaries stand. ``mass`` is that of all tokens, in units of exp2(``m``).
     """
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     samples = n // step

@@ -14,12 +14,116 @@ from ..layout import (
     QUERY_START,
     ROW,
     SAMPLED,
+    SPAN,
 )
 from ..paging import load_tokens, physical_slots, segment_queries
 from ..selection.reference import sample_positions
 from ..selection.selected import SelectedTokens
-from ..tuning import ESTIMATE_EVERY, STOP_STEP_TOKENS
+from ..tuning import (
+    COVARIANCE_GROUP,
+    COVARIANCE_SAMPLES,
+    COVARIANCE_WEIGHT,
+    ESTIMATE_EVERY,
+    REGION_TOKENS,
+    REGION_VARIANCE,
+    REGION_WEIGHT,
+    REGION_WEIGHT_LIMIT,
+    SAMPLE_SHARE,
+    STOP_STEP_TOKENS,
+)
 from ..work_list import WorkList
+from .summary_table import Summaries, covariance_part, region_samples
+
+
+def summarise(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: WorkList,
+    dtype: torch.dtype,
+    region: int = REGION_TOKENS,
+) -> Summaries:
+    """Summarise a request's history in ``dtype``; see :func:`summaries.summarise`."""
+    page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
+    samples = region_samples(work.whole_chunk, region)
+    positions = region_positions(work.max_seen, samples, kv_cache.device, region)
+    tokens = torch.cat(
+        load_tokens(
+            kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
+        ),
+        -1,
+    )
+    means = tokens.unflatten(1, positions.shape).mean(2)
+    span = covariance_part(work.whole_chunk, region)
+    sampled = covariance_positions(work.max_seen, span, kv_cache.device, region)
+    slots = physical_slots(sampled.flatten(), block_table[work.row], page)
+    keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
+    cuts = work.span_length
+    starts = [
+        max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.span_table.tolist()
+    ]
+    most = torch.finfo(dtype).max
+    value_covariances, key_covariances = (
+        torch.stack([covariance(keys, others, start // span) * weight for start in starts])
+        for others, weight in ((values, COVARIANCE_WEIGHT), (keys, 1.0))
+    )
+    return Summaries(
+        means.to(dtype),
+        value_covariances.to(dtype),
+        key_covariances.clamp(-most, most).to(dtype),
+        region,
+    )
+
+
+def region_positions(
+    history: int, samples: int, device: torch.device, region: int = REGION_TOKENS
+) -> torch.Tensor:
+    """Return the sampled tokens of every whole region: ``[regions, samples]``."""
+    starts = torch.arange(history // region, device=device)[:, None] * region
+    return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
+
+
+def covariance_positions(
+    history: int, span: int, device: torch.device, region: int = REGION_TOKENS
+) -> torch.Tensor:
+    """Return the sampled tokens of covariance parts ``[parts, groups, samples of a group]``."""
+    samples = min(COVARIANCE_SAMPLES, region)
+    step = span // samples
+    starts = torch.arange(history // span, device=device)[:, None] * span
+    positions = starts + torch.arange(samples, device=device) * step + step // 2
+    return positions.unflatten(1, (-1, min(COVARIANCE_GROUP, samples)))
+
+
+def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return the covariance of keys and others inside groups, over the first ``parts``.
+
+    Args:
+        keys: ``[kv_heads, parts, groups, samples, head_dim]``, see :func:`covariance_positions`.
+        others: keys or values, likewise.
+        parts: how many count; without any the result is 0.
+
+    Returns:
+        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and others inside
+        groups.
+    """
+    keys, others = (x[:, :parts] for x in (keys, others))
+    keys, others = (x - x.mean(3, keepdim=True) for x in (keys, others))
+    total = torch.einsum("hpgsd,hpgse->hde", keys, others)
+    return total / max(1, keys.shape[1:4].numel())
+
+
+def region_mass(queries: torch.Tensor, key_covariance: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return exp(log-mass correction): how many times a region's tokens count for each query.
+
+    Args:
+        queries: ``[..., n, head_dim]``.
+        key_covariance: ``[..., head_dim, head_dim]``.
+        scale: softmax scale.
+
+    Returns:
+        ``[..., n]``.
+    """
+    variance = ((queries @ key_covariance) * queries).sum(-1).clamp(min=0) * scale**2
+    return (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
 
 
 def attend(
@@ -28,6 +132,7 @@ def attend(
     block_table: torch.Tensor,
     work: WorkList,
     selected: SelectedTokens,
+    summaries: Summaries,
     out: torch.Tensor,
     counters: torch.Tensor,
     *,
@@ -82,8 +187,24 @@ def attend(
         )  # fmt: skip  # [kv_heads, queries]
         s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
 
-        p = torch.softmax(torch.cat([s_own, s_list], -1), -1)
-        result = torch.einsum("hgqn,hnd->hgqd", p, torch.cat([v_own, v_list], 1))
+        # Skipped tokens, as summaries of whole regions.
+        means = summaries.means_of(line[SPAN], dense_start).float()
+        k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
+        missing = summaries.region_tokens * (1 - visited / max(dense_start, 1))[:, None]
+        missing *= 1 - SAMPLE_SHARE
+        if means.shape[1]:
+            key_covariance = summaries.key_covariances[line[SPAN]].float()[:, None]
+            missing = missing * region_mass(queries, key_covariance, scale)
+        s_mean = scores(queries, k_mean) + missing.log()[..., None]
+
+        p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
+        values = torch.cat([v_own, v_list, v_mean], 1)
+        result = torch.einsum("hgqn,hnd->hgqd", p, values)
+        if means.shape[1]:
+            weights = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
+            result += torch.einsum(
+                "hgqd,hde->hgqe", weights, summaries.value_covariances[line[SPAN]].float()
+            )
         result *= v_scale
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[line[QUERY_START] : start + count] = result.to(out.dtype)
@@ -114,7 +235,7 @@ def attend(
             skipped = (sampled >= visited[..., None]) | (visited[..., None] == 0)
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
             lost += math.log(dense_start / max(len(sample), 1))
-            mass = torch.cat([s_own, s_list], -1).logsumexp(-1)
+            mass = torch.cat([s_own, s_list, s_mean], -1).logsumexp(-1)
             dropped = float((lost - mass).exp().clamp(max=1).nan_to_num(0.0).sum())
             counters[DROPPED] += round(dropped / DROPPED_UNIT)
 

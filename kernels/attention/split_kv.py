@@ -13,7 +13,7 @@ from ..work_list import WorkList
 class Parts(NamedTuple):
     """Room for attention to parts of the lists of one-tile segments.
 
-    The first part has the dense pass, too.
+    The first part has the dense pass and the summaries, too.
 
     Attributes:
         out: float32 ``[segments, kv_heads, parts, group, head_dim]``, attention to each part.

@@ -118,30 +118,3 @@ def gather_attend(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         return m, mass + tl.sum(p, 1), acc
     return online_softmax(s, v, m, mass, acc, scale, PRECISION)
-
-
-@triton.jit
-def attend_tail(
-    q, q_k, p_k, p_v, slot, p_weights, first, tail, m, mass, acc, o_n, o_d, scale, softcap,
-    stride_block, stride_token,
-    PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold the last ``tail`` tokens of a list, fewer than a tile, into the softmax.
-
-    Their slots are at hand; their weights begin at ``first``. A loop of at most one round, as a
-    branch would keep all of the state in registers twice.
-    """
-    for _ in tl.range(0, tail, BLOCK_N, num_stages=1):
-        m_n = o_n < tail
-        o_kv = slot_offset(slot, stride_block, stride_token, PAGE)
-        k = load_rows(p_k, o_kv, m_n, o_d, True, D, D_PAD)
-        v = cast(load_rows(p_v, o_kv, m_n, o_d, True, D, D_PAD), q.dtype)
-        s = scores(q, q_k, k, PRECISION) * scale
-        if SOFTCAP:
-            s = soft_cap(s, softcap)
-        if p_weights is not None:
-            s += tl.load(p_weights + first + o_n, m_n, 0.0).to(tl.float32)[None, :]
-        s = tl.where(m_n[None, :], s, float("-inf"))
-        m, mass, acc = online_softmax(s, v, m, mass, acc, 1.0, PRECISION)
-    return m, mass, acc

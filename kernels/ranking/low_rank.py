@@ -8,6 +8,8 @@ Rows are queries x heads. Each head has a basis of its own: the directions that 
 vary in, others lack. One row in ``probe_step`` is a probe, see :func:`basis.farthest_rows`.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..side_stream import IN_TURN, SideStream
@@ -115,6 +117,7 @@ def low_rank_scores(
     scale: float,
     chunk: int = CHUNK,
     side_stream: SideStream = IN_TURN,
+    overlapped: Callable[[], None] = lambda: None,
 ) -> None:
     """Score every segment's history, one score per KV head and token.
 
@@ -133,14 +136,14 @@ def low_rank_scores(
         scale: softmax scale, times what one unit of the cache's keys stands for.
         chunk: history tokens of a program.
         side_stream: where launches may overlap with the others; joined.
+        overlapped: launches further work of a chunk with histories, which nothing here reads.
     """
     if work.max_seen == 0:
         return
     if work.first_of_chunk:
         take_moments(query, kv_cache, block_table, work.row, work.chunk, space.basis)
-        if space.retrieval is not None:
-            with side_stream:  # of other bases: each fill a quarter of a card
-                find_bases(space.retrieval.ranking.basis, scale=scale)
+        with side_stream:  # of the bases, which fill a quarter of a card
+            overlapped()
         find_bases(space.basis, scale=scale)
         with side_stream:  # of projecting keys, which waits for memory
             choose_probes(query, work, space)
@@ -151,6 +154,9 @@ def low_rank_scores(
     if not work.first_of_chunk:
         choose_probes(query, work, space)
     more = space.retrieval
+    if more is not None and work.first_of_chunk:
+        with side_stream:  # of log-sum-exps
+            find_bases(more.ranking.basis, scale=scale)
     estimate_row_lse(query, work, space)
     if more is not None:
         with side_stream:  # of the scores of all heads

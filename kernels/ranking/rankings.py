@@ -1,5 +1,6 @@
 """The rankings as objects, each with its scratch."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ class Ranking(Protocol):
         *,
         scale: float,
         side_stream: SideStream,
+        overlapped: Callable[[], None],
     ) -> None:
         """Write scores and their bounds.
 
@@ -40,6 +42,7 @@ class Ranking(Protocol):
                 of ``CHUNK`` tokens.
             scale: softmax scale, times what one unit of the cache's keys stands for.
             side_stream: where launches may overlap with the ranking's own; joined.
+            overlapped: launches what else the first list of a chunk needs, and no ranking reads.
         """
 
 
@@ -62,8 +65,11 @@ class MeanQueryRanking:
         *,
         scale: float,
         side_stream: SideStream,
+        overlapped: Callable[[], None],
     ) -> None:
         """See :meth:`Ranking.score`; it is too short to overlap with anything."""
+        if work.first_of_chunk:
+            overlapped()
         mean_query_scores(
             query, kv_cache, block_table, work, scores, bounds, self.space, scale=scale
         )
@@ -90,11 +96,12 @@ class LowRankRanking:
         *,
         scale: float,
         side_stream: SideStream,
+        overlapped: Callable[[], None],
     ) -> None:
         """See :meth:`Ranking.score`."""
         low_rank_scores(
             query, kv_cache, block_table, work, scores, bounds, self.space, scale=scale,
-            side_stream=side_stream,
+            side_stream=side_stream, overlapped=overlapped,
         )  # fmt: skip
 
 

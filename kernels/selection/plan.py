@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from .. import tuning
 from ..columns import DENSE_START, LIST_LENGTH, SEGMENT_COLUMNS
 
 LEVELS = tl.constexpr(16)
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
+NOISE_LIMIT = tl.constexpr(tuning.NOISE_LIMIT)
 
 
 @triton.jit
@@ -28,9 +30,32 @@ def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr)
 
 
 @triton.jit
+def _priority(lengths, cumulative, total, best, worst, score):
+    """Return the lowest priority whose lists are no longer than they should be, as is expected.
+
+    Half of a list are its best scores. Another token is listed with the probability
+    2^(score - priority), if that is above 2^-NOISE_LIMIT. Scores are those of the middle of their
+    bucket. LEVELS priorities are tried at a time.
+    """
+    scored = lengths >> 1
+    rest = tl.minimum(tl.maximum(cumulative - scored[:, None], 0), total).to(tl.float32)
+    above, below = best + NOISE_LIMIT, worst - 1.0
+    o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
+    for _ in range(ROUNDS):
+        level = below[:, None] + (above - below)[:, None] * o_l[None, :]
+        gap = tl.maximum(level[:, None, :] - score[:, :, None], 0.0)
+        chance = tl.where(gap <= NOISE_LIMIT, tl.exp2(-gap), 0.0)
+        taken = tl.sum(rest[:, :, None] * chance, 1)
+        fits = taken <= (lengths - scored).to(tl.float32)[:, None]
+        above = tl.min(tl.where(fits, level, above[:, None]), 1)
+        below = tl.max(tl.where(fits, below[:, None], level), 1)
+    return tl.where(lengths >= tl.max(cumulative, 1), float("-inf"), above)
+
+
+@triton.jit
 def plan_kernel(
-    p_segments, p_counts, p_masses, p_ranges, p_lengths, p_thresholds, target_error, heads,
-    BUCKETS: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
+    p_segments, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
+    BUCKETS: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
     MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr,
 ):  # fmt: skip
     """length[h] = max(half the budget, tokens above the lowest level that fits); and thresholds.
@@ -48,7 +73,6 @@ def plan_kernel(
     if count == 0:
         tl.store(p_lengths + i_list, tl.zeros([SHARED_PAD], tl.int32), m_h)
         return
-    step = tl.cdiv(n, COUNTED)
     o_b = tl.arange(0, BUCKETS)
     total = tl.load(p_counts + i_list[:, None] * BUCKETS + o_b[None, :], m_h[:, None], 0)
     best = tl.load(p_ranges + 2 * i_list, m_h, 0.0)
@@ -76,8 +100,7 @@ def plan_kernel(
 
     cumulative = tl.cumsum(total, 1)
     if target_error > 0:
-        mass = tl.load(p_masses + i_list[:, None] * BUCKETS + o_b[None, :], m_h[:, None], 0)
-        mass *= tl.exp2(edge + 0.5 * width[:, None])
+        mass = total * tl.exp2(edge + 0.5 * width[:, None])
         whole = tl.sum(mass, 1)
         mass *= tl.maximum(MEAN_OF_MAX, 1.0 / tl.maximum(whole, 1e-30))[:, None]
         beyond = tl.sum(mass, 1)[:, None] - tl.cumsum(mass, 1)
@@ -92,13 +115,9 @@ def plan_kernel(
         lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
-    for t in tl.static_range(TIERS):
-        if t == TIERS - 1:
-            wanted = lengths
-        elif t == TIERS - 2:
-            wanted = lengths - lengths // 8
-        else:
-            wanted = lengths >> (TIERS - 2 - t)
-        wanted = tl.maximum(wanted, 1)
+    for p in tl.static_range(TIERS):  # the last one: all that is listed by its score
+        wanted = tl.maximum(lengths >> (TIERS - p), 1)
         score = _threshold(cumulative, total, wanted, best, width, o_b, BUCKETS)
-        tl.store(p_thresholds + i_list * TIERS + t, score, m_h)
+        tl.store(p_thresholds + i_list * (TIERS + 1) + p, score, m_h)
+    priority = _priority(lengths, cumulative, total, best, worst, edge + 0.5 * width[:, None])
+    tl.store(p_thresholds + i_list * (TIERS + 1) + TIERS, priority, m_h)

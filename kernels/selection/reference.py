@@ -17,12 +17,14 @@ from ..tuning import (
     HEADS_SHARED,
     MEAN_OF_MAX,
     NOISE_LIMIT,
+    SAMPLE_SHARE,
     TIERS,
 )
 from ..work_list import WorkList, list_capacity
 from .selected import SelectedTokens
 
 LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
+LEVELS, ROUNDS = 16, 7  # of the search for a priority
 
 
 def select(
@@ -57,16 +59,14 @@ def select(
         table_row = block_table[line[ROW]]
         # What is no number is the worst of all: a request whose keys are none harms itself alone.
         own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
-        priorities = own + segment_noise(line[HISTORY], n, scores.device)
+        noise = segment_noise(line[HISTORY], n, scores.device)
+        pairs = own.split(shared)
         lengths = torch.cat(
-            [
-                list_lengths(pair, line[LIST_LENGTH], work.target_error, step, scored)
-                for pair, scored in zip(priorities.split(shared), own.split(shared), strict=True)
-            ]
+            [list_lengths(pair, line[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )
         for head, length in enumerate(lengths.tolist()):
             positions, weights = select_positions(
-                priorities[head], own[head], length, capacity, tiers, step, chunk
+                own[head], noise, length, capacity, tiers, step, chunk
             )
             count = len(positions)
             lists.lengths[number, head] = count
@@ -93,41 +93,29 @@ def sample_positions(history: int, device: torch.device) -> torch.Tensor:
 
 
 def list_lengths(
-    priorities: torch.Tensor,
-    count: int,
-    target_error: float = 0.0,
-    step: int = 1,
-    scores: torch.Tensor | None = None,
+    scores: torch.Tensor, count: int, target_error: float = 0.0, step: int = 1
 ) -> torch.Tensor:
     """Share a segment's budget among the lists of some of its heads (ours).
 
-    Half of it is dealt equally. The rest goes to what lies above one level of priority, the lowest
-    whose lists fit: whole buckets of priorities, and of the next bucket what is left over. With a
-    target error a list ends where what lies beyond is estimated to hold no more mass than that.
+    Half of it is dealt equally. The rest goes to what lies above one level of probability, the
+    lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
+    a target error a list ends where what lies beyond is estimated to hold no more mass than that.
 
     Args:
-        priorities: float32 ``[heads, n]``, log2-probabilities with noise.
+        scores: float32 ``[heads, n]``, log2-probabilities.
         count: the mean list's length.
         target_error: share of softmax mass that a list may leave out; 0 for no target.
         step: of so many tokens one is counted, and stands for all.
-        scores: float32 ``[heads, n]``, without noise; by default there is none.
 
     Returns:
         int64 ``[heads]``: together at most ``heads * count``.
     """
-    if scores is None:
-        scores = priorities
     heads, n = scores.shape
-    best, worst = scores.amax(1, keepdim=True) + NOISE_LIMIT, scores.amin(1, keepdim=True)
+    best, worst = scores.amax(1, keepdim=True), scores.amin(1, keepdim=True)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
-    counted = stratified(n, step).to(scores.device)
-
-    def histogram(numbers: torch.Tensor) -> torch.Tensor:
-        bucket = bucket_of(numbers[:, counted], best, worst)
-        totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
-        return totals.scatter_add_(1, bucket, torch.full_like(bucket, step))
-
-    totals = histogram(priorities)
+    bucket = bucket_of(scores, best, worst)[:, stratified(n, step).to(scores.device)]
+    totals = torch.zeros(heads, BUCKETS, dtype=torch.long, device=scores.device)
+    totals.scatter_add_(1, bucket, torch.full_like(bucket, step))
     edges = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width
 
     def above(level: float) -> torch.Tensor:
@@ -141,7 +129,7 @@ def list_lengths(
     lengths = (lengths + extra * left // max(int(extra.sum()), 1)).clamp(max=n)
 
     if target_error > 0:
-        mass = histogram(scores) * torch.exp2(edges + 0.5 * width)
+        mass = totals * torch.exp2(edges + 0.5 * width)
         mass *= (1 / mass.sum(1, keepdim=True).clamp(min=1e-30)).clamp(min=MEAN_OF_MAX)
         beyond = mass.sum(1, keepdim=True) - mass.cumsum(1)
         needed = (beyond > target_error).sum(1, keepdim=True).clamp(max=BUCKETS - 1)
@@ -154,63 +142,90 @@ def list_lengths(
 
 
 def select_positions(
-    priorities: torch.Tensor,
     scores: torch.Tensor,
+    noise: torch.Tensor,
     length: int,
     capacity: int,
     tiers: int = TIERS,
     step: int = 1,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the tokens of about the ``length`` best priorities, in order of visiting.
+    """Choose the best half of about ``length`` tokens by score and the others by priority.
 
-    Priorities are counted in ``BUCKETS`` equal buckets between the best and the worst that there
-    can be; inside a bucket they are taken to be spread evenly, which gives the priority that so
-    many reach. The order is by tier, see :func:`aims`, and by address inside a tier, the last two
-    chunks first: what is more than ``capacity`` is cut off the end.
+    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
+    they are taken to be spread evenly, which gives the score that so many reach. The order is by
+    tier and by address inside a tier, the last two chunks first: what is more than ``capacity`` is
+    cut off the end.
 
     Args:
-        priorities: float32 ``[n]``.
-        scores: float32 ``[n]``, the priorities without their noise.
+        scores: float32 ``[n]``, log2-probabilities.
+        noise: float32 ``[n]``, which makes priorities of them.
         length: tokens to choose.
         capacity: most tokens to choose.
-        tiers: of the list.
+        tiers: of the list: up to 1/4 of it, to 1/8 before that, and so on, and the rest.
         step: of so many tokens one is counted.
         chunk: tokens that are listed at a time.
 
     Returns:
-        their positions, and the base-2 logarithms of how many tokens each stands for.
+        their positions, and the base-2 logarithms of their weights.
     """
-    best, worst = scores.max() + NOISE_LIMIT, scores.min()
+    best, worst = scores.max(), scores.min()
     counted = stratified(len(scores), step).to(scores.device)
-    total = torch.bincount(bucket_of(priorities[counted], best, worst), minlength=BUCKETS) * step
+    total = torch.bincount(bucket_of(scores[counted], best, worst), minlength=BUCKETS) * step
     cumulative = total.cumsum(0)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(scores, dtype=torch.long)
-    for wanted in aims(length, tiers):
+    for number in range(tiers):
+        wanted, reached = max(length >> (tiers - number), 1), float("-inf")
         if wanted < cumulative[-1]:
             at = int((cumulative < wanted).sum())
             share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
-            threshold = best - (at + share) * width
-            tier += priorities < threshold
-        else:
-            threshold = torch.full_like(best, float("-inf"))
+            reached = best - (at + share) * width
+        tier += scores < reached
+    middle = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width + 0.5 * width
+    priority = priority_threshold(length, cumulative, total, middle, best, worst)
+    sampled = (tier == tiers) & (scores + noise >= priority)
+    tier[sampled] = tiers - 1
     start = max(-(-len(scores) // chunk) - 2, 0) * chunk
     order = (torch.argsort(tier.roll(-start), stable=True) + start) % len(scores)
     order = order[: min(capacity, int((tier < tiers).sum()))]
-    return order, (threshold - scores[order]).clamp(0, NOISE_LIMIT)
+    gap = (priority - scores[order]).clamp(0, NOISE_LIMIT).masked_fill(~sampled[order], 0)
+    return order, (1 + SAMPLE_SHARE * (gap.exp2() - 1)).log2()
 
 
-def aims(length: int, tiers: int) -> list[int]:
-    """Return how many tokens each tier of a list reaches up to.
+def priority_threshold(
+    length: int,
+    cumulative: torch.Tensor,
+    total: torch.Tensor,
+    middle: torch.Tensor,
+    best: torch.Tensor,
+    worst: torch.Tensor,
+) -> torch.Tensor:
+    """Return the lowest priority whose list is expected to be no longer than ``length``.
 
     Args:
-        length: of the list.
-        tiers: of the list.
+        length: of the list, half of which are its best scores.
+        cumulative: int64 ``[BUCKETS]``, tokens of a bucket and of better ones.
+        total: int64 ``[BUCKETS]``, tokens of a bucket.
+        middle: float32 ``[BUCKETS]``, the score in the middle of a bucket.
+        best: the best score.
+        worst: the worst score.
     """
-    wanted = [length >> (tiers - 2 - tier) for tier in range(tiers - 2)]
-    wanted += [length - length // 8, length][-tiers:]
-    return [max(one, 1) for one in wanted]
+    if length >= cumulative[-1]:
+        return torch.full_like(best, float("-inf"))
+    scored = length >> 1
+    rest = (cumulative - scored).clamp(min=0).minimum(total).float()
+    above, below = best + NOISE_LIMIT, worst - 1
+    for _ in range(ROUNDS):
+        levels = below + (above - below) * torch.arange(1, LEVELS + 1, device=best.device) / LEVELS
+        gap = (levels - middle[:, None]).clamp(min=0)
+        chance = (-gap).exp2().masked_fill(gap > NOISE_LIMIT, 0)
+        fits = (rest[:, None] * chance).sum(0) <= length - scored
+        above, below = (
+            torch.where(fits, levels, above).min(),
+            torch.where(fits, below, levels).max(),
+        )
+    return above
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:

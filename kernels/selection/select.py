@@ -1,20 +1,21 @@
 """Select: from scores to lists of physical slots, without a sort.
 
-A list is a priority sample (Duffield, Lund and Thorup, J. ACM 54(6), 2007; for attention: ours). A
-token's priority is its score, a log2-probability s, plus the noise log2(1 / u) of a uniform u. The
-tokens of the highest priorities are listed: those that reach a threshold t. So every token that
-matters is, and of the others one in 2^(t - s), which weighs 2^(t - s): what a list leaves out is
-stood for by its like, without bias.
+Half of a list are the tokens of the best scores. The other half is a priority sample of the rest
+(Duffield, Lund and Thorup, J. ACM 54(6), 2007; in attention: ours). A token's priority is its score
+s, a log2-probability, plus log2(1 / u) of a uniform u; it is listed if that reaches a threshold t.
+So it is with the probability 2^(s - t), and stands for 2^(t - s) tokens: without bias, but with a
+large variance. Summaries have none, but a bias (:mod:`attention.summaries`). So each stands for a
+share of what is skipped: a sampled token weighs 1 + SAMPLE_SHARE (2^(t - s) - 1).
 
-Three launches. The first counts each list's priorities by bucket, from some tokens of a long
-history. The second shares a segment's budget among its lists and finds each list's thresholds: the
-priorities that as many tokens reach. The third walks the scores in order of address, the last
-chunks first, and writes the slots and weights of those that reach a threshold. Importance orders
-the tiers, address orders a tier, so the gather that follows reads memory in runs. Ours; the paper
-sorts.
+Three launches. The first counts each list's scores by bucket, from a sample in long histories. The
+second shares a segment's budget among its lists and finds each list's thresholds: the score that
+half as many tokens reach, and the priority that makes up the list. The third walks the scores in
+order of address, the last chunks first, and writes slots and weights of those that reach one.
+Importance orders the tiers, address orders a tier, so the gather that follows reads memory in runs.
+Ours; the paper sorts.
 
-Half of the budget is dealt equally, half by one level of priority for all lists that share it. A
-list ends earlier where its skipped tokens hold less softmax mass than the request's target error.
+Half of the budget is dealt equally, half by one level of probability for all lists that share it.
+A list ends earlier where its skipped tokens hold less softmax mass than the request's target error.
 """
 
 import torch
@@ -42,6 +43,7 @@ from .plan import plan_kernel
 from .selected import SelectedTokens
 
 NOISE_LIMIT = tl.constexpr(tuning.NOISE_LIMIT)
+SAMPLE_SHARE = tl.constexpr(tuning.SAMPLE_SHARE)
 RUN = 2 * ESTIMATE_STEP  # neighbouring tokens that are handled as one
 assert RUN == NOISE_STEP
 
@@ -66,14 +68,10 @@ def _bounds_of_list(p_bounds, chunks, CHUNKS_PAD: tl.constexpr):
 
 @triton.jit
 def _count_kernel(
-    p_scores, p_segments, p_bounds, p_noise, p_counts, p_masses, p_ranges,
-    stride_segment, stride_head, max_chunks, target_error,
+    p_scores, p_segments, p_bounds, p_counts, p_ranges, stride_segment, stride_head, max_chunks,
     CHUNK: tl.constexpr, BUCKETS: tl.constexpr, COUNTED: tl.constexpr, CHUNKS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """counts[b] = step * |priorities of bucket b, of a token per stratum|; and their range.
-
-    With a target error masses[b] = step * |scores of bucket b|.
-    """
+    """counts[b] = step * |scores of bucket b, of a sample of one per stratum|; and their range."""
     i_head, i_segment = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
     if (n == 0) | (tl.load(p_segments + i_segment * SEGMENT_COLUMNS + LIST_LENGTH) == 0):
@@ -82,27 +80,13 @@ def _count_kernel(
     step = tl.cdiv(n, COUNTED)
     strata = n // step
     best, worst = _bounds_of_list(p_bounds + 2 * i_list * max_chunks, tl.cdiv(n, CHUNK), CHUNKS_PAD)
-    best += NOISE_LIMIT
-    phase = noise_phase(tl.load(p_segments + i_segment * SEGMENT_COLUMNS + HISTORY))
     p_scores += i_segment * stride_segment + i_head * stride_head
-    o_b = tl.arange(0, BUCKETS)
     counts = tl.zeros([BUCKETS], tl.int32)
     for first in range(0, strata, CHUNK):
         o_n = first + tl.arange(0, CHUNK)
-        token = o_n * step + stratum_offset(o_n, step)
-        s = tl.load(p_scores + token, o_n < strata, 0.0).to(tl.float32)
-        noise = tl.load(p_noise + (token + phase) % NOISE_TOKENS).to(tl.float32)
-        bucket = _buckets(s + noise, best, worst, BUCKETS)
-        counts += tl.histogram(bucket, BUCKETS, mask=o_n < strata)
-    tl.store(p_counts + i_list * BUCKETS + o_b, counts * step)
-    if target_error > 0:
-        masses = tl.zeros([BUCKETS], tl.int32)
-        for first in range(0, strata, CHUNK):
-            o_n = first + tl.arange(0, CHUNK)
-            s = tl.load(p_scores + o_n * step + stratum_offset(o_n, step), o_n < strata, 0.0)
-            bucket = _buckets(s.to(tl.float32), best, worst, BUCKETS)
-            masses += tl.histogram(bucket, BUCKETS, mask=o_n < strata)
-        tl.store(p_masses + i_list * BUCKETS + o_b, masses * step)
+        s = tl.load(p_scores + o_n * step + stratum_offset(o_n, step), o_n < strata, 0.0)
+        counts += tl.histogram(_buckets(s, best, worst, BUCKETS), BUCKETS, mask=o_n < strata)
+    tl.store(p_counts + i_list * BUCKETS + tl.arange(0, BUCKETS), counts * step)
     tl.store(p_ranges + 2 * i_list, best)
     tl.store(p_ranges + 2 * i_list + 1, worst)
 
@@ -117,12 +101,17 @@ def _ones(bits):
 
 
 @triton.jit
-def _bits(scores, noise, least, below, o_in, BOUNDED: tl.constexpr):
-    """Return which of the priorities [N, M] reach a threshold: N numbers of M bits."""
-    priority = scores.to(tl.float32) + noise.to(tl.float32)
-    listed = priority >= least
+def _bits(scores, p_noise, least, priority, below, o_in, BOUNDED: tl.constexpr, LAST: tl.constexpr):
+    """Return which of the scores [N, M] reach a threshold: N numbers of M bits.
+
+    In the last tier scores that reach ``least``, or ``priority`` with their noise.
+    """
+    scores = scores.to(tl.float32)
+    listed = scores >= least
+    if LAST:
+        listed |= scores + tl.load(p_noise).to(tl.float32) >= priority
     if BOUNDED:
-        listed &= priority < below
+        listed &= scores < below
     return tl.sum(tl.where(listed, 1 << o_in[None, :], 0), 1)
 
 
@@ -136,7 +125,8 @@ def _emit_kernel(
 ):  # fmt: skip
     """slots[place] = table[n / PAGE] PAGE + n % PAGE of the tokens n that reach a tier's threshold.
 
-    And weights[place] = max(last tier's threshold - score, 0), in base 2.
+    And weights[place] = log2(1 + SHARE (2^d - 1)), d = min(priority's threshold - score, LIMIT),
+    of those that are listed by their priority; 0 of others.
     RUN neighbouring tokens lie on one page, and are the bits of one number, so that little is done
     for each token. CHUNK tokens are handled at a time. With SPLIT the programs of the last
     dimension share a list, which has one tier then.
@@ -149,7 +139,8 @@ def _emit_kernel(
     if tl.load(p_lengths + i_list) == 0:
         return
     room = stride_slots_head
-    last = tl.load(p_thresholds + i_list * TIERS + TIERS - 1)
+    p_thresholds += i_list * (TIERS + 1)
+    scored, priority = tl.load(p_thresholds + TIERS - 1), tl.load(p_thresholds + TIERS)
     p_scores += i_segment * stride_segment + i_head * stride_head
     phase = noise_phase(tl.load(p_segments + i_segment * SEGMENT_COLUMNS + HISTORY))
     p_slots += i_segment * stride_slots_segment + i_head * stride_slots_head
@@ -170,7 +161,7 @@ def _emit_kernel(
     before = 0
     below = float("inf")
     for t in tl.static_range(TIERS):
-        least = tl.load(p_thresholds + i_list * TIERS + t)
+        least = tl.load(p_thresholds + t)
         if SPLIT:
             # Count what other programs list before this one's share, so that none waits.
             o_n = tl.arange(0, CHUNK)
@@ -178,8 +169,9 @@ def _emit_kernel(
             for i in range(origin, origin + begin):
                 start = tl.where(i < chunks, i, i - chunks) * CHUNK
                 s = tl.load(p_scores + start + o_n).to(tl.float32)
-                s += tl.load(p_noise + (start + o_n + phase) % NOISE_TOKENS).to(tl.float32)
-                others += ((s >= least) & (start + o_n < n)).to(tl.int32)
+                noise = tl.load(p_noise + (start + o_n + phase) % NOISE_TOKENS).to(tl.float32)
+                reach = (s >= least) | (s + noise >= priority)
+                others += (reach & (start + o_n < n)).to(tl.int32)
             before = tl.sum(others)
         # Rows of scores hold whole chunks: loads without a mask are wide. The next chunk is on its
         # way while one is listed.
@@ -190,8 +182,10 @@ def _emit_kernel(
             start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
             p_run = p_noise + tl.multiple_of((start + phase) % NOISE_TOKENS, RUN)[:, None]
             p_run += o_in[None, :]
-            bits = _bits(low, tl.load(p_run), least, below, o_in, t > 0)
-            more = _bits(high, tl.load(p_run + RUN // 2), least, below, o_in, t > 0)
+            bits = _bits(low, p_run, least, priority, below, o_in, t > 0, t == TIERS - 1)
+            more = _bits(
+                high, p_run + RUN // 2, least, priority, below, o_in, t > 0, t == TIERS - 1
+            )
             bits |= more << (RUN // 2)
             next = tl.where(i + 1 < chunks, i + 1, i + 1 - chunks) * CHUNK
             p_run = p_scores + (next + o_run)[:, None] + o_in[None, :]
@@ -208,8 +202,11 @@ def _emit_kernel(
                 number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
                 m_token = (lowest != 0) & (place + i_token < room)
                 tl.store(p_slots + place + i_token, slot + number, m_token)
-                s = tl.load(p_scores + start + number, m_token, 0.0).to(tl.float32)
-                weight = tl.minimum(tl.maximum(last - s, 0.0), NOISE_LIMIT)
+                weight = tl.zeros_like(slot).to(tl.float32)
+                if t == TIERS - 1:
+                    s = tl.load(p_scores + start + number, m_token, 0.0).to(tl.float32)
+                    gap = tl.where(s >= scored, 0.0, tl.minimum(priority - s, NOISE_LIMIT))
+                    weight = tl.log2(1.0 + (tl.exp2(tl.maximum(gap, 0.0)) - 1.0) * SAMPLE_SHARE)
                 tl.store(p_weights + place + i_token, weight.to(tl.float16), m_token)
             if i_segment % EVERY == 0:
                 # Half of a run has one sample at most: that of the stratum it begins in, or of the
@@ -260,15 +257,14 @@ class SelectWorkspace:
         self.scores = empty(segments, heads, self.chunks * chunk, dtype=torch.float16)
         self.slots = empty(heads * slots, dtype=torch.int32)
         self.weights = empty(heads * slots, dtype=torch.float16)
+        self.noise = priority_noise(device)
         self.lengths = empty(segments, heads, dtype=torch.int32)
         sampled = -(-segments // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
-        self.noise = priority_noise(device)
         self.counts = empty(lists, BUCKETS, dtype=torch.int32)
-        self.masses = empty(lists, BUCKETS, dtype=torch.int32)
         self.ranges = empty(lists, 2, dtype=torch.float32)
-        self.thresholds = empty(lists, TIERS, dtype=torch.float32)
+        self.thresholds = empty(lists, TIERS + 1, dtype=torch.float32)
 
     def lists(self, work: WorkList) -> SelectedTokens:
         """Return the lists of a work list: views of the scratch."""
@@ -312,9 +308,8 @@ def select(
     strides = (space.scores.stride(0), space.scores.stride(1))
     shape = {"CHUNK": space.chunk, "TIERS": tiers}
     _count_kernel[(heads, work.num_segments)](
-        space.scores, work.segments, space.bounds, space.noise, space.counts, space.masses,
-        space.ranges, *strides, space.chunks, work.target_error, CHUNK=space.chunk,
-        BUCKETS=BUCKETS, COUNTED=counted,
+        space.scores, work.segments, space.bounds, space.counts, space.ranges, *strides,
+        space.chunks, CHUNK=space.chunk, BUCKETS=BUCKETS, COUNTED=counted,
         CHUNKS_PAD=triton.next_power_of_2(space.chunks),
         num_warps=8 if split else 4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -322,8 +317,8 @@ def select(
     # not by the reference.
     pad = triton.next_power_of_2(shared)
     plan_kernel[(triton.cdiv(heads, shared), work.num_segments)](
-        work.segments, space.counts, space.masses, space.ranges, lengths, space.thresholds,
-        work.target_error, heads, BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
+        work.segments, space.counts, space.ranges, lengths, space.thresholds, work.target_error,
+        heads, BUCKETS=BUCKETS, SHARED=shared, SHARED_PAD=pad,
         MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers,
         num_warps=min(max(4, pad), 32), enable_fp_fusion=False,  # levels of all lists in registers
     )  # fmt: skip

@@ -11,7 +11,7 @@ class SelectedTokens(NamedTuple):
     Attributes:
         slots: int32 ``[segments, kv_heads, >= max_list]``, physical slots
             (block * block_size + offset).
-        weights: float16, likewise: the base-2 logarithm of how many tokens each stands for.
+        weights: float16, likewise: the base-2 logarithm of how many tokens each counts for.
         lengths: int32 ``[segments, kv_heads]``, slots to visit.
         samples: int32 ``[ceil(segments / ESTIMATE_EVERY), kv_heads, ESTIMATE_TOKENS]``: for every
             ``ESTIMATE_EVERY``-th segment the places in its list of evenly spaced tokens of its

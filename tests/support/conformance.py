@@ -148,8 +148,8 @@ def check_decode(ours: Backend, *, full: bool, prompt: int = 690, tokens: int = 
             else:
                 assert item[LIST_LENGTH] == int(0.5 * item[DENSE_START])
             errors.append(error)
-    # Random numbers have no mean: lists of half the history by random scores give some 0.87.
-    assert full or sum(errors) / len(errors) < 0.84, errors
+    # Lists of half the history by random scores give some 0.87, these 0.55 to 0.75.
+    assert full or sum(errors) / len(errors) < 0.8, errors
 
 
 def every_token():
