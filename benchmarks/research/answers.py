@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     save(args.out, header(), rows)
     for row in rows:
         print(
-            f"{row['task']} {row['context']} {row['question']:>5} {row['lists']:>6} {row['ranking']} budget "
+            f"{row['task']} {row['context']} {row['question']:>5} {row['lists']:>6}"
+            f" {row['ranking']} budget "
             f"{row['budget']:<6} {row['value']:+.3f} nats [{row['low']:+.3f}, {row['high']:+.3f}], "
             f"hit {row['hit']:.3f} of {row['dense_hit']:.3f} ({row['samples']} prompts)"
         )

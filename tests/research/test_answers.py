@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 
 def prompt(tokens=700, wanted=3):
     numbers = [3 + (7 * n * n) % (VOCABULARY - 3) for n in range(tokens + wanted)]
-    return answers.Prompt("vt", 700, numbers, tokens)
+    return answers.Prompt("vt", 700, "end", numbers, tokens)
 
 
 def test_dense_attention_loses_nothing_and_little_attention_something(model):
@@ -41,8 +41,8 @@ def test_a_string_is_a_hit_if_every_token_is_the_likeliest(model):
             if model.read([*tokens, token], len(tokens), dense)[1] == [True]:
                 tokens = [*tokens, token]
                 break
-    likeliest = answers.Prompt("vt", 700, tokens, 700)
-    other = answers.Prompt("vt", 700, [*tokens[:-1], (tokens[-1] + 1) % VOCABULARY], 700)
+    likeliest = answers.Prompt("vt", 700, "end", tokens, 700)
+    other = answers.Prompt("vt", 700, "end", [*tokens[:-1], (tokens[-1] + 1) % VOCABULARY], 700)
     assert len(tokens) == 703
     assert [hit for _, hit in answers.judge(model, [likeliest, other], [], dense)[0]] == [
         True,

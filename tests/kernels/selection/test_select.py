@@ -63,9 +63,7 @@ def random_scores(work, kv_heads, device, kind):
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "few values", "equal"])
 @pytest.mark.parametrize(("budget", "page"), [(0.05, 16), (0.4, 48), (0.99, 128)])
-@pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)]
-)
+@pytest.mark.parametrize(("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)])
 def test_lists_match_the_reference(device, kind, budget, page, tiers, counted):
     """All scores are counted, or one of three."""
     batch = make_batch(device, budget=budget, page=page, chunks=((400, 40), (0, 10), (129, 3)))
@@ -99,9 +97,7 @@ def assert_same_lists(work, got, wanted):
 
 @pytest.mark.parametrize("shared", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["normal", "equal"])
-@pytest.mark.parametrize(
-    ("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)]
-)
+@pytest.mark.parametrize(("tiers", "counted"), [(TIERS, COUNTED), (TIERS_UNORDERED, 150)])
 def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tiers, counted):
     """Five lists by threes or fours: the last share among fewer."""
     batch = make_batch(device, budget=0.3, chunks=((224, 20), (0, 10)), heads=5, kv_heads=5)
