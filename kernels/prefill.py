@@ -86,14 +86,15 @@ class SparsePrefill:
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         table = torch.zeros_like(block_table)
         out = torch.empty_like(query)
-        for visits, dense in product((0, WIDE_VISITS), (False, True)):
+        for dense, visits in ((False, 0), (True, 0), (True, WIDE_VISITS)):
             work = small_work_list(query.device, self.shape.segment, dense)
-            work = replace(work, max_visits=visits)
+            work = replace(work, max_dense=max(work.max_dense, visits))
             self(query, kv_cache, table, work, out, counters, query_e4m3=query_e4m3)
 
-    def tile(self, work: WorkList, e4m3: bool) -> AttendTile:
-        """Return the tile shape for a work list, whose queries may be in e4m3."""
-        return self.tiles[e4m3, WIDE_VISITS if work.max_visits >= WIDE_VISITS else 0]
+    def tiles_of(self, work: WorkList, e4m3: bool) -> dict[str, AttendTile]:
+        """Return the tile shapes for a work list's segments; queries may be in e4m3."""
+        dense = WIDE_VISITS if work.max_dense >= WIDE_VISITS else 0
+        return {"tile": self.tiles[e4m3, 0], "dense_tile": self.tiles[e4m3, dense]}
 
     def __call__(
         self,
@@ -136,7 +137,7 @@ class SparsePrefill:
             *arguments, self.space.selection.lists(work), self.space.summaries, out, counters,
             scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
             stop_threshold=self.stop_threshold, query_e4m3=query_e4m3,
-            tile=self.tile(work, query_e4m3 is not None),
+            **self.tiles_of(work, query_e4m3 is not None),
         )  # fmt: skip
 
     def rank(

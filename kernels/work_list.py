@@ -94,8 +94,6 @@ class WorkList:
         max_queries: most queries of any segment.
         dense_segments: segments that visit all of their history; these are the last ones.
         max_dense: longest history of these.
-        max_visits: most tokens of its history that any segment visits, averaged over the heads that
-            share a budget.
         spans: ``span_table`` on the host.
     """
 
@@ -112,7 +110,6 @@ class WorkList:
     max_queries: int
     dense_segments: int = 0
     max_dense: int = 0
-    max_visits: int = 0
     spans: tuple[Span, ...] = ()
 
     @property
@@ -250,7 +247,6 @@ def chunk_lists(
                 max_queries=max(line[NUM_QUERIES] for line in lines),
                 dense_segments=len(dense),
                 max_dense=max(dense, default=0),
-                max_visits=max(visits(line) for line in lines),
                 spans=tuple(spans),
             )
         )
@@ -260,11 +256,6 @@ def chunk_lists(
 def seen(line: Sequence[int]) -> int:
     """Return the tokens that a segment's queries see; 0 if it is not ranked."""
     return line[DENSE_START] + line[NUM_QUERIES] if line[DENSE_START] else 0
-
-
-def visits(line: Sequence[int]) -> int:
-    """Return the history tokens that a segment visits, averaged over heads that share a budget."""
-    return line[LIST_LENGTH] + line[HISTORY] - line[DENSE_START]
 
 
 def ranked_together(segments: int) -> list[tuple[int, int]]:

@@ -202,9 +202,9 @@ class Sparse:
         """Return what every launch takes first."""
         return self.query, self.prompt.kv_cache, self.prompt.block_table, work
 
-    def tile(self, work: WorkList) -> AttendTile:
-        """Return the tile that a wave is attended to with."""
-        return self.operator.tile(work, self.query_e4m3 is not None)
+    def tiles(self, work: WorkList) -> dict[str, AttendTile]:
+        """Return the tiles that a wave is attended to with."""
+        return self.operator.tiles_of(work, self.query_e4m3 is not None)
 
     def run(self) -> torch.Tensor:
         """Rank, select and attend; return the output."""
@@ -224,7 +224,7 @@ class Sparse:
             attend.attend(
                 *self.arguments(work), lists, summaries, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
-                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, tile=self.tile(work),
+                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, **self.tiles(work),
             )  # fmt: skip
 
     def visits(self, first: int = 0) -> Visits:
@@ -243,7 +243,7 @@ class Sparse:
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())
             gathered += attend_bytes(
-                shape, self.tile(work).block_m, queries, counters[VISITED] - before[VISITED],
+                shape, self.tiles(work)["tile"].block_m, queries, counters[VISITED] - before[VISITED],
                 self.prompt.kv_dtype, lists.lengths.shape[1],
             )  # fmt: skip
             if int(work.segments[:, HISTORY].min()) >= first:

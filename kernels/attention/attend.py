@@ -302,6 +302,7 @@ def attend(
     parts: Parts | None = None,
     query_e4m3: torch.Tensor | None = None,
     tile: AttendTile,
+    dense_tile: AttendTile | None = None,
 ) -> None:
     """Run both passes for every segment of a work list.
 
@@ -330,6 +331,7 @@ def attend(
             quantises its queries as it does its cache: both operands of the scores are e4m3 then.
             Not in the interpreter; see `tiles.fp8_products`.
         tile: tile shape, see :mod:`tiles`.
+        dense_tile: that of dense segments; by default the same.
 
     Source: S2O, two passes and early stop; packing the GQA group into a tile and the summaries are
     ours.
@@ -338,7 +340,6 @@ def attend(
     group = query.shape[1] // kv_heads
     contiguous = kv_cache.stride(0) == page * kv_cache.stride(2)
     shares = 0 if parts is None else parts.lse.shape[2]
-    tiles = shares or -(-work.max_queries // (tile.block_m // group))
     pad = triton.next_power_of_2(head_dim)
     known = summaries.known
     ranked = work.num_segments - work.dense_segments
@@ -347,6 +348,9 @@ def attend(
             continue
         dense = first == ranked
         stops = stop_threshold > 0 and not dense
+        if dense:
+            tile = dense_tile or tile
+        tiles = shares or -(-work.max_queries // (tile.block_m // group))
         slots = history_slots(block_table, work, page) if dense else selected.slots
         _attend_kernel[(tiles, count, kv_heads)](
             (query, query_e4m3, query.stride(0), query.stride(1)),

@@ -195,7 +195,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
             for place, part in enumerate(parts):
                 bound = space.bounds[number * heads + head, place]
                 bound[0], bound[1] = part.max(), part.min()
-    for part in (space.slots, space.lengths, space.samples):
+    for part in (space.slots, space.weights, space.lengths, space.samples):
         part.fill_(-7)
     select.select(batch.block_table, work, page, space, tiers, counted, shared=shared)
     wanted = selection_reference.select(
@@ -214,9 +214,9 @@ def assert_sound(batch, work, lists, shared):
             (batch.block_table[item[0]][positions // page] * page + positions % page).tolist()
         )
         for group in lists.lengths[number].split(shared):
-            assert int(group.sum()) <= len(group) * item[LIST_LENGTH]
+            assert int(group.sum()) <= len(group) * lists.slots.shape[2]
         for head, count in enumerate(lists.lengths[number].tolist()):
-            assert 0 <= count <= longest_list(item, shared)
+            assert 0 <= count <= list_capacity(work.max_list)
             slots = lists.slots[number, head, :count].tolist()
             assert len(set(slots)) == count
             assert set(slots) <= own

@@ -171,7 +171,8 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
 def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, SelectedTokens]]:
     """Each request's work with lists of random history tokens, as many as its budget allows.
 
-    ``uneven`` shortens the lists of all heads but the first, each by a random share.
+    ``uneven`` shortens the lists of all heads but the first, each by a random share, and gives
+    their tokens weights.
     """
     page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
@@ -179,6 +180,8 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Se
         sampled = -(-work.num_segments // ESTIMATE_EVERY)
         slots = torch.zeros(work.num_segments, kv_heads, max(work.max_list, 1), dtype=torch.int32)
         lengths = torch.zeros(work.num_segments, kv_heads, dtype=torch.int32)
+        weights = 4 * torch.rand(slots.shape) if uneven else torch.zeros(slots.shape)
+        weights = weights.half()
         samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
         for number, item in enumerate(work.segments.tolist()):
@@ -197,7 +200,10 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Se
                     samples[number // ESTIMATE_EVERY, head, : len(places)] = places
         device = batch.query.device
         lists.append(
-            (work, SelectedTokens(*(part.to(device) for part in (slots, lengths, samples))))
+            (
+                work,
+                SelectedTokens(*(part.to(device) for part in (slots, weights, lengths, samples))),
+            )
         )
     return lists
 

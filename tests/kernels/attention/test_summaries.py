@@ -19,6 +19,7 @@ from s2o_vllm.kernels.tuning import (
     REGION_VARIANCE,
     REGION_WEIGHT,
     REGION_WEIGHT_LIMIT,
+    SAMPLE_SHARE,
 )
 
 NONE_LISTED = 1e-9  # a budget of no token at all
@@ -162,9 +163,10 @@ def attended(batch, work, own):
             (1, kv_heads, 256),
         )
     )
+    weights = torch.zeros(slots.shape, dtype=torch.float16, device=device)
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    selected = SelectedTokens(slots, lengths, samples)
+    selected = SelectedTokens(slots, weights, lengths, samples)
     attend.attend(
         batch.query, batch.kv_cache, batch.block_table, work, selected, own, out, counters,
         scale=batch.scale, tile=attend_tile(batch.query.shape[2], device),
@@ -185,7 +187,7 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
     keys, values = (x.double().repeat_interleave(2, 0) for x in tokens_of(batch, batch.rows[0]))
     queries = batch.query.double().transpose(0, 1)
     scores = queries @ keys.mT * batch.scale
-    scores[..., : 3 * region] += torch.tensor(REGION_WEIGHT).log()
+    scores[..., : 3 * region] += torch.tensor(REGION_WEIGHT * (1 - SAMPLE_SHARE)).log()
     future = torch.ones(own_tokens, own_tokens, device=device).triu(1).bool()
     scores[..., 3 * region :].masked_fill_(future, float("-inf"))
     wanted = (scores.softmax(-1) @ values).transpose(0, 1)
@@ -242,7 +244,7 @@ def test_a_region_counts_more_where_scores_spread(device, size):
     queries = batch.query.double().transpose(0, 1)
     variance = (queries @ centred.mT * batch.scale).square().mean(-1)
     weight = (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
-    wanted = 1 / (1 + regions_of * region * weight)
+    wanted = 1 / (1 + regions_of * region * weight * (1 - SAMPLE_SHARE))
     found = out.double().transpose(0, 1)[..., 0]
     assert (found / wanted).log().abs().max() < 0.3, "a sample tells the covariance"
     assert (weight == REGION_WEIGHT_LIMIT).all() == (size == 30.0)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from s2o_vllm.kernels.tuning import (
     ESTIMATE_EVERY,
     HEADS_SHARED,
     MEAN_OF_MAX,
+    NOISE_LIMIT,
+    SAMPLE_SHARE,
     TIERS,
     TIERS_UNORDERED,
 )
@@ -84,7 +88,8 @@ def assert_same_lists(work, got, wanted):
             assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
             assert (slots[count:] == -7).all(), "wrote beyond the list"
             weights = got.weights[number, head]
-            assert weights[:count].tolist() == wanted.weights[number, head, :count].tolist()
+            far = (weights[:count] - wanted.weights[number, head, :count]).float().abs()
+            assert count == 0 or far.max() < 8e-3, "a rounding of float16"
             assert (weights[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
                 history = int(work.segments[number, DENSE_START])
@@ -112,9 +117,11 @@ def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tie
         )
         assert_same_lists(work, got, wanted)
         for lengths, item in zip(got.lengths.split(1), work.segments.tolist(), strict=True):
-            assert int(lengths.max()) <= longest_list(item, shared) <= work.max_list
+            assert int(lengths.max()) <= list_capacity(longest_list(item, shared))
             for group in lengths[0].split(shared):
-                assert int(group.sum()) <= len(group) * item[LIST_LENGTH]
+                # Of equal scores all are listed that there is room for.
+                planned = len(group) * item[LIST_LENGTH]
+                assert kind == "equal" or int(group.sum()) <= planned + 4 * planned**0.5
 
 
 @pytest.mark.parametrize("shared", [3, 4])
@@ -127,11 +134,12 @@ def test_one_likely_list_may_take_what_all_that_share_can_spare(device, shared):
     lists = select_with_kernel(batch, work, scores.half(), 256, TIERS_UNORDERED, shared=shared)
     lengths = lists.lengths[0].tolist()
     most = shared * count - (shared - 1) * ((count + 1) // 2)
-    assert 0.95 * most <= lengths[1] <= most == work.max_list
-    assert all(length <= (count + 1) // 2 for length in (lengths[0], *lengths[2:shared]))
-    assert 0.95 * shared * count <= sum(lengths[:shared]) <= shared * count
+    assert most == work.max_list
+    assert 0.9 * most <= lengths[1] <= 1.05 * most
+    assert all(length <= 0.6 * count + 4 for length in (lengths[0], *lengths[2:shared]))
+    assert 0.93 * shared * count <= sum(lengths[:shared]) <= 1.07 * shared * count
     others = lengths[shared:]
-    assert 0.95 * shared * count <= sum(others) <= shared * count, "another group has its own"
+    assert 0.93 * shared * count <= sum(others) <= 1.07 * shared * count, "another has its own"
     assert max(others) < 1.5 * count
 
 
@@ -147,7 +155,8 @@ def test_a_target_error_ends_lists_where_the_reference_does(device, target, kind
     wanted = selection_reference.select(scores.half(), batch.block_table, work, 16).lengths
     assert (got - wanted).abs().max() <= 2, "rounding may need a token more"
     whole = torch.tensor([[item[LIST_LENGTH]] for item in work.segments.tolist()], device=device)
-    assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
+    if kind == "normal":  # of equal scores all are listed that there is room for
+        assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
 
 
 def test_lists_of_likelier_tokens_are_longer(device):
@@ -161,10 +170,10 @@ def test_lists_of_likelier_tokens_are_longer(device):
     one, other, most, least, alone = select_with_kernel(batch, work, scores.half()).lengths[0]
     assert count * 1.5 > one > other > count / 2
     most_of_two, least_of_two = 2 * count - (count + 1) // 2, (count + 1) // 2
-    assert 0.95 * 2 * count <= one + other <= 2 * count
-    assert 0.95 * most_of_two <= most <= most_of_two
-    assert 0.95 * least_of_two <= least <= least_of_two
-    assert 0.95 * count <= alone <= count, "an odd head keeps its budget"
+    assert 0.93 * 2 * count <= one + other <= 1.07 * 2 * count
+    assert 0.93 * most_of_two <= most <= 1.07 * most_of_two
+    assert 0.9 * least_of_two <= least <= 1.1 * least_of_two
+    assert 0.9 * count <= alone <= 1.1 * count, "an odd head keeps its budget"
 
 
 def test_equal_heads_have_equal_lists(device):
@@ -173,7 +182,7 @@ def test_equal_heads_have_equal_lists(device):
     scores = torch.randn(1, 1, 704, device=device).half().expand(-1, 2, -1)
     one, other = select_with_kernel(batch, work, scores).lengths[0].tolist()
     assert one == other
-    assert 0.95 * int(work.segments[0, LIST_LENGTH]) <= one <= int(work.segments[0, LIST_LENGTH])
+    assert 0.9 < one / int(work.segments[0, LIST_LENGTH]) < 1.1
 
 
 @pytest.mark.parametrize(("p", "share"), [(1.0, 1.0), (100.0, MEAN_OF_MAX)])
@@ -195,7 +204,7 @@ def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
 
 def test_neither_the_first_nor_the_last_tokens_are_cut_off():
     """Of equal scores all are wanted: what the list cannot hold lies before the last two chunks."""
-    taken = selection_reference.select_positions(torch.zeros(1000), 700, chunk=10).tolist()
+    taken = positions(torch.zeros(1000), 700, capacity=700, chunk=10).tolist()
     assert sorted(taken) == [*range(680), *range(980, 1000)]
 
 
@@ -206,7 +215,7 @@ def test_a_sink_stays_listed_where_all_else_is_recent():
         scores = torch.randn(16_000) - 25
         scores[0] = -2.0
         scores[12_000:] += 9 * torch.linspace(0, 1, 4000) ** 2
-        assert 0 in selection_reference.select_positions(scores.half().float(), 400).tolist()
+        assert 0 in positions(scores.half().float(), 400, capacity=608).tolist()
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8])
@@ -229,9 +238,10 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
     page = batch.kv_cache.shape[2]
     place = torch.full((int(batch.block_table.max()) + 1,), -1, device=device)
     place[batch.block_table[0, : n // page].long()] = torch.arange(n // page, device=device)
-    positions = place[slots // page] * page + slots % page
-    assert (positions % 24 == 5).all(), "an unlikely token is listed"
-    assert 0.98 * count <= length <= count
+    listed = place[slots // page] * page + slots % page
+    half = listed.sort().values  # the best half are likely ones, and so is the sample of the rest
+    assert (half % 24 == 5).float().mean() > 0.98, "unlikely tokens are listed"
+    assert 0.85 * count <= length <= 1.15 * count
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
@@ -255,7 +265,7 @@ def test_page_table_is_the_only_indirection(device):
     page = batch.kv_cache.shape[2]
     position = {}
     for name, one in (("a", batch), ("b", moved)):
-        slots, lengths, _ = select_with_kernel(one, work, scores)
+        slots, _, lengths, _ = select_with_kernel(one, work, scores)
         table = one.block_table[0].tolist()
         position[name] = [
             table.index(slot // page) * page + slot % page
@@ -265,50 +275,91 @@ def test_page_table_is_the_only_indirection(device):
     assert position["a"] == position["b"]
 
 
-@pytest.mark.parametrize("step", [4, 16])
-@pytest.mark.parametrize("tiers", [TIERS_UNORDERED])
-def test_a_list_of_which_a_sample_was_counted_is_nearly_as_long_as_planned(step, tiers):
-    lengths = [
-        len(selection_reference.select_positions(torch.randn(20000), 1000, tiers, step))
-        for _ in range(50)
-    ]
-    unsure = (1000 * (step - 1)) ** 0.5
-    assert max(lengths) <= 1000, "those that would be longer are cut"
-    if tiers == TIERS_UNORDERED:
-        assert 1000 - 3 * unsure < sum(lengths) / 50 < 1000 - 0.5 * unsure
-    else:
-        assert max(lengths) == 1000
-        assert 1000 - 0.25 * unsure < sum(lengths) / 50
+def positions(scores, length, tiers=TIERS, step=1, capacity=None, chunk=CHUNK, history=None):
+    """What the reference lists; without a history to draw by, priorities are scores."""
+    n = len(scores)
+    noise = torch.zeros(n) if history is None else selection_reference.segment_noise(
+        history, n, torch.device("cpu")
+    )  # fmt: skip
+    return selection_reference.select_positions(
+        scores, noise, length, capacity or n, tiers, step, chunk
+    )[0]
 
 
-def test_a_list_of_nearly_all_tokens_leaves_out_hardly_more_than_it_must():
-    """Of 3,000 seeds 127 leave out more: a single tier counts linearly inside the worst bucket."""
+@pytest.mark.parametrize("step", [1, 4, 16])
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
+def test_a_list_is_as_long_as_planned_on_average(step, tiers):
     torch.manual_seed(0)
-    for tiers in (TIERS, TIERS_UNORDERED, TIERS_UNORDERED):
-        assert len(selection_reference.select_positions(torch.randn(1400), 1399, tiers)) >= 1398
+    lengths = [
+        len(positions(torch.randn(20000), 1000, tiers, step, history=64 * number))
+        for number in range(50)
+    ]
+    assert sum(lengths) / 50 == pytest.approx(1000, rel=0.02)
+    unsure = (1000 * step) ** 0.5
+    assert max(abs(length - 1000) for length in lengths) < 5 * unsure
+
+
+def test_a_list_of_nearly_all_tokens_leaves_out_hardly_any():
+    torch.manual_seed(0)
+    for tiers in (TIERS, TIERS_UNORDERED):
+        assert len(positions(torch.randn(1400), 1399, tiers, history=1408)) >= 1390
+        assert len(positions(torch.randn(1400), 1400, tiers, history=1408)) == 1400
 
 
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_selection_keeps_the_best(tiers):
+    torch.manual_seed(0)
     scores = torch.randn(5000)
-    taken = selection_reference.select_positions(scores, 500, tiers)
-    assert 495 <= len(taken) == len(set(taken.tolist())) <= 500
-    assert set(scores.topk(400).indices.tolist()) < set(taken.tolist()), "only the worst are cut"
-    assert set(taken.tolist()) < set(scores.topk(550).indices.tolist())
+    taken = positions(scores, 500, tiers, history=5056).tolist()
+    assert 450 <= len(taken) == len(set(taken)) <= 550
+    assert set(scores.topk(240).indices.tolist()) < set(taken), "the best half are all listed"
+
+
+def test_a_sampled_token_stands_for_as_many_as_it_was_drawn_from():
+    """Weights of a list add up to its history, for all tokens within the noise's reach."""
+    torch.manual_seed(0)
+    scores = 2 * torch.rand(20000) - 12
+    totals, counts = [], []
+    for number in range(40):
+        noise = selection_reference.segment_noise(64 * number, 20000, torch.device("cpu"))
+        listed, weights = selection_reference.select_positions(scores, noise, 2000, 4000)
+        stands_for = 1 + (weights.exp2() - 1) / SAMPLE_SHARE
+        mass = scores[listed].exp2()
+        totals.append(float((mass * stands_for).sum() / scores.exp2().sum()))
+        counts.append(float(mass.sum() / scores.exp2().sum()))
+        best = scores[listed].topk(900).indices
+        assert (weights[best] == 0).all(), "what is listed by its score stands for itself"
+        assert weights.max() <= math.log2(1 + SAMPLE_SHARE * (2**NOISE_LIMIT - 1))
+    assert sum(totals) / 40 == pytest.approx(1, abs=0.01)
+    assert max(counts) < 0.3, "without weights most of the mass is lost"
+
+
+def test_a_segment_draws_its_own_sample():
+    """By its place in the sequence alone: not by the head, the chunk or the list it came with."""
+    cpu = torch.device("cpu")
+    one, same, other = (
+        selection_reference.segment_noise(history, 4096, cpu) for history in (8192, 8192, 8256)
+    )
+    assert torch.equal(one, same)
+    assert (one != other).float().mean() > 0.9
+    assert one.min() >= 0
+    assert one.max() <= NOISE_LIMIT
+    assert float((one >= 1).float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float((one >= 5).float().mean()) == pytest.approx(1 / 32, abs=0.01)
 
 
 def test_order_is_by_tier_and_by_address_inside_one():
-    scores = torch.tensor([0.0, 9.0, 1.0, 10.0, 2.0, 8.0, 3.0, 9.5])
-    taken = selection_reference.select_positions(scores, 4).tolist()
-    assert set(taken) == {1, 3, 5, 7}
+    scores = torch.tensor([0.0, 9.0, 1.0, 10.0, 2.0, 8.0, 3.0, 9.5] + [-9.0] * 24)
+    taken = positions(scores, 8).tolist()
+    assert set(taken) >= {1, 3, 5, 7}
     assert taken[0] == 3, "the best comes first"
-    assert taken[-1] == 5, "the worst comes last"
+    assert taken[1:2] == [7], "then the second tier"
 
 
 def test_lists_are_nearly_full_and_without_repeats(device):
     batch = make_batch(device, budget=0.3, chunks=((400, 64),))
     (work,) = batch.work()
-    slots, lengths, _ = select_with_kernel(
+    slots, _, lengths, _ = select_with_kernel(
         batch, work, random_scores(work, 2, device, "few values")
     )
     for number, of_item in enumerate(lengths.tolist()):
