@@ -5,6 +5,7 @@
 # make test-gpu   the kernels on the card, and servers on it
 # make test-gpu-sanitize   the kernels on the card under compute-sanitizer: memcheck, racecheck, initcheck
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
+# make bench-replay  conversations and mixed loads on the card: stock vLLM beside S2O (ARGS="--resume")
 # make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
 # make image-test build the image and run it, read-only and without privileges
 # make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
@@ -30,7 +31,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu image image-test soak docs clean
+.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu bench-replay image image-test soak docs clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -68,6 +69,11 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench profile
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report
+
+bench-replay: $(INSTALLED_DEV)
+	$(PY) -P -m s2o_vllm.cli bench replay --concurrency 1,4 --goodput ttft:4000 tpot:100 $(ARGS)
+	$(PY) -P -m s2o_vllm.cli bench replay --replay mixed --sessions 40 --rates 0.5,1 \
+	  --goodput ttft:4000 tpot:100 --out benchmarks/results/replay_mixed.json $(ARGS)
 
 ENGINE := docker
 SOURCE := unknown

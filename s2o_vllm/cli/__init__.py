@@ -30,6 +30,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("bench", "profile"): Command(
         "s2o_vllm.benchmarks.speed.profile", "say where a long prompt's time goes on the GPU"
     ),
+    ("bench", "replay"): Command(
+        "s2o_vllm.benchmarks.speed.replay", "replay conversations on stock vLLM and S2O"
+    ),
     ("bench", "report"): Command(
         "s2o_vllm.benchmarks.speed.report", "write the speed report from the result files"
     ),
@@ -61,7 +64,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "report"): Command(
         "s2o_vllm.benchmarks.quality.report", "write the quality report from the result files"
     ),
-    ("loadtest",): Command("s2o_vllm.loadtest", "drive a running server at rising rates"),
+    ("loadtest",): Command(
+        "s2o_vllm.loadtest", "drive running servers: rising rates, or conversations"
+    ),
 }
 GROUPS = {"bench": "measure speed", "eval": "measure quality"}
 
