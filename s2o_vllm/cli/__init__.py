@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("doctor",): Command("s2o_vllm.cli.doctor", "say whether S2O would run here, and why not"),
     ("serve",): Command("s2o_vllm.cli.serve", "start vLLM's server with S2O on"),
+    ("probe",): Command("s2o_vllm.cli.probe", "tell whether a server still works"),
     ("bench", "attention"): Command("s2o_vllm.benchmarks.speed.attention", "time attention alone"),
     ("bench", "decode"): Command(
         "s2o_vllm.benchmarks.speed.decode", "time what S2O leaves to vLLM: decode and short prompts"
