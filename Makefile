@@ -8,6 +8,7 @@
 # make bench-replay  conversations and mixed loads on the card: stock vLLM beside S2O (ARGS="--resume")
 # make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
 # make image-test build the image and run it, read-only and without privileges
+# make sbom       what the image adds to its base, in CycloneDX: build/sbom.json
 # make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
 # make docs       these pages as a site, in build/site (ARGS=--serve shows it on port 8000)
 # make clean      remove what these made (the model in the user's cache stays)
@@ -31,7 +32,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu bench-replay image image-test soak docs clean
+.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu bench-replay image image-test sbom soak docs clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -84,6 +85,11 @@ image:
 
 image-test: $(INSTALLED_DEV)
 	PY=$(PY) deploy/image-test.sh
+
+BASE_IMAGE := docker.io/vllm/vllm-openai:v$(shell sed -n 's/^ARG VLLM_VERSION=//p' Dockerfile)
+sbom: $(INSTALLED)
+	rm -rf build/wheel && $(PY) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PY) deploy/sbom.py build/wheel/s2o_vllm-*.whl --base $(BASE_IMAGE)
 
 soak: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.benchmarks.speed.soak $(ARGS)
