@@ -1,7 +1,7 @@
 """What is known of vLLM's internals and how they differ between releases.
 
 Everything that is wrapped or reached into is named here, or in :mod:`request_hooks`, where
-requests enter, :mod:`block_salt`, where their blocks are hashed, :mod:`status_page`, or
+requests enter, :mod:`salted_blocks`, where their blocks are hashed, :mod:`status_page`, or
 :mod:`worker_hooks`, where a worker starts. A new vLLM release breaks there or
 nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from . import block_salt, config, support
+from . import config, salted_blocks, support
 from .flags import add_flags
 from .plugin import vllm_command
 from .requests import PADDING, RequestInfo, request_settings
@@ -88,7 +88,7 @@ def install() -> None:
     install_name()
     wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    block_salt.install()  # this may be the engine's own process, which never sees a request enter
+    salted_blocks.install()  # this may be the engine's own process, which never sees a request enter
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
         wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)

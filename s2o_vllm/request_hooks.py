@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from . import block_salt, status_page
+from . import salted_blocks, status_page
 from .compat import settings_of
 from .config import ConfigError
 from .http_check import XARGS, RequestCheck, settings_of_request
@@ -21,7 +21,7 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     wrap(InputProcessor, "process_inputs", _process_inputs)
-    block_salt.install()  # where the engine runs in this process
+    salted_blocks.install()  # where the engine runs in this process
     if (app := loaded("vllm.entrypoints.launchers.app")) is not None:
         wrap(app, "init_entrypoints_middleware", _init_middleware)
     if (batch := loaded("vllm.entrypoints.launchers.run_batch")) is not None:

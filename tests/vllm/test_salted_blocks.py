@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 
 from backends import Backend, Row
-from s2o_vllm import block_salt
+from s2o_vllm import salted_blocks
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.requests import cache_salt
 
@@ -19,7 +19,7 @@ SERVER = S2OConfig(sparsity_budget=0.1, min_context=64)
 @pytest.fixture(autouse=True)
 def _vllms_own(monkeypatch):
     """vLLM's functions as they are in a fresh process, and again after each test."""
-    for module in map(block_salt.loaded, block_salt.NAMING):
+    for module in map(salted_blocks.loaded, salted_blocks.NAMING):
         if module is not None:
             monkeypatch.setattr(
                 module, "generate_block_hash_extra_keys",
@@ -34,7 +34,7 @@ def hash_blocks(_vllms_own):
     def hash_function(value):
         return repr(value).encode()
 
-    return block_salt._hasher(kv_cache_utils.get_request_block_hasher, BLOCK, hash_function)
+    return salted_blocks._hasher(kv_cache_utils.get_request_block_hasher, BLOCK, hash_function)
 
 
 def request(salt, tokens=200):
