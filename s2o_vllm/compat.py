@@ -88,7 +88,7 @@ def install() -> None:
     install_name()
     wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    salted_blocks.install()  # this may be the engine's own process, which never sees a request enter
+    salted_blocks.install()  # this may be the engine's own process: no request enters there
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
         wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
