@@ -72,6 +72,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         *of("ModelConfig", "model", "served_model_name", "use_mla", "runner_type",
             "is_encoder_decoder", "get_sliding_window(self)", "hf_text_config", "max_model_len",
             "get_total_num_hidden_layers(self)"),
+        *of("ParallelConfig", "nnodes", "data_parallel_size_local", "data_parallel_external_lb",
+            "data_parallel_hybrid_lb", "data_parallel_size"),
         *of("ParallelConfig", "rank", "data_parallel_index", "tensor_parallel_size",
             "decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching(self)"),
         *of("CompilationConfig", "max_cudagraph_capture_size", "static_forward_context"),
