@@ -5,8 +5,10 @@
 # make test-gpu   the kernels on the card, and servers on it
 # make test-gpu-sanitize   the kernels on the card under compute-sanitizer: memcheck, racecheck, initcheck
 # make bench-gpu  every figure that needs a card, each into its file of benchmarks/results
+# make bench-replay  conversations and mixed loads on the card: stock vLLM beside S2O (ARGS="--resume")
 # make image      the image s2o-vllm, with its version and commit (ENGINE=podman or buildah; SOURCE=URL)
 # make image-test build the image and run it, read-only and without privileges
+# make sbom       what the image adds to its base, in CycloneDX: build/sbom.json
 # make soak       10,000 mixed requests to one server: what grows? (ARGS="--minutes 8" ends sooner)
 # make docs       these pages as a site, in build/site (ARGS=--serve shows it on port 8000)
 # make clean      remove what these made (the model in the user's cache stays)
@@ -30,7 +32,7 @@ INSTALLED :=
 INSTALLED_DEV :=
 endif
 
-.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu image image-test soak docs clean
+.PHONY: serve test test-all lint test-gpu test-gpu-sanitize bench-gpu bench-replay image image-test sbom soak docs clean
 
 serve: $(INSTALLED)
 	@$(PY) -P -m s2o_vllm.cli.demo $(ARGS)
@@ -69,6 +71,11 @@ bench-gpu: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.cli bench serve
 	$(PY) -P -m s2o_vllm.cli bench report
 
+bench-replay: $(INSTALLED_DEV)
+	$(PY) -P -m s2o_vllm.cli bench replay --concurrency 1,4 --goodput ttft:4000 tpot:100 $(ARGS)
+	$(PY) -P -m s2o_vllm.cli bench replay --replay mixed --sessions 40 --rates 0.5,1 \
+	  --goodput ttft:4000 tpot:100 --out benchmarks/results/replay_mixed.json $(ARGS)
+
 ENGINE := docker
 SOURCE := unknown
 image:
@@ -78,6 +85,11 @@ image:
 
 image-test: $(INSTALLED_DEV)
 	PY=$(PY) deploy/image-test.sh
+
+BASE_IMAGE := docker.io/vllm/vllm-openai:v$(shell sed -n 's/^ARG VLLM_VERSION=//p' Dockerfile)
+sbom: $(INSTALLED)
+	rm -rf build/wheel && $(PY) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PY) deploy/sbom.py build/wheel/s2o_vllm-*.whl --base $(BASE_IMAGE)
 
 soak: $(INSTALLED_DEV)
 	$(PY) -P -m s2o_vllm.benchmarks.speed.soak $(ARGS)

@@ -1,7 +1,8 @@
 """What is known of vLLM's internals and how they differ between releases.
 
 Everything that is wrapped or reached into is named here, or in :mod:`request_hooks`, where
-requests enter, or in :mod:`worker_hooks`, where a worker starts. A new vLLM release breaks there or
+requests enter, :mod:`salted_blocks`, where their blocks are hashed, :mod:`status_page`, or
+:mod:`worker_hooks`, where a worker starts. A new vLLM release breaks there or
 nowhere; `tests/vllm/test_contract.py` names the symbol that moved.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from . import config, support
+from . import config, salted_blocks, support
 from .flags import add_flags
 from .plugin import vllm_command
 from .requests import PADDING, RequestInfo, request_settings
@@ -87,6 +88,7 @@ def install() -> None:
     install_name()
     wrap(EngineArgs, "add_cli_args", _add_cli_args, static=True)
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    salted_blocks.install()  # this may be the engine's own process: no request enters there
     if current_platform.is_cpu():
         # The CPU platform ignores the chosen backend; it is made to honour ours.
         wrap(type(current_platform), "get_attn_backend_cls", _cpu_backend_cls, static=True)
@@ -141,9 +143,10 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
         raise config.ConfigError(f"s2o: {reason}")
     settings = settings.for_layers(vllm_config.model_config.get_total_num_hidden_layers())
     vllm_config.additional_config[config.KEY] = settings.as_dict()
-    from . import metrics, request_hooks
+    from . import metrics, request_hooks, status_page
 
     request_hooks.install()
+    status_page.enable(settings)
     metrics.install_collector()
     return vllm_config
 

@@ -57,6 +57,7 @@ class S2OConfig:
         decode_requests: how many requests decode sparsely at a time; each takes memory.
         shadow_rate: share of sparse queries that are attended densely as well, to count the error.
         shadow_limit: mean relative error of these above which all prefill stays dense; 0 is off.
+        status_page: whether the API server shows what S2O does, at ``/s2o``.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -77,6 +78,7 @@ class S2OConfig:
     decode_requests: int = 4
     shadow_rate: float = 0.0
     shadow_limit: float = 0.0
+    status_page: bool = False
 
     def __post_init__(self) -> None:
         check_budget("sparsity_budget", self.sparsity_budget)
@@ -93,9 +95,9 @@ class S2OConfig:
             raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if not isinstance(self.ranking, str) or self.ranking not in RANKINGS:
             raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
-        value = self.dense_where_faster
-        if not isinstance(value, bool):
-            raise refusal("dense_where_faster", value, "true or false")
+        for key in ("dense_where_faster", "status_page"):
+            if not isinstance(getattr(self, key), bool):
+                raise refusal(key, getattr(self, key), "true or false")
         value = self.max_request_budget
         if not _number(value) or not 0 <= value <= 1:
             raise refusal("max_request_budget", value, "a number from 0 (requests may ask for no "
@@ -190,6 +192,8 @@ HELP = {
     "true error (0 to 1); at most 32 a step. 0 switches it off. Default: 0.",
     "shadow_limit": "Mean relative error of these queries above which all prefill stays dense "
     "until a restart (needs --s2o-shadow-rate). 0 switches it off. Default: 0.",
+    "status_page": "Show a page at /s2o: density and error by layer, settings, lengths and times "
+    "of the last requests (true or false). Open to whoever reaches /metrics. Default: false.",
 }
 
 # Settings that were removed, and why: who still gives one is told.

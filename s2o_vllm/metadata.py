@@ -84,6 +84,9 @@ class SparseBuilder:
         if first and self.s2o_counts:
             words = ", ".join(f"{key} {value}" for key, value in settings.summary.items())
             logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)
+            uncounted = support.uncounted_workers(self.vllm_config)  # type: ignore[attr-defined]
+            if uncounted is not None:
+                logger.warning(uncounted)
 
     def decode_sparsely(self, shape: DecodeShape, rows: int, device: torch.device) -> None:
         """Make slots and tables of sparse decode, for batches of up to ``rows`` rows."""

@@ -23,8 +23,9 @@ logger = logging.getLogger("vllm.s2o")
 
 METRICS = {
     "s2o:history_tokens_visited": "History tokens that queries of prefill (and of sparse decode) "
-    "visited, over all heads.",
-    "s2o:history_tokens_eligible": "History tokens that these queries could have visited.",
+    "visited, over all heads, by layer.",
+    "s2o:history_tokens_eligible": "History tokens that these queries could have visited, by "
+    "layer.",
     "s2o:tiles": "Query tiles that ran on the sparse path.",
     "s2o:tiles_stopped_early": "Query tiles that stopped before the end of their list.",
     "s2o:dropped_mass": "Estimated softmax mass on history that was not visited, summed over the "
@@ -51,8 +52,9 @@ INFO = "s2o:info"
 INFO_HELP = "1; its labels are the version of s2o-vllm and the server's settings."
 DEVICE_METRICS = tuple(METRICS)[:6]  # in the order of kernels.layout's counters
 SHADOW_METRICS = ("s2o:shadow_error", "s2o:shadow_rows")  # in the order of kernels.output_error's
-LABELS = {"s2o:dense_rows": "reason", "s2o:dropped_mass": "layer", "s2o:dropped_mass_rows": "layer"}
-LABELS |= dict.fromkeys(SHADOW_METRICS, "layer")
+OF_LAYERS = ("s2o:history_tokens_visited", "s2o:history_tokens_eligible", "s2o:dropped_mass",
+             "s2o:dropped_mass_rows", *SHADOW_METRICS)  # fmt: skip
+LABELS = {"s2o:dense_rows": "reason"} | dict.fromkeys(OF_LAYERS, "layer")
 # Of one count; others count by one.
 UNITS = {"s2o:dropped_mass": DROPPED_UNIT, "s2o:shadow_error": ERROR_UNIT}
 # Series that stand at 0 before anything is counted; `expect` adds those of a layer.
@@ -141,8 +143,7 @@ class WorkerCounters:
     def expect(self, layer: int | None) -> None:
         """Publish the series of a layer from now on, at 0 until it has run."""
         label = "" if layer is None else str(layer)
-        of_layers = [metric for metric, name in LABELS.items() if name == "layer"]
-        self._zeros = self._zeros | {(metric, label): 0 for metric in of_layers}
+        self._zeros = self._zeros | {(metric, label): 0 for metric in OF_LAYERS}
 
     def add(self, metric: str, amount: int, label: str = "") -> None:
         """Count on the host."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from . import salted_blocks, status_page
 from .compat import settings_of
 from .config import ConfigError
 from .http_check import XARGS, RequestCheck, settings_of_request
@@ -20,6 +21,7 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     wrap(InputProcessor, "process_inputs", _process_inputs)
+    salted_blocks.install()  # where the engine runs in this process
     if (app := loaded("vllm.entrypoints.launchers.app")) is not None:
         wrap(app, "init_entrypoints_middleware", _init_middleware)
     if (batch := loaded("vllm.entrypoints.launchers.run_batch")) is not None:
@@ -32,6 +34,7 @@ def install() -> None:
 def _init_middleware(original: Callable, args: Any, app: Any, *more: Any) -> None:
     """Check requests inside of vLLM's own middleware, authentication among it."""
     app.add_middleware(RequestCheck, settings=lambda scope: settings_of(app.state.vllm_config))
+    status_page.attach(app)
     original(args, app, *more)
 
 

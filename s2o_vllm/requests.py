@@ -8,8 +8,12 @@ from .config import ConfigError, S2OConfig, check_budget, check_target, plain, r
 
 PREFIX = "s2o_"
 OF_REQUESTS = ("sparsity_budget", "target_error")  # settings that requests may ask for
+OF_DECODE = ("decode_budget", "decode_min_context", "decode_requests")
+INFINITE = 1 << 62
+SALT = "|s2o:"  # what we add to a user's salt begins so
+DENSE, SHARED = "dense", "prefix"
 # Settings that decide what is served or measured, and not what keys and values are.
-NOT_OF_KEYS = ("max_request_budget", "shadow_rate", "shadow_limit")
+NOT_OF_KEYS = ("max_request_budget", "shadow_rate", "shadow_limit", "status_page")
 
 
 class RequestBudget(NamedTuple):
@@ -85,23 +89,54 @@ def request_settings(
     return asked
 
 
+class SaltParts(NamedTuple):
+    """A salt whose settings are of no matter to the first blocks.
+
+    Attributes:
+        own: the salt of the first block: the user's, and ours without settings.
+        shared: tokens at the start of a prompt that no setting touches.
+        mark: settings that touch the keys and values of later ones.
+    """
+
+    own: str
+    shared: int
+    mark: str
+
+
 def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) -> str:
     """Return the prefix-cache salt of a request.
 
     Keys and values above the first layer depend on how sparsely the layers below attended,
     and block hashes cover tokens only: blocks computed under different settings must differ
-    in their salt. The user's own salt is kept.
+    in their salt. The user's own salt is kept. A budget of 1 shares with no other: its blocks are
+    stock attention's to the bit, and those of a sparse chunk's dense segments are not.
 
     Args:
         salt: the user's own.
         config: the server's settings.
         asked: the request's, as `request_settings` returns them.
     """
-    settings = config.as_dict() | dict(asked)
+    settings = config.as_dict() | dict(asked) | {"segment_size": config.segment}
     for key in NOT_OF_KEYS:
         del settings[key]
+    if not config.decodes:
+        for key in OF_DECODE:
+            del settings[key]
     if settings["sparsity_budget"] == 1:
-        mark = "dense"
-    else:
-        mark = ",".join(f"{key}={value}" for key, value in settings.items())
-    return f"{salt or ''}|s2o:{mark}"
+        return f"{salt or ''}{SALT}{DENSE}"
+    shared = min(config.min_context, config.decode_min_context if config.decodes else INFINITE)
+    mark = ",".join(f"{key}={value}" for key, value in settings.items())
+    return f"{salt or ''}{SALT}{SHARED}@{shared}:{mark}"
+
+
+def split_salt(salt: str | None) -> SaltParts | None:
+    """Take a salt of :func:`cache_salt` apart; None where settings belong to the first block.
+
+    What a user puts into his own salt stands before the last ``SALT``, and is not looked into.
+    """
+    user, found, ours = (salt or "").rpartition(SALT)
+    place, _, mark = ours.partition(":")
+    name, _, shared = place.partition("@")
+    if not found or name != SHARED or not shared.isdecimal():
+        return None
+    return SaltParts(f"{user}{SALT}{SHARED}", int(shared), f"{SALT}{mark}")

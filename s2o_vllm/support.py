@@ -108,6 +108,19 @@ def unsupported_decode(vllm_config: Any, settings: S2OConfig) -> str | None:
     return None
 
 
+def uncounted_workers(vllm_config: Any) -> str | None:
+    """Return one sentence that says which workers' counters no page will show, or None.
+
+    Workers publish through files, which the API servers of their own machine read.
+    """
+    parallel = vllm_config.parallel_config
+    local = parallel.data_parallel_size_local
+    apart = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    if parallel.nnodes == 1 and (apart or not 0 < local < parallel.data_parallel_size):
+        return None
+    return "S2O: /metrics has the counters of this machine's workers alone, not of other machines'"
+
+
 def dense_step_reason(common: Any) -> str | None:
     """Return why a whole step must stay dense, as a short label, or None.
 

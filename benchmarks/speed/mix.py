@@ -68,7 +68,7 @@ def plan(
 
     Lengths are log-uniform: as many prompts from 1K to 2K tokens as from 64K to 128K. Budgets
     take turns. A request that shares a prefix takes the budget of the request it shares it with:
-    cached blocks of one budget are never reused under another. Of the aborted requests every
+    cached blocks that a budget has touched are never reused under another. Of the aborted ones every
     other one is given up before its first token, while it waits or is prefilled.
 
     Args:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from s2o_vllm.loadtest.replay.plot import arm_name, load_name
+
 from ..quality.report import RANKINGS, source
 from ..quality.samples import EvalError, Row
 from ..quality.tables import Result, number, read_result, table
@@ -32,7 +34,8 @@ from .serving import LLAMA_8B
 BEGIN, END = "<!-- s2o bench report: begin -->", "<!-- s2o bench report: end -->"
 NAMES = (
     "attention", "attention_shapes", "ttft", "profile", "decode",
-    "decode_budget", "decode_sparse", "serve", "load", "quality", "ruler", "ruler_h200",
+    "decode_budget", "decode_sparse", "serve", "load", "replay", "replay_mixed",
+    "quality", "ruler", "ruler_h200",
     "fidelity", "perplexity", "quality_needles",
 )  # fmt: skip
 LAYERS = {"Llama-3.1-8B shape": (SHAPE, LLAMA_8B["num_hidden_layers"])}
@@ -255,6 +258,23 @@ def load_table(rows: Sequence[Row]) -> str:
     return table(["", "TTFT p50, ms", "p99", "ITL p50, ms", "p99", "failed"], lines)
 
 
+def replay_table(rows: Sequence[Row]) -> str:
+    """Return what a replay of conversations saw."""
+    lines = [
+        [
+            f"{row['model']}, {row['trace']} up to {row['context']:,} tokens, {load_name(row)}",
+            arm_name(row), number(row["ttft_p50_ms"], 0), number(row["ttft_p99_ms"], 0),
+            number(row["short_ttft_p99_ms"], 0), number(row["itl_p99_ms"], 0),
+            number(row["answered_rps"], 2), number(row["goodput_rps"], 2), str(row["objective"]),
+            number(row["prefix_hit_share"], 2), str(row["failed"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "arm", "TTFT p50, ms", "p99", "short prompts' p99", "ITL p99, ms", "requests/s",
+            "goodput/s", "objective, ms", "prefix hits", "failed"]  # fmt: skip
+    return table(head, lines)
+
+
 SECTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("attention", "Attention of one layer", "s2o bench attention",
      "One prompt, causal, ranking included, against dense attention of the same run. The error is "
@@ -273,6 +293,9 @@ SECTIONS: tuple[tuple[str, str, str, str], ...] = (
      "python -m s2o_vllm.benchmarks.speed.decode_sparse", ""),
     ("serve", "A mixed run", "s2o bench serve", ""),
     ("load", "A load test", "s2o loadtest", ""),
+    ("replay", "Conversations", "s2o bench replay",
+     "Turns that share prefixes, both arms in turn; goodput counts requests within the objective."),
+    ("replay_mixed", "Short and long prompts together", "make bench-replay", ""),
 )  # fmt: skip
 
 
@@ -293,7 +316,8 @@ def body(name: str, results: Results) -> str:
         return "\n\n".join(filter(None, parts))
     makers: dict[str, Callable[[Sequence[Row]], str]] = {
         "profile": profile_table, "decode": compared_table, "decode_sparse": compared_table,
-        "decode_budget": operator_table, "load": load_table,
+        "decode_budget": operator_table, "load": load_table, "replay": replay_table,
+        "replay_mixed": replay_table,
     }  # fmt: skip
     return makers[name](rows)
 

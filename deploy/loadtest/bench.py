@@ -18,7 +18,9 @@ LATENCIES = {
     "itl_p99_ms": "p99_itl_ms",
 }
 PERCENTILES = "50,99"
-ROW_KEY = ("backend", "budget", "rate", "concurrency", "context")  # what tells rows apart
+COLD = "cold"  # the trace of prompts that share nothing; of rows that name none, too
+# What tells rows apart.
+ROW_KEY = ("model", "trace", "backend", "budget", "rate", "concurrency", "context")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Load:
         requests: requests at each rate.
         concurrency: most requests in flight; None is no limit.
         seed: of prompts and arrival times, so that every arm gets the same ones.
+        goodput: objectives such as ``ttft:2000``, in ms.
     """
 
     context: int
@@ -38,6 +41,7 @@ class Load:
     requests: int
     concurrency: int | None = None
     seed: int = 0
+    goodput: tuple[str, ...] = ()
 
 
 def command(
@@ -66,6 +70,8 @@ def command(
     if load.concurrency is not None:
         arguments["max-concurrency"] = load.concurrency
     flags = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+    if load.goodput:
+        flags += ["--goodput", *load.goodput]
     # The module and not the `vllm` script: it is the vLLM of this interpreter.
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
     return [*serve, *flags, "--save-result", "--save-detailed", "--disable-tqdm"]
@@ -94,7 +100,9 @@ def measure(arm: Arm, server: Server, load: Load, rate: float, salt: str) -> dic
         return json.loads(result.read_text())
 
 
-def row(arm: Arm, load: Load, rate: float, result: dict[str, Any]) -> dict[str, Any]:
+def row(
+    arm: Arm, server: Server, load: Load, rate: float, result: dict[str, Any]
+) -> dict[str, Any]:
     """Return the result file's row of one measurement.
 
     Without one completed request there is no latency: null, where ``vllm bench serve``
@@ -104,13 +112,17 @@ def row(arm: Arm, load: Load, rate: float, result: dict[str, Any]) -> dict[str, 
     latencies = {
         key: round(result[source], 3) if completed else None for key, source in LATENCIES.items()
     }
+    goodput = result.get("request_goodput")
     return {
+        "model": server.name,
+        "trace": COLD,
         "backend": arm.name,
         "budget": arm.budget,
         "rate": rate,
         "concurrency": load.concurrency,
         "context": load.context,
         **latencies,
+        "goodput_rps": None if goodput is None else round(goodput, 4),
         "output_tok_s": round(result["output_throughput"], 3) if completed else None,
         "failed": load.requests - completed,
     }

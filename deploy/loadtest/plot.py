@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from .bench import COLD
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito
 
 
@@ -27,7 +29,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = result["rows"]
+    rows = [row for row in result["rows"] if row.get("trace", COLD) == COLD]
     contexts = sorted({row["context"] for row in rows})
     labels = list(dict.fromkeys(label(row) for row in rows))
     figure, axes = pyplot.subplots(

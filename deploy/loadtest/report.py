@@ -7,7 +7,7 @@ from typing import Any
 from s2o_vllm.benchmarks.result_file import header as local_header
 
 from .arms import LoadTestError
-from .bench import ROW_KEY
+from .bench import COLD, ROW_KEY
 from .server import Server
 
 SAME = ("device", "torch", "triton", "vllm", "commit")  # what appended rows must share
@@ -48,8 +48,15 @@ def load_rows(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 def add_row(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows with a new one, in place of an earlier measurement of the same."""
-    key = [new[name] for name in ROW_KEY]
-    return [old for old in rows if [old.get(name) for name in ROW_KEY] != key] + [new]
+
+    def key(row: dict[str, Any]) -> list[Any]:
+        known = {
+            "model": new["model"],
+            "trace": COLD,
+        } | row  # rows of earlier versions name neither
+        return [known.get(name) for name in ROW_KEY]
+
+    return [old for old in rows if key(old) != key(new)] + [new]
 
 
 def _said(servers: list[Server], key: str) -> str | None:

@@ -15,7 +15,9 @@ from .arms import Arm, LoadTestError
 
 TIMEOUT = 30.0  # seconds; a server under load answers these late, but it answers
 REFUSED_BUDGET = 2.0  # no S2O server accepts it, and a stock server ignores it
-COUNTERS = {"visited": VISITED, "eligible": ELIGIBLE}
+SETTLE = 1.5  # seconds until the server's counters have caught up with its last request
+HISTORY = {"visited": VISITED, "eligible": ELIGIBLE}
+PREFIX = {"hits": "vllm:prefix_cache_hits_total", "queries": "vllm:prefix_cache_queries_total"}
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,31 @@ def check_budget_is_honoured(arm: Arm, server: Server) -> None:
 
 def history_counters(arm: Arm) -> dict[str, float] | None:
     """Return S2O's counters of visited and eligible tokens, or None where there are none."""
+    return _counters(arm, HISTORY)
+
+
+def prefix_counters(arm: Arm) -> dict[str, float] | None:
+    """Return vLLM's counters of prompt tokens asked of the prefix cache and found there."""
+    return _counters(arm, PREFIX)
+
+
+def share(
+    before: dict[str, float] | None, after: dict[str, float] | None, part: str, whole: str
+) -> float | None:
+    """Return by how much one counter has grown over how much another has; None of no growth."""
+    if after is None:
+        return None
+    start = before or dict.fromkeys(after, 0.0)
+    grown = after[whole] - start[whole]
+    return (after[part] - start[part]) / grown if grown > 0 else None
+
+
+def _counters(arm: Arm, names: dict[str, str]) -> dict[str, float] | None:
     try:
         _, text = fetch(arm.url + "/metrics")
     except OSError:
         return None
-    found = {key: values(text, name) for key, name in COUNTERS.items()}
+    found = {key: values(text, name) for key, name in names.items()}
     return {key: sum(own) for key, own in found.items()} if all(found.values()) else None
 
 

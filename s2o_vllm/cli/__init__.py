@@ -23,12 +23,16 @@ class Command(NamedTuple):
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("doctor",): Command("s2o_vllm.cli.doctor", "say whether S2O would run here, and why not"),
     ("serve",): Command("s2o_vllm.cli.serve", "start vLLM's server with S2O on"),
+    ("probe",): Command("s2o_vllm.cli.probe", "tell whether a server still works"),
     ("bench", "attention"): Command("s2o_vllm.benchmarks.speed.attention", "time attention alone"),
     ("bench", "decode"): Command(
         "s2o_vllm.benchmarks.speed.decode", "time what S2O leaves to vLLM: decode and short prompts"
     ),
     ("bench", "profile"): Command(
         "s2o_vllm.benchmarks.speed.profile", "say where a long prompt's time goes on the GPU"
+    ),
+    ("bench", "replay"): Command(
+        "s2o_vllm.benchmarks.speed.replay", "replay conversations on stock vLLM and S2O"
     ),
     ("bench", "report"): Command(
         "s2o_vllm.benchmarks.speed.report", "write the speed report from the result files"
@@ -61,7 +65,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "report"): Command(
         "s2o_vllm.benchmarks.quality.report", "write the quality report from the result files"
     ),
-    ("loadtest",): Command("s2o_vllm.loadtest", "drive a running server at rising rates"),
+    ("loadtest",): Command(
+        "s2o_vllm.loadtest", "drive running servers: rising rates, or conversations"
+    ),
 }
 GROUPS = {"bench": "measure speed", "eval": "measure quality"}
 

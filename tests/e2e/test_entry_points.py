@@ -78,7 +78,8 @@ def test_no_api_server_shares_blocks_across_budgets(pair):
         ask(pair.url, tokens, budget=0.1, output_tokens=1)
     before = pair.total("vllm:prefix_cache_hits")
     ask(pair.url, tokens, output_tokens=1)
-    assert pair.total("vllm:prefix_cache_hits") == before, "another budget's blocks were reused"
+    reused = pair.total("vllm:prefix_cache_hits") - before
+    assert reused == 256, "of another budget those alone that no budget touches (min_context)"
     for _ in range(TRIES // 2):
         ask(pair.url, tokens, output_tokens=1)
         ask(pair.url, tokens, budget=0.6, output_tokens=1)

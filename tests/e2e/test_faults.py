@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from asking import ask as ask_freely
 from asking import tracebacks
 from models import write_model, write_weights
+from s2o_vllm.cli.probe import probe
 
 pytestmark = pytest.mark.e2e
 
@@ -207,8 +208,10 @@ def test_a_worker_that_stands_still_goes_on_where_it_was(servers):
         assert not asked.done()
         with urllib.request.urlopen(server.url + "/health") as page:
             assert page.status == 200, "vLLM's page does not see it"
+        assert "timed out" in probe(server.url, 2.0)
         os.kill(worker, signal.SIGCONT)
         assert asked.result() == alone
+    assert probe(server.url, 60.0) is None
 
 
 def test_requests_that_lose_their_blocks_to_others_are_answered_alike(servers):

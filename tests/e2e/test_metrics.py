@@ -5,7 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from asking import ask
-from s2o_vllm.metrics import LABELS, METRICS, SHARE, SHARE_BUCKETS
+from s2o_vllm.metrics import LABELS, METRICS, OF_LAYERS, SHARE, SHARE_BUCKETS
 from s2o_vllm.support import DENSE_REASONS
 
 pytestmark = pytest.mark.e2e
@@ -42,13 +42,10 @@ def test_every_series_is_there_before_the_first_request(fresh):
         assert set(found.values()) == {0}
         unlabelled = {f"{name}_total" for name in METRICS if name not in LABELS}
         reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
-        layers = {
-            f's2o:{name}_total{{layer="{layer}"}}'
-            for name in ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
-            for layer in range(2)
-        }
+        layers = {f'{name}_total{{layer="{layer}"}}' for name in OF_LAYERS for layer in range(2)}
         histogram = {key for key in found if key.startswith(SHARE)}
         assert len(histogram) == len(SHARE_BUCKETS) + 2
+        assert len(layers) == 12
         assert set(found) == unlabelled | reasons | layers | histogram
 
 

@@ -18,6 +18,7 @@ from asking import ask, grown, post, tracebacks
 from models import VOCABULARY
 from s2o_vllm.benchmarks.speed.serving import kv_cache_bytes, llama_shape, prompt
 from s2o_vllm.cli.server_process import measured_density, metric, read, starting, vllm_server
+from s2o_vllm.config import S2OConfig
 
 pytestmark = pytest.mark.e2e
 
@@ -113,7 +114,8 @@ def test_blocks_that_come_back_from_the_host(servers):
 
     before = read(url + "/metrics")
     ask(url, history + rest, 0.25, cache_salt="leaves")
-    assert grown(url, before, LOCAL_HITS, OTHER_HITS) == [0, 0], "another budget's blocks"
+    reused = sum(grown(url, before, LOCAL_HITS, OTHER_HITS))
+    assert 0 < reused <= S2OConfig().min_context < LONG, "those alone that no budget touches"
 
 
 def lengths(tokens):

@@ -72,6 +72,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         *of("ModelConfig", "model", "served_model_name", "use_mla", "runner_type",
             "is_encoder_decoder", "get_sliding_window(self)", "hf_text_config", "max_model_len",
             "get_total_num_hidden_layers(self)"),
+        *of("ParallelConfig", "nnodes", "data_parallel_size_local", "data_parallel_external_lb",
+            "data_parallel_hybrid_lb", "data_parallel_size"),
         *of("ParallelConfig", "rank", "data_parallel_index", "tensor_parallel_size",
             "decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching(self)"),
         *of("CompilationConfig", "max_cudagraph_capture_size", "static_forward_context"),
@@ -96,6 +98,23 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "InputProcessor", "process_inputs(self, request_id, prompt, params, ...)", "vllm_config"
     ),
     "vllm.v1.engine": of("EngineCoreRequest", "cache_salt"),
+    "vllm.v1.engine.core": ("get_request_block_hasher",),
+    "vllm.v1.core.kv_cache_utils": (
+        "get_request_block_hasher(hash_block_size, ...)",
+        "generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, ...)",
+        "'cache_salt'",
+    ),
+    "vllm.v1.core.block_pool": ("generate_block_hash_extra_keys",),
+    "vllm.v1.simple_kv_offload.manager": ("generate_block_hash_extra_keys",),
+    "vllm.v1.metrics.loggers": of(
+        "PrometheusStatLogger", "record(self, scheduler_stats, iteration_stats, ...)"
+    ),
+    "vllm.v1.metrics.prometheus": ("get_prometheus_registry()",),
+    "vllm.v1.metrics.stats": (
+        "IterationStats.finished_requests",
+        *of("FinishedRequestStats", "num_prompt_tokens", "num_generation_tokens", "queued_time",
+            "prefill_time", "decode_time", "finish_reason"),
+    ),
     "vllm.sampling_params": of("SamplingParams", "extra_args", "clone(self)"),
     "vllm.entrypoints.launchers.app": (
         "init_entrypoints_middleware(args, app, supported_tasks)",

@@ -195,7 +195,16 @@ def group(*dense_layers, rank=0, device="cpu", **settings):
     builder.vllm_config = SimpleNamespace(
         additional_config={"s2o": settings.as_dict()},
         model_config=SimpleNamespace(served_model_name="a/model"),
-        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=2, data_parallel_index=1),
+        parallel_config=SimpleNamespace(
+            rank=rank,
+            tensor_parallel_size=2,
+            data_parallel_index=1,
+            nnodes=1,
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+            data_parallel_external_lb=False,
+            data_parallel_hybrid_lb=False,
+        ),
     )
 
     def layer(number):

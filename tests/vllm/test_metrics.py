@@ -35,8 +35,9 @@ def test_device_and_host_counts_reach_the_exposition(tmp_path):
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(tmp_path))
     text = generate_latest(registry).decode()
-    assert "s2o:history_tokens_visited_total 12.0" in text
-    assert "s2o:history_tokens_eligible_total 103.0" in text
+    assert 's2o:history_tokens_visited_total{layer="0"} 11.0' in text
+    assert 's2o:history_tokens_visited_total{layer="7"} 1.0' in text
+    assert 's2o:history_tokens_eligible_total{layer="0"} 101.0' in text
     assert 's2o:dropped_mass_total{layer="0"} 1.5' in text, "a row's whole mass is 1"
     assert 's2o:dropped_mass_total{layer="7"} 0.25' in text
     assert 's2o:dropped_mass_rows_total{layer="0"} 30.0' in text
@@ -55,7 +56,8 @@ def test_every_series_is_there_before_anything_is_counted(tmp_path):
     assert found.pop('s2o:info{ranking="low_rank",version="1.2"}') == 1
     unlabelled = {f"{name}_total" for name in metrics.METRICS if name not in metrics.LABELS}
     reasons = {f's2o:dense_rows_total{{reason="{reason}"}}' for reason in DENSE_REASONS}
-    by_layer = ("dropped_mass", "dropped_mass_rows", "shadow_error", "shadow_rows")
+    by_layer = ("history_tokens_visited", "history_tokens_eligible", "dropped_mass",
+                "dropped_mass_rows", "shadow_error", "shadow_rows")  # fmt: skip
     layer = {f's2o:{name}_total{{layer="7"}}' for name in by_layer}
     assert found == dict.fromkeys(unlabelled | reasons | layer | histogram(), 0.0)
 

@@ -29,6 +29,7 @@ SAID = {
     ("metrics.py", 'logger.warning("s2o: no counters of S2O on /metrics: %s", error)'),
     ("metrics.py", "warn(error)"),
     # Settings and versions; the name of a reason and its fixed meaning.
+    ("metadata.py", "logger.warning(uncounted)"),
     ("metadata.py", 'logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)'),
     (
         "metrics.py",

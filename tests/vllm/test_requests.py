@@ -76,6 +76,32 @@ def test_cache_salts_differ_exactly_where_the_kv_cache_does():
     one = {"sparsity_budget": 1.0}
     # Dense is dense, whatever the other settings.
     assert requests.cache_salt(None, server, one) == requests.cache_salt(None, other, one)
+    # What says nothing of keys and values is left out, and a default is what it stands for.
+    spelt = S2OConfig(sparsity_budget=0.1, segment_size=64, decode_requests=7, status_page=True)
+    assert requests.cache_salt(None, spelt, {}) == default
+    decoding = [S2OConfig(decode_budget=0.1, decode_requests=count) for count in (1, 2)]
+    assert len({requests.cache_salt(None, config, {}) for config in decoding}) == 2
+
+
+def test_settings_touch_no_token_before_min_context():
+    def parts(config, asked=None, salt=None):
+        return requests.split_salt(requests.cache_salt(salt, config, asked or {}))
+
+    one, other = parts(S2OConfig(min_context=512)), parts(S2OConfig(min_context=512), {
+        "sparsity_budget": 0.3})  # fmt: skip
+    assert one.own == other.own == "|s2o:prefix"
+    assert one.shared == other.shared == 512
+    assert one.mark != other.mark
+    assert parts(S2OConfig(), salt="tenant").own == "tenant|s2o:prefix"
+    assert parts(S2OConfig(decode_budget=0.5, decode_min_context=100)).shared == 100
+    assert parts(S2OConfig(decode_min_context=100)).shared == 8192
+    assert parts(S2OConfig(), {"sparsity_budget": 1.0}) is None
+    for foreign in (None, "", "tenant", "a|s2o:prefix@8:b|s2o:dense", "|s2o:prefix@x:b"):
+        assert requests.split_salt(foreign) is None
+    # A user who writes our words gets no other's salt: what is ours stands last.
+    mine = "a|s2o:prefix@0:b"
+    assert parts(S2OConfig(), salt=mine).own == f"{mine}|s2o:prefix"
+    assert parts(S2OConfig(), {"sparsity_budget": 1.0}, mine) is None
 
 
 def test_a_target_error_is_refused_by_a_server_with_mean_query():

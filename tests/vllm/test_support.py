@@ -2,8 +2,11 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
-from s2o_vllm.support import DENSE_REASONS, NOT_FULL_ATTENTION
+import pytest
+
+from s2o_vllm.support import DENSE_REASONS, NOT_FULL_ATTENTION, uncounted_workers
 
 PACKAGE = Path(__file__).parents[2] / "s2o_vllm"
 DECIDING = ("layer_reason", "dense_step_reason")  # functions that return a reason
@@ -40,3 +43,22 @@ def test_the_table_has_the_reasons_of_the_code_and_no_other():
 
 def test_layers_without_full_attention_are_among_them():
     assert set(NOT_FULL_ATTENTION) < set(DENSE_REASONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, False),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 2}, False),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, True),
+        ({"nnodes": 2}, True),
+        # Each server has a page of its own, with its own workers.
+        ({"data_parallel_size": 4, "data_parallel_external_lb": True}, False),
+        ({"data_parallel_size": 4, "data_parallel_hybrid_lb": True}, False),
+    ],
+)
+def test_workers_that_no_page_counts_are_said(changes, said):
+    usual = {"nnodes": 1, "data_parallel_size": 1, "data_parallel_size_local": 1,
+             "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False}  # fmt: skip
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**usual | changes))
+    assert (uncounted_workers(config) is not None) == said
