@@ -48,9 +48,9 @@ BLACKWELL = {
     128: AttendTile(128, 64, 8, 3),
     256: AttendTile(128, 32, 8, 2),
 }
-# For segments that fill them and visit so many tokens: each gathered tile serves twice the rows,
-# but nothing runs beside the start and the end of a program (128K: 4 % slower at a budget of 2.5 %,
-# 3 % faster at 5 %).
+# For segments that fill them and visit WIDE_VISITS tokens or more: each gathered tile serves twice
+# the rows, but nothing overlaps with the start and the end of a program (128K: 4 % slower at a
+# budget of 2.5 %, 3 % faster at 5 %).
 WIDE = {90: {128: AttendTile(256, 64, 16, 3)}}
 WIDE_VISITS = 3072
 # For queries and keys that are multiplied in e4m3: half the bytes are gathered (5 % faster than

@@ -207,7 +207,7 @@ def _cpu_backend_cls(
 
 
 class RequestSettings:
-    """What the request of each row asked for; both of vLLM's model runners feed it.
+    """The request of each row; both of vLLM's model runners feed it.
 
     The metadata builder is given no request handles. Runner V1 keeps its rows in
     ``input_batch.req_ids``; runner V2 names them by ``CommonAttentionMetadata.req_idx``.
@@ -219,21 +219,21 @@ class RequestSettings:
         self.by_index: dict[int, RequestInfo] = {}
 
     def of_rows(self, common: Any, count: int) -> list[RequestInfo]:
-        """Return what the requests of the first ``count`` rows asked for, and their names.
+        """Return the requests of the first ``count`` rows: their settings, and their names.
 
         There is no name where there is no request, or it is not alive.
         """
-        asked: list[RequestInfo] = []
+        found: list[RequestInfo] = []
         if common.req_idx is not None:
-            asked = [self.by_index.get(int(index), PADDING) for index in common.req_idx[:count]]
-            asked = [
+            found = [self.by_index.get(int(index), PADDING) for index in common.req_idx[:count]]
+            found = [
                 one if one.name is None or self.alive(one.name) else one._replace(name=None)
-                for one in asked
+                for one in found
             ]
         elif self.runner_v1 is not None:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
-            asked = [_asked_by(known[name])._replace(name=name) for name in ids[:count]]
-        return asked + [PADDING] * (count - len(asked))  # padding
+            found = [_info_of(known[name])._replace(name=name) for name in ids[:count]]
+        return found + [PADDING] * (count - len(found))
 
     def alive(self, name: str) -> bool:
         """Tell whether a request is still there: for runner V2 a preempted one is not."""
@@ -245,7 +245,7 @@ class RequestSettings:
 requests = RequestSettings()
 
 
-def _asked_by(request: Any) -> RequestInfo:
+def _info_of(request: Any) -> RequestInfo:
     params = request.sampling_params
     settings = request_settings(params.extra_args) if params is not None else {}
     prompt = request.prompt_token_ids
@@ -264,7 +264,7 @@ def _add_requests_v2(original: Callable, self: Any, scheduler_output: Any) -> An
     result = original(self, scheduler_output)
     for request in scheduler_output.scheduled_new_reqs:
         index = self.req_states.req_id_to_index[request.req_id]
-        requests.by_index[index] = _asked_by(request)._replace(name=request.req_id)
+        requests.by_index[index] = _info_of(request)._replace(name=request.req_id)
     return result
 
 

@@ -192,7 +192,7 @@ HELP = {
     "until a restart (needs --s2o-shadow-rate). 0 switches it off. Default: 0.",
 }
 
-# Settings that were removed, and why: who still gives one is told.
+# Settings that were removed, and why: giving one is refused with the reason.
 REMOVED = {"permute_queries": "no measurement showed a use for it"}
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}

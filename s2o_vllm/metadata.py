@@ -108,15 +108,15 @@ class SparseBuilder:
             return None
         prefill = prefilling[:count].tolist()
         prefill += [False] * (count - len(prefill))  # runner V2 pads the others alone
-        asked = compat.requests.of_rows(common, count)
-        budgets = [budget_of(one, settings) for one in asked]
+        requests = compat.requests.of_rows(common, count)
+        budgets = [budget_of(one, settings) for one in requests]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or support.dense_step_reason(common)
         if dense_reason is None and shadow.guard.check(settings.shadow_limit):
             dense_reason = "shadow_limit"
         decoding: list[DecodeRow] = []
         missed: list[str] = []
-        names = [one.name for one in asked]
+        names = [one.name for one in requests]
         if slots is not None and dense_reason is None:
             decoding, missed = slots.step(starts, lengths, prefill, budgets, names)
         decoding_rows = {one.row for one in decoding}
@@ -139,7 +139,7 @@ class SparseBuilder:
                 sparse, settings.segment, settings.min_context,
                 self.s2o_sparse_heads / self.s2o_heads,
             )  # fmt: skip
-            request_work.tracker.step(asked, starts, lengths, prefill, skipped)
+            request_work.tracker.step(requests, starts, lengths, prefill, skipped)
         if not sparse and not decoding:
             return None
         build = super().build  # type: ignore[misc]

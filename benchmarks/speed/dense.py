@@ -108,7 +108,7 @@ def milliseconds(run: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> float:
 def in_turn(*runs: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> list[float]:
     """Return the median time of each of some calls on the device, in ms.
 
-    They are made in turn, so that what the card's clock does meanwhile it does to all.
+    They run in turn, so that changes of the card's clock affect all of them alike.
 
     Replays of graphs: what the host needs to launch many small kernels is hidden behind other
     layers' work in a server, and would be counted here. The L2 cache is emptied before each.

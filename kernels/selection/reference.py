@@ -54,7 +54,7 @@ def select(
             continue
         step = -(-n // counted)
         table_row = block_table[line[ROW]]
-        # What is no number is the worst of all: a request whose keys are none harms itself alone.
+        # NaN is the worst score of all: a request with NaN keys harms itself alone.
         own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
         pairs = own.split(shared)
         lengths = torch.cat(
@@ -84,15 +84,15 @@ def list_lengths(
 ) -> torch.Tensor:
     """Share a segment's budget among the lists of some of its heads (ours).
 
-    Half of it is dealt equally. The rest goes to what lies above one level of probability, the
-    lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
-    a target error a list ends where what lies beyond is estimated to hold no more mass than that.
+    Half of it is dealt equally. The rest goes to the tokens above one level of probability, the
+    lowest whose lists fit: whole buckets of scores, and a part of the next bucket. With a target
+    error a list ends where the tokens beyond are estimated to hold no more mass than that.
 
     Args:
         scores: float32 ``[heads, n]``, log2-probabilities.
         count: the mean list's length.
         target_error: share of softmax mass that a list may leave out; 0 for no target.
-        step: of so many tokens one is counted, and stands for all.
+        step: one token in ``step`` is counted, and stands for all.
 
     Returns:
         int64 ``[heads]``: together at most ``heads * count``.
@@ -134,9 +134,9 @@ def select_positions(
     """Return the positions of about the ``length`` best scores, never more, in order of visiting.
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
-    they are taken to be spread evenly, which gives the score that so many reach. The order is by
-    tier, see :func:`aims`, and by address inside a tier, the last two chunks first: what is more
-    than ``length`` is cut off the end.
+    they are taken to be spread evenly, which gives the score that each tier reaches down to. The
+    order is by tier, see :func:`aims`, and by address inside a tier, the last two chunks first.
+    Tokens past ``length`` are cut off.
     """
     scores = scores.float()
     best, worst = scores.max(), scores.min()
@@ -159,15 +159,15 @@ def select_positions(
 def aims(length: int, history: int, tiers: int, step: int) -> list[int]:
     """Return how many tokens each tier of a list reaches up to.
 
-    Counts of a sample are unsure by some root of themselves, and inside a bucket scores are not
-    spread evenly. The last tier aims at so much more than the list holds, and is cut off: no token
-    of another tier is lost. A single tier aims at so much less.
+    Counts of a sample are uncertain by about their square root, and inside a bucket scores are not
+    spread evenly. The last tier aims at that many tokens more than the list holds, and is cut off:
+    no token of another tier is lost. A single tier aims at that many less.
 
     Args:
         length: of the list.
         history: tokens to choose from.
         tiers: of the list.
-        step: of so many tokens one is counted.
+        step: one token in ``step`` is counted.
     """
     unsure = int(math.sqrt(length * (step - 1))) + length // UNEVEN
     unsure = min(unsure, history - length)  # it cannot be longer by more than it leaves out
