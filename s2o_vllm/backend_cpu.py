@@ -82,7 +82,17 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     def sparse_cache(
         self, kv_cache: torch.Tensor, block_table: torch.Tensor, plan: StepPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the sparse rows' blocks out of the packed cache, renumbered from 0."""
+        """Read the sparse rows' blocks out of the packed cache, renumbered from 0.
+
+        Args:
+            kv_cache: vLLM's CPU cache ``[blocks, kv_heads, block_size, 2 * head_size]``, packed.
+            block_table: int32 ``[rows, max_blocks]``.
+            plan: of the step.
+
+        Returns:
+            These blocks ``[blocks, kv_heads, block_size, 2 * head_size]`` in the order of tokens,
+            and their table, int32 ``[rows, max_blocks]``.
+        """
         page = kv_cache.shape[2]
         layout = layout_of(self._isa, page, self.head_size, kv_cache.dtype)
         table = torch.zeros_like(block_table)

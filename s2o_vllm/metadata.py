@@ -181,7 +181,14 @@ class SparseBuilder:
         return StepPlan([], [], [whole], decode)
 
     def shortened(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Return the row lengths that the parent reads, always at the same address."""
+        """Return the row lengths that the parent reads, always at the same address.
+
+        Args:
+            seq_lens: int32 ``[rows]`` on the device.
+
+        Returns:
+            int32 ``[rows]``: 1 for rows that decode sparsely, the others as they are.
+        """
         assert self.s2o_table is not None
         assert self.s2o_lengths is not None
         own = self.s2o_lengths[: len(seq_lens)]
@@ -210,7 +217,16 @@ class SparseBuilder:
     def update_block_table(
         self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> Any:
-        """Give the parent's metadata, and that of each dense part, another block table."""
+        """Give the parent's metadata, and that of each dense part, another block table.
+
+        Args:
+            metadata: as :meth:`build` returned it.
+            blk_table: int32 ``[rows, max_blocks]`` of another group of the KV cache.
+            slot_mapping: int64 ``[tokens]``, where the step's keys and values are written.
+
+        Returns:
+            New metadata of the parent's class.
+        """
         update = super().update_block_table  # type: ignore[misc]
         updated = update(metadata, blk_table, slot_mapping)
         plan = getattr(metadata, "s2o", None)

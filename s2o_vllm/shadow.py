@@ -50,8 +50,8 @@ class ShadowPart:
     """The sample of a step, as rows of one token.
 
     Attributes:
-        rows: their rows in the step's block table, int64 on the device.
-        tokens: their places in the step's queries, likewise.
+        rows: their rows in the step's block table, int64 ``[samples]`` on the device.
+        tokens: their indices in the step's packed queries, likewise.
         metadata: the parent's metadata for them.
     """
 
@@ -60,7 +60,13 @@ class ShadowPart:
     metadata: Any
 
     def updated(self, update: Any, block_table: torch.Tensor, slots: torch.Tensor) -> "ShadowPart":
-        """Return the part for another block table, by the parent's own ``update``."""
+        """Return the part for another block table.
+
+        Args:
+            update: the parent builder's ``update_block_table``.
+            block_table: int32 ``[rows, max_blocks]``.
+            slots: int64 ``[tokens]``, where the step's keys and values are written.
+        """
         metadata = update(self.metadata, block_table[self.rows], slots[self.tokens])
         return replace(self, metadata=metadata)
 

@@ -209,6 +209,36 @@ def test_words_are_the_glossarys():
     assert found == []
 
 
+SHAPES = re.compile(r"\[.+\]|any shape|(?:its own|the) shape|\b[Ss]ee |rguments are those")
+
+
+def defined(body, inside=""):
+    """Functions of a module or of its classes, not those inside functions; kernels left out."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from defined(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            kernel = any("jit" in ast.unparse(one) for one in node.decorator_list)
+            yield from [] if kernel else [(inside + node.name, node)]
+
+
+def test_docstrings_of_tensors_give_shapes():
+    """What takes or returns tensors names their shapes, or refers to what does."""
+    found, counted = [], 0
+    for folder in ("kernels", "s2o_vllm", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for name, node in defined(ast.parse(path.read_text()).body):
+                arguments = (*node.args.args, *node.args.kwonlyargs)
+                types = [one.annotation for one in arguments] + [node.returns]
+                if not any(one is not None and "Tensor" in ast.unparse(one) for one in types):
+                    continue
+                counted += 1
+                if not SHAPES.search(ast.get_docstring(node) or ""):
+                    found.append((path.name, name))
+    assert counted > 150
+    assert found == []
+
+
 def test_tuning_quotes_headings_of_the_log():
     """Each measured constant names the section that has its figures."""
     headings = re.findall(

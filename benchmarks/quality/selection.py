@@ -76,7 +76,7 @@ class Ranking:
     layout: Tensor | None = None
 
     def tokens(self, unit: int, candidates: Tensor, history: int) -> Tensor:
-        """Return the positions of candidates of a unit, in the candidates' order."""
+        """Return the positions of candidates [n] of a unit, int64, in the candidates' order."""
         if self.block == 1:
             return candidates
         spread = candidates[:, None] * self.block + torch.arange(self.block)
@@ -86,7 +86,7 @@ class Ranking:
 
 
 def counts_top(ordered: Tensor, wanted: int) -> Tensor:
-    """Give every unit the same number of candidates (S2O's budget)."""
+    """Give each of the units [U] ``wanted`` candidates (S2O's budget); ``ordered`` [U, C]."""
     return torch.full((len(ordered),), wanted)
 
 
@@ -102,17 +102,20 @@ def counts_gap(ordered: Tensor, wanted: int) -> Tensor:
     Args:
         ordered: log scores, best first [U, C].
         wanted: candidates per unit on average.
+
+    Returns:
+        Candidates of each unit [U], int64.
     """
     return _by_threshold(ordered[:, :1] - ordered, wanted)
 
 
 def counts_level(ordered: Tensor, wanted: int) -> Tensor:
-    """Take what scores above one level in all units (ours)."""
+    """Take candidates above one level in all units (ours); see `counts_gap`."""
     return _by_threshold(-ordered, wanted)
 
 
 def counts_half(ordered: Tensor, wanted: int) -> Tensor:
-    """Give each unit half the budget and spend the rest by one level (ours)."""
+    """Give each unit half the budget and spend the rest by one level (ours); see `counts_gap`."""
     floor = wanted // 2
     if wanted == floor:
         return counts_top(ordered, wanted)

@@ -74,7 +74,15 @@ def select(
 
 
 def sample_positions(history: int, device: torch.device) -> torch.Tensor:
-    """Return the positions, one a stratum, of which the dropped mass is estimated."""
+    """Return the positions from which the dropped mass is estimated, one of each stratum.
+
+    Args:
+        history: tokens.
+        device: of the result.
+
+    Returns:
+        int64 ``[strata]``, ascending, at most ``ESTIMATE_TOKENS``.
+    """
     step = max(-(-history // ESTIMATE_TOKENS), ESTIMATE_STEP)
     return stratified(history, step, step - ESTIMATE_STEP + 1).to(device)
 
@@ -180,6 +188,15 @@ def aims(length: int, history: int, tiers: int, step: int) -> list[int]:
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
-    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
+    """Return each score's bucket, as the kernel computes it in float32.
+
+    Args:
+        scores: float32, any shape, log2-probabilities.
+        best: the largest score, a scalar or broadcast.
+        worst: the smallest score, likewise.
+
+    Returns:
+        int64 of the shape of ``scores``: 0 for the best to ``BUCKETS - 1``.
+    """
     width = torch.clamp(best - worst, min=1e-20)
     return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()
