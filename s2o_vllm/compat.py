@@ -121,7 +121,7 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
 def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Check and settle the settings before vLLM builds its own configuration."""
     given = self.additional_config
-    if not _asked_for(self):
+    if not _selects_s2o(self):
         flags, own = config.given_in(given)
         if flags or own is not None:
             named = "--s2o-" + next(iter(flags)).replace("_", "-") if flags else "additional_config"
@@ -131,7 +131,7 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
-        self.additional_config = given  # what the environment says is asked again next time
+        self.additional_config = given  # the environment is read again next time
     settings = settings_of(vllm_config)
     assert settings is not None
     reason = support.unsupported_model(vllm_config) or support.unsupported_decode(
@@ -148,7 +148,7 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
     return vllm_config
 
 
-def _asked_for(engine_args: Any) -> bool:
+def _selects_s2o(engine_args: Any) -> bool:
     """Tell whether any layer would use the s2o backend."""
     attention = engine_args.attention_config
     if isinstance(attention, Mapping):

@@ -160,7 +160,10 @@ def test_the_host_side_of_the_kernels_needs_no_triton():
 
 # Words that `docs/glossary.md` replaced, as parts of identifiers. To fit a basis is a verb.
 OLD_ANYWHERE = r"slopes?|lift|lean|beside|meanwhile|settled|rough|told|shifts?|sought|pseudo"
-OLD_IN_KERNELS = r"items?|spreads?|visit|rest|places|kept|images?|kinds?|asked"
+OLD_IN = {
+    "kernels": r"|items?|spreads?|visit|rest|places|kept|images?|kinds?|asked",
+    "s2o_vllm": r"|item|places|asked",
+}
 # And in docstrings, comments and pages, where they can mean nothing else.
 OLD_PHRASES = re.compile(
     r"row shifts?|scored rows?|\bimages? of (?:a |the )?(?:keys|rows|quer)|\bslopes?\b|\bso many\b"
@@ -183,7 +186,7 @@ def identifiers(path: Path) -> set[str]:
 def test_names_are_the_glossarys():
     found = set()
     for folder in ("kernels", "s2o_vllm", "benchmarks", "deploy"):
-        words = OLD_ANYWHERE + (f"|{OLD_IN_KERNELS}" if folder == "kernels" else "")
+        words = OLD_ANYWHERE + OLD_IN.get(folder, "")
         old = re.compile(rf"(?:^|_)(?:{words})(?:$|_)", re.IGNORECASE)
         files = sorted((ROOT / folder).rglob("*.py"))
         assert len(files) > 5
