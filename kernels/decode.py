@@ -28,7 +28,11 @@ class DecodeBackend(Protocol):
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot.
+
+        Arguments are those of :meth:`SparseDecode.take`, with one ``scale``: the softmax scale,
+        times what one unit of the cache's keys stands for.
+        """
 
     def attend(
         self,
@@ -43,7 +47,7 @@ class DecodeBackend(Protocol):
         v_scale: float,
         softcap: float,
     ) -> None:
-        """Rank, select and attend for every query of a step."""
+        """Rank, select and attend for every query of a step; see :func:`decode_step.decode`."""
 
 
 class SparseDecode:
@@ -117,6 +121,11 @@ class SparseDecode:
         """Run every kernel once over the very tensors that requests will use.
 
         Reads the cache; of a state, which no request has yet, it writes projected keys.
+
+        Args:
+            query: ``[tokens, heads, head_dim]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+            block_table: int32 ``[rows, max_blocks]``.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         cached = block_table.shape[1] * kv_cache.shape[2]

@@ -62,7 +62,7 @@ class DecodeReference:
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to a span; store it, projected keys and summaries in a slot."""
+        """See `decode.DecodeBackend.take`."""
         slot, number, tokens, _ = snapshot
         span, bases = work.spans[number], kv_cache.shape[1]
         fitted = basis.fit_span(query, kv_cache, block_table, work.row, span, bases, scale)
@@ -81,7 +81,15 @@ class DecodeReference:
     def project(
         self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
     ) -> None:
-        """Project the keys of some tokens by a slot's basis."""
+        """Project the keys of some tokens by a slot's basis.
+
+        Args:
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+            table_row: int32 ``[max_blocks]``, the request's row of the block table.
+            slot: of the request's state; written to.
+            first: position of the first token.
+            count: of tokens.
+        """
         positions = torch.arange(first, first + count, device=kv_cache.device)
         slots = paging.physical_slots(positions, table_row, kv_cache.shape[2])
         keys, _ = paging.load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)

@@ -221,7 +221,7 @@ class DecodeKernels:
         *,
         scale: float,
     ) -> None:
-        """Fit a basis to the end of a prompt; store it, projected keys and summaries in a slot."""
+        """See `decode.DecodeBackend.take`."""
         ranked, means = self.basis_scratch
         span = work.spans[snapshot.span]
         take_moments(query, kv_cache, block_table, work.row, span, ranked.basis)

@@ -6,7 +6,16 @@ from .layout import NUM_QUERIES, QUERY_START
 
 
 def physical_slots(positions: torch.Tensor, table_row: torch.Tensor, page: int) -> torch.Tensor:
-    """Translate token positions of one request to slots: block * block_size + offset."""
+    """Translate token positions of one request to physical slots: block * block_size + offset.
+
+    Args:
+        positions: integer, any shape.
+        table_row: int32 ``[max_blocks]``, the request's row of the block table.
+        page: tokens of a block.
+
+    Returns:
+        int64 of the shape of ``positions``.
+    """
     return table_row[positions // page].long() * page + positions % page
 
 

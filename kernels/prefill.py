@@ -81,7 +81,13 @@ class SparsePrefill:
         """Run every kernel once, over the very tensors that requests will use.
 
         Strides are part of what a kernel is compiled for, so they must be the real ones.
-        Reads the cache, writes only scratch. ``query_e4m3`` if requests have it.
+        Reads the cache, writes only scratch.
+
+        Args:
+            query: ``[tokens, heads, head_dim]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
+            block_table: int32 ``[rows, max_blocks]``.
+            query_e4m3: ``query`` in e4m3, if requests have it; see :func:`attend.attend`.
         """
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         table = torch.zeros_like(block_table)
@@ -149,7 +155,10 @@ class SparsePrefill:
         *,
         k_scale: float = 1.0,
     ) -> None:
-        """Score, select and summarise on a CUDA device; the results stay in the workspace."""
+        """Score, select and summarise on a CUDA device; the results stay in the workspace.
+
+        Arguments are those of a call.
+        """
         from .attention import summaries
         from .selection import select
 

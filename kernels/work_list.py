@@ -267,7 +267,7 @@ def ranked_together(segments: int) -> list[tuple[int, int]]:
 
 
 def to_device(table: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Copy a table of integers, asynchronously from pinned memory where there is a GPU."""
+    """Copy a table to a device, from pinned memory if that is a GPU: int32 ``[rows, columns]``."""
     tensor = torch.tensor(table, dtype=torch.int32)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

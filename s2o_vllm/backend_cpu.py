@@ -41,23 +41,23 @@ class CacheLayout:
 
     def __init__(self, isa: str, page: int, head_dim: int, dtype: torch.dtype):
         numbers = torch.arange(page * head_dim)
-        places = range(math.ceil(math.log2(len(numbers)) / math.log2(self.DIGIT)))
-        digits = [numbers // self.DIGIT**place % self.DIGIT for place in places]
+        powers = range(math.ceil(math.log2(len(numbers)) / math.log2(self.DIGIT)))
+        digits = [numbers // self.DIGIT**power % self.DIGIT for power in powers]
         fp8 = dtype == torch.float8_e4m3fn
         kinds = (torch.uint8, torch.bfloat16, "fp8") if fp8 else (dtype, dtype, "auto")
         stored, written, name = kinds
         found = torch.zeros(2, page * head_dim, dtype=torch.long)  # of keys and of values
-        for place, digit in enumerate(digits):
+        for power, digit in enumerate(digits):
             block = torch.zeros(1, 1, 2 * page, head_dim, dtype=stored)
             tokens = digit.reshape(page, 1, head_dim).to(written)
             keys, values = block.chunk(2, dim=2)
             ops.cpu_attn_reshape_and_cache(
                 tokens, tokens, keys, values, torch.arange(page), isa, kv_cache_dtype=name
             )
-            found += block.view(dtype).reshape(2, -1).long() * self.DIGIT**place
+            found += block.view(dtype).reshape(2, -1).long() * self.DIGIT**power
         if not torch.equal(found.sort().values, numbers.expand(2, -1)):
             raise RuntimeError(f"s2o: vLLM's CPU cache layout {isa!r} could not be read back")
-        # found[half][place in the half] is the element's number; invert it.
+        # found[half][index in the half] is the element's number; invert it.
         self.order = (found.argsort() + torch.tensor([[0], [page * head_dim]])).flatten()
         self.page, self.head_dim = page, head_dim
 
@@ -82,7 +82,17 @@ class S2OCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     def sparse_cache(
         self, kv_cache: torch.Tensor, block_table: torch.Tensor, plan: StepPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the sparse rows' blocks out of the packed cache, renumbered from 0."""
+        """Read the sparse rows' blocks out of the packed cache, renumbered from 0.
+
+        Args:
+            kv_cache: vLLM's CPU cache ``[blocks, kv_heads, block_size, 2 * head_size]``, packed.
+            block_table: int32 ``[rows, max_blocks]``.
+            plan: of the step.
+
+        Returns:
+            These blocks ``[blocks, kv_heads, block_size, 2 * head_size]`` in the order of tokens,
+            and their table, int32 ``[rows, max_blocks]``.
+        """
         page = kv_cache.shape[2]
         layout = layout_of(self._isa, page, self.head_size, kv_cache.dtype)
         table = torch.zeros_like(block_table)

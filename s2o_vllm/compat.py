@@ -123,7 +123,7 @@ def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: A
 def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Check and settle the settings before vLLM builds its own configuration."""
     given = self.additional_config
-    if not _asked_for(self):
+    if not _selects_s2o(self):
         flags, own = config.given_in(given)
         if flags or own is not None:
             named = "--s2o-" + next(iter(flags)).replace("_", "-") if flags else "additional_config"
@@ -133,7 +133,7 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
-        self.additional_config = given  # what the environment says is asked again next time
+        self.additional_config = given  # the environment is read again next time
     settings = settings_of(vllm_config)
     assert settings is not None
     reason = support.unsupported_model(vllm_config) or support.unsupported_decode(
@@ -151,7 +151,7 @@ def _checked_engine_config(original: Callable, self: Any, *args: Any, **kwargs: 
     return vllm_config
 
 
-def _asked_for(engine_args: Any) -> bool:
+def _selects_s2o(engine_args: Any) -> bool:
     """Tell whether any layer would use the s2o backend."""
     attention = engine_args.attention_config
     if isinstance(attention, Mapping):
@@ -210,7 +210,7 @@ def _cpu_backend_cls(
 
 
 class RequestSettings:
-    """What the request of each row asked for; both of vLLM's model runners feed it.
+    """The request of each row; both of vLLM's model runners feed it.
 
     The metadata builder is given no request handles. Runner V1 keeps its rows in
     ``input_batch.req_ids``; runner V2 names them by ``CommonAttentionMetadata.req_idx``.
@@ -222,21 +222,21 @@ class RequestSettings:
         self.by_index: dict[int, RequestInfo] = {}
 
     def of_rows(self, common: Any, count: int) -> list[RequestInfo]:
-        """Return what the requests of the first ``count`` rows asked for, and their names.
+        """Return the requests of the first ``count`` rows: their settings, and their names.
 
         There is no name where there is no request, or it is not alive.
         """
-        asked: list[RequestInfo] = []
+        found: list[RequestInfo] = []
         if common.req_idx is not None:
-            asked = [self.by_index.get(int(index), PADDING) for index in common.req_idx[:count]]
-            asked = [
+            found = [self.by_index.get(int(index), PADDING) for index in common.req_idx[:count]]
+            found = [
                 one if one.name is None or self.alive(one.name) else one._replace(name=None)
-                for one in asked
+                for one in found
             ]
         elif self.runner_v1 is not None:
             known, ids = self.runner_v1.requests, self.runner_v1.input_batch.req_ids
-            asked = [_asked_by(known[name])._replace(name=name) for name in ids[:count]]
-        return asked + [PADDING] * (count - len(asked))  # padding
+            found = [_info_of(known[name])._replace(name=name) for name in ids[:count]]
+        return found + [PADDING] * (count - len(found))
 
     def alive(self, name: str) -> bool:
         """Tell whether a request is still there: for runner V2 a preempted one is not."""
@@ -248,7 +248,7 @@ class RequestSettings:
 requests = RequestSettings()
 
 
-def _asked_by(request: Any) -> RequestInfo:
+def _info_of(request: Any) -> RequestInfo:
     params = request.sampling_params
     settings = request_settings(params.extra_args) if params is not None else {}
     prompt = request.prompt_token_ids
@@ -267,7 +267,7 @@ def _add_requests_v2(original: Callable, self: Any, scheduler_output: Any) -> An
     result = original(self, scheduler_output)
     for request in scheduler_output.scheduled_new_reqs:
         index = self.req_states.req_id_to_index[request.req_id]
-        requests.by_index[index] = _asked_by(request)._replace(name=request.req_id)
+        requests.by_index[index] = _info_of(request)._replace(name=request.req_id)
     return result
 
 

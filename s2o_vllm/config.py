@@ -196,7 +196,7 @@ HELP = {
     "of the last requests (true or false). Open to whoever reaches /metrics. Default: false.",
 }
 
-# Settings that were removed, and why: who still gives one is told.
+# Settings that were removed, and why: giving one is refused with the reason.
 REMOVED = {"permute_queries": "no measurement showed a use for it"}
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in fields(S2OConfig)}

@@ -1,7 +1,7 @@
 """Where sparse prefill pays: how many new tokens a chunk must have behind its history.
 
 Dense attention takes time in proportion to the pairs of a query and a key that it sees. Ranking
-takes a fixed time a layer (a dozen launches, the fit of the bases), some time for each token of the
+takes a fixed time a layer (a dozen launches, fitting the bases), some time for each token of the
 history (projected keys) and little for each query. So a short turn of a long conversation, or a
 chunk that a busy scheduler cut short, is faster dense.
 """
@@ -16,7 +16,7 @@ import torch
 FIXED_PAIRS = 14_000_000
 PAIRS_PER_TOKEN = 170
 HEADS = 32
-SHORTEST = 8192  # tokens of a history from which on this was told
+SHORTEST = 8192  # history from which on this was measured; tokens
 
 
 def least_new_tokens(history: int, heads: int) -> int:

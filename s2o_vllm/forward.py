@@ -86,6 +86,9 @@ class SparseImpl:
     def reserve(self, query: torch.Tensor) -> None:
         """Make the operator and its workspace, so that vLLM's memory profile sees them.
 
+        Args:
+            query: ``[tokens, heads, head_size]``; its dtype and device are read.
+
         Raises:
             RuntimeError: if the device has no room for them.
         """
@@ -133,6 +136,12 @@ class SparseImpl:
 
         vLLM runs dummy batches over the real cache before it reports healthy; the first of
         them comes here. Nothing may compile while a graph is being captured.
+
+        Args:
+            query: ``[tokens, heads, head_size]``, in ``dtype`` or e4m3.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+            attn_metadata: the parent's; its ``block_table`` is int32 ``[rows, max_blocks]``.
+            dtype: of the model.
         """
         if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
@@ -227,22 +236,30 @@ class SparseImpl:
 
 
 def at(query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return some tokens of a query; PyTorch need not know how to index e4m3 numbers."""
+    """Return some tokens of a query; PyTorch need not know how to index e4m3 numbers.
+
+    Args:
+        query: ``[tokens, heads, head_size]``, any dtype.
+        tokens: int64 ``[n]``.
+
+    Returns:
+        ``[n, heads, head_size]``.
+    """
     if query.dtype.itemsize == 1:
         return query.view(torch.uint8)[tokens].view(query.dtype)
     return query[tokens]
 
 
 def in_both(query: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return a query as it comes if that is in e4m3, else None; and in ``dtype``.
+    """Return a query ``[tokens, heads, head_size]`` in e4m3 if it is, else None; and in ``dtype``.
 
-    An fp8 layer's query comes quantised where the parent takes it so.
+    The query of a layer with an fp8 cache is quantised where the parent takes it so.
     """
     return query if query.dtype.itemsize == 1 else None, query.to(dtype)
 
 
 def as_numbers(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return a cache as what it holds: vLLM keeps e4m3 numbers as bytes."""
+    """Return a cache, of any shape, in the dtype that it holds: vLLM stores e4m3 as uint8."""
     return kv_cache.view(torch.float8_e4m3fn) if kv_cache.dtype == torch.uint8 else kv_cache
 
 

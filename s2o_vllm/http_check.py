@@ -100,7 +100,7 @@ def settings_in(body: bytes, server: S2OConfig) -> dict[str, float]:
 
 
 def settings_of_request(request: Mapping[str, Any], server: S2OConfig) -> dict[str, float]:
-    """Return the settings that a request's fields ask for; see :func:`settings_in`."""
+    """Return the settings that a request's fields override; see :func:`settings_in`."""
     for key in request:
         if plain(key) in OF_REQUESTS or key.lower().startswith(PREFIX):
             place = f"{shown(PREFIX + plain(key))} in {XARGS}"
@@ -112,11 +112,11 @@ def settings_of_request(request: Mapping[str, Any], server: S2OConfig) -> dict[s
         raise ConfigError(f"s2o: {EXTRA_BODY!r} is a field of the request, must be {where}")
     sampling = request.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, Mapping) else None
-    asked: dict[str, float] = {}
+    overrides: dict[str, float] = {}
     for own in (request.get(XARGS), extra):
         if isinstance(own, Mapping):
-            asked |= request_settings(own, server)
-    return asked
+            overrides |= request_settings(own, server)
+    return overrides
 
 
 async def refuse(sentence: str, path: str, send: Send) -> None:

@@ -111,15 +111,15 @@ class SparseBuilder:
             return None
         prefill = prefilling[:count].tolist()
         prefill += [False] * (count - len(prefill))  # runner V2 pads the others alone
-        asked = compat.requests.of_rows(common, count)
-        budgets = [budget_of(one, settings) for one in asked]
+        requests = compat.requests.of_rows(common, count)
+        budgets = [budget_of(one, settings) for one in requests]
         lengths = seq_lens[:count].tolist()
         dense_reason = self.s2o_reason or support.dense_step_reason(common)
         if dense_reason is None and shadow.guard.check(settings.shadow_limit):
             dense_reason = "shadow_limit"
         decoding: list[DecodeRow] = []
         missed: list[str] = []
-        names = [one.name for one in asked]
+        names = [one.name for one in requests]
         if slots is not None and dense_reason is None:
             decoding, missed = slots.step(starts, lengths, prefill, budgets, names)
         decoding_rows = {one.row for one in decoding}
@@ -142,7 +142,7 @@ class SparseBuilder:
                 sparse, settings.segment, settings.min_context,
                 self.s2o_sparse_heads / self.s2o_heads,
             )  # fmt: skip
-            request_work.tracker.step(asked, starts, lengths, prefill, skipped)
+            request_work.tracker.step(requests, starts, lengths, prefill, skipped)
         if not sparse and not decoding:
             return None
         build = super().build  # type: ignore[misc]
@@ -184,7 +184,14 @@ class SparseBuilder:
         return StepPlan([], [], [whole], decode)
 
     def shortened(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Return the row lengths that the parent reads, always at the same address."""
+        """Return the row lengths that the parent reads, always at the same address.
+
+        Args:
+            seq_lens: int32 ``[rows]`` on the device.
+
+        Returns:
+            int32 ``[rows]``: 1 for rows that decode sparsely, the others as they are.
+        """
         assert self.s2o_table is not None
         assert self.s2o_lengths is not None
         own = self.s2o_lengths[: len(seq_lens)]
@@ -213,7 +220,16 @@ class SparseBuilder:
     def update_block_table(
         self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> Any:
-        """Give the parent's metadata, and that of each dense part, another block table."""
+        """Give the parent's metadata, and that of each dense part, another block table.
+
+        Args:
+            metadata: as :meth:`build` returned it.
+            blk_table: int32 ``[rows, max_blocks]`` of another group of the KV cache.
+            slot_mapping: int64 ``[tokens]``, where the step's keys and values are written.
+
+        Returns:
+            New metadata of the parent's class.
+        """
         update = super().update_block_table  # type: ignore[misc]
         updated = update(metadata, blk_table, slot_mapping)
         plan = getattr(metadata, "s2o", None)

@@ -126,7 +126,7 @@ class WorkerCounters:
         """Add a layer's counters.
 
         Args:
-            counters: int64, one for each name.
+            counters: int64 ``[len(names)]``.
             layer: its number in the model.
             names: the metrics that they are.
 

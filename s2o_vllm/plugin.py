@@ -22,7 +22,7 @@ def register() -> None:
 
     reason = compat.unsupported_version()
     if reason is not None:
-        if asked_on_command_line(sys.argv):
+        if named_on_command_line(sys.argv):
             print(f"{vllm_command(sys.argv)}: error: {reason}", file=sys.stderr)
             raise SystemExit(2)
         logger.warning("%s", reason)
@@ -58,8 +58,8 @@ def vllm_command(words: Sequence[str]) -> str | None:
     return None
 
 
-def asked_on_command_line(words: Sequence[str]) -> bool:
-    """Tell whether these words are a command of vLLM's that asks for s2o.
+def named_on_command_line(words: Sequence[str]) -> bool:
+    """Tell whether these words are a command of vLLM's that selects s2o.
 
     ``CUSTOM`` alone may mean another plug-in.
     """

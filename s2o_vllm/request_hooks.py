@@ -52,19 +52,19 @@ def _read_batch_line(original: Callable, cls: type, line: Any, *args: Any, **kwa
 
 def _beam_search(original: Callable, self: Any, prompts: Any, params: Any, *args: Any,
                  **kwargs: Any) -> Any:  # fmt: skip
-    """Search with what ``params.extra_args`` asks for: the parameters of beams have no such field.
+    """Search with the settings of ``params.extra_args``: parameters of beams have no such field.
 
     Raises:
-        VLLMValidationError: if that is refused.
+        VLLMValidationError: if these are refused.
     """
     settings = settings_of(self.llm_engine.vllm_config)
     if settings is None:
         return original(self, prompts, params, *args, **kwargs)
     try:
-        asked = request_settings(getattr(params, "extra_args", None), settings)
+        overrides = request_settings(getattr(params, "extra_args", None), settings)
     except ConfigError as error:
         raise _validation_error(error) from None
-    token = of_context.set(asked)
+    token = of_context.set(overrides)
     try:
         return original(self, prompts, params, *args, **kwargs)
     finally:
@@ -102,13 +102,13 @@ def _process_inputs(original: Callable, self: Any, request_id: str, prompt: Any,
     if settings is None:
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
-        asked = request_settings(getattr(params, "extra_args", None), settings)
+        overrides = request_settings(getattr(params, "extra_args", None), settings)
     except ConfigError as error:
         raise _validation_error(error) from None
-    if not asked and (asked := of_context.get() or {}):
+    if not overrides and (overrides := of_context.get() or {}):
         params = params.clone()
-        named = {PREFIX + key: value for key, value in asked.items()}
+        named = {PREFIX + key: value for key, value in overrides.items()}
         params.extra_args = (params.extra_args or {}) | named
     request = original(self, request_id, prompt, params, *args, **kwargs)
-    request.cache_salt = cache_salt(request.cache_salt, settings, asked)
+    request.cache_salt = cache_salt(request.cache_salt, settings, overrides)
     return request

@@ -29,15 +29,14 @@ class Prompt:
 
 
 def skipped_work(row: PrefillRow, segment: int, min_context: int) -> int:
-    """Return how many tokens the queries of a chunk leave out, in the mean of the heads.
+    """Return the tokens that the queries of a chunk skip, summed over queries, mean over heads.
 
-    They may leave out more, where a target error or the early stop ends a list before its budget.
+    They may skip more, where a target error or the early stop ends a list before its budget.
     """
-    items = cut_segments(row, segment, min_context)
     return sum(
-        (item[DENSE_START] - item[LIST_LENGTH]) * item[NUM_QUERIES]
-        for item in items
-        if item[DENSE_START]
+        (line[DENSE_START] - line[LIST_LENGTH]) * line[NUM_QUERIES]
+        for line in cut_segments(row, segment, min_context)
+        if line[DENSE_START]
     )
 
 
@@ -49,7 +48,7 @@ class RequestWork:
 
     def step(
         self,
-        asked: Sequence[RequestInfo],
+        requests: Sequence[RequestInfo],
         starts: list[int],
         lengths: list[int],
         prefilling: list[bool],
@@ -60,13 +59,13 @@ class RequestWork:
         Groups of the KV cache report the same step one after the other: the first one counts.
 
         Args:
-            asked: the request of each row.
+            requests: of each row.
             starts: first query token of each row, and the end of the last one.
             lengths: tokens of each row including this chunk.
             prefilling: whether a row is still reading its prompt.
-            skipped: of each sparse row, by number, the tokens that are left out.
+            skipped: for each sparse row, by number, the tokens that its queries skip.
         """
-        for row, request in enumerate(asked):
+        for row, request in enumerate(requests):
             if request.name is None or not prefilling[row]:
                 continue
             prompt = self._prompts.setdefault(request.name, Prompt())
@@ -90,7 +89,14 @@ class RequestWork:
 def left_out(
     rows: Collection[PrefillRow], segment: int, min_context: int, sparse_share: float
 ) -> dict[int, float]:
-    """Return what sparse rows leave out, by their number, if so many of all heads are sparse."""
+    """Return the tokens that the queries of sparse rows skip, summed over them, by row.
+
+    Args:
+        rows: the sparse ones.
+        segment: queries of a segment.
+        min_context: segments with less history are dense.
+        sparse_share: heads of sparse layers over all heads.
+    """
     return {row.row: sparse_share * skipped_work(row, segment, min_context) for row in rows}
 
 

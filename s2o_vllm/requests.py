@@ -62,10 +62,10 @@ def budget_of(request: RequestInfo, server: S2OConfig) -> RequestBudget:
 def request_settings(
     extra_args: Mapping[str, Any] | None, server: S2OConfig | None = None
 ) -> dict[str, float]:
-    """Return the settings that a request asks for in its ``vllm_xargs``: of ``OF_REQUESTS``.
+    """Return the settings that a request overrides in its ``vllm_xargs``: of ``OF_REQUESTS``.
 
     Args:
-        extra_args: all that the request asks for beside vLLM's own settings.
+        extra_args: all of the request's ``vllm_xargs``.
         server: the server's settings, which bound them. Default: everything is allowed.
 
     Raises:
@@ -73,20 +73,20 @@ def request_settings(
             another spelling, without its prefix or unknown.
     """
     server = server or S2OConfig()
-    asked = {}
+    overrides = {}
     for key, value in (extra_args or {}).items():
         if key == PREFIX + "sparsity_budget":
-            asked["sparsity_budget"] = check_budget(key, value)
+            overrides["sparsity_budget"] = check_budget(key, value)
             if server.max_request_budget == 0:
                 raise refusal(key, value, "left out: this server allows no budget of a request's")
             if value > server.max_request_budget:
                 raise refusal(key, value, f"at most {server.max_request_budget} on this server")
         elif key == PREFIX + "target_error":
-            asked["target_error"] = check_target(key, value, server.ranking)
+            overrides["target_error"] = check_target(key, value, server.ranking)
         elif isinstance(key, str) and (key.lower().startswith(PREFIX) or plain(key) in OF_REQUESTS):
             known = " or ".join(PREFIX + name for name in OF_REQUESTS)
             raise ConfigError(f"s2o: unknown request setting {shown(key)}, must be {known}")
-    return asked
+    return overrides
 
 
 class SaltParts(NamedTuple):
@@ -103,7 +103,7 @@ class SaltParts(NamedTuple):
     mark: str
 
 
-def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) -> str:
+def cache_salt(salt: str | None, config: S2OConfig, overrides: Mapping[str, float]) -> str:
     """Return the prefix-cache salt of a request.
 
     Keys and values above the first layer depend on how sparsely the layers below attended,
@@ -114,9 +114,9 @@ def cache_salt(salt: str | None, config: S2OConfig, asked: Mapping[str, float]) 
     Args:
         salt: the user's own.
         config: the server's settings.
-        asked: the request's, as `request_settings` returns them.
+        overrides: the request's, as `request_settings` returns them.
     """
-    settings = config.as_dict() | dict(asked) | {"segment_size": config.segment}
+    settings = config.as_dict() | dict(overrides) | {"segment_size": config.segment}
     for key in NOT_OF_KEYS:
         del settings[key]
     if not config.decodes:

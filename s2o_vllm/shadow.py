@@ -50,8 +50,8 @@ class ShadowPart:
     """The sample of a step, as rows of one token.
 
     Attributes:
-        rows: their rows in the step's block table, int64 on the device.
-        tokens: their places in the step's queries, likewise.
+        rows: their rows in the step's block table, int64 ``[samples]`` on the device.
+        tokens: their indices in the step's packed queries, likewise.
         metadata: the parent's metadata for them.
     """
 
@@ -60,7 +60,13 @@ class ShadowPart:
     metadata: Any
 
     def updated(self, update: Any, block_table: torch.Tensor, slots: torch.Tensor) -> "ShadowPart":
-        """Return the part for another block table, by the parent's own ``update``."""
+        """Return the part for another block table.
+
+        Args:
+            update: the parent builder's ``update_block_table``.
+            block_table: int32 ``[rows, max_blocks]``.
+            slots: int64 ``[tokens]``, where the step's keys and values are written.
+        """
         metadata = update(self.metadata, block_table[self.rows], slots[self.tokens])
         return replace(self, metadata=metadata)
 
@@ -72,9 +78,9 @@ def sample(rows: Sequence[PrefillRow], settings: S2OConfig) -> list[Sampled]:
     """
     chosen: list[Sampled] = []
     for row in rows:
-        items = cut_segments(row, settings.segment, settings.min_context)
+        lines = cut_segments(row, settings.segment, settings.min_context)
         # Histories grow: from the first sparse segment on all are.
-        start = next((item[HISTORY] for item in items if item[DENSE_START]), None)
+        start = next((line[HISTORY] for line in lines if line[DENSE_START]), None)
         if start is None:
             continue
         positions = torch.arange(start, row.context + row.num_queries)
@@ -141,7 +147,7 @@ class Guard:
     def check(self, limit: float) -> bool:
         """Return whether the limit is reached, by what the device has counted until now."""
         if not self.reached and limit > 0:
-            self.reached = self._measured(limit) or self._told()
+            self.reached = self._measured(limit) or self._reported()
         return self.reached
 
     def _measured(self, limit: float) -> bool:
@@ -151,7 +157,7 @@ class Guard:
             return False
         self._before = now
         mean = error * ERROR_UNIT / rows
-        if mean > limit and not self._tell():
+        if mean > limit and not self._report():
             logger.warning(
                 "S2O: sparse attention differs from dense by %.3f in the mean of the last %d "
                 "sampled queries, more than shadow_limit %g: all prefill stays dense until the "
@@ -163,20 +169,20 @@ class Guard:
         folder = metrics.worker.folder()
         return folder / MARKER if folder is not None else None
 
-    def _told(self) -> bool:
-        """Return whether another worker of this server has told; files of earlier ones are old."""
+    def _reported(self) -> bool:
+        """Return whether another worker of this server reported it; older files do not count."""
         marker = self._marker()
         try:
             return marker is not None and marker.stat().st_mtime >= self._begun
         except OSError:
             return False
 
-    def _tell(self) -> bool:
-        """Tell the others; returns whether one of them was first."""
+    def _report(self) -> bool:
+        """Report the limit to the other workers; returns whether one of them was first."""
         marker = self._marker()
         if marker is None:
             return False
-        if self._told():
+        if self._reported():
             return True
         try:
             marker.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class StepPlan:
     """What the forward of every layer does in one step.
 
     Attributes:
-        work: work lists of the sparse prefill rows, one for each wave of launches.
+        work: work lists of the sparse prefill rows, which are launched one after the other.
         sparse_rows: the rows of the batch that prefill sparsely.
         dense: runs of rows that the parent backend attends to.
         decode: the sparse decode queries, or None. Rows of ``dense`` may hold the same queries:

@@ -1,4 +1,4 @@
-"""What a GPU worker does before it is ready: every kernel compiles; what compiles later is told.
+"""What a GPU worker does before it is ready: every kernel compiles; later compilations are logged.
 
 vLLM's own functions that this relies on are named here, as in :mod:`compat`.
 """
@@ -14,7 +14,7 @@ from .wrapping import wrap
 logger = logging.getLogger("vllm.s2o")
 
 WORKER = "vllm.v1.worker.gpu_worker"
-TOKENS = 16  # of the batch that warms up, where so many requests are served at a time
+TOKENS = 16  # of the batch that warms up, or fewer where a server takes fewer requests at once
 
 _watching = False
 

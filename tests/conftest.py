@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def fresh_seed(pytestconfig):
-    """Seed random inputs by the run's seed and a name; both are told when a test fails."""
+    """Seed random inputs by the run's seed and a name; a failing test prints both."""
 
     def draw(name=""):
         torch.manual_seed(zlib.crc32(f"{pytestconfig.option.seed} {name}".encode()))

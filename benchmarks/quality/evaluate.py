@@ -207,7 +207,7 @@ def judge(segment: Segment, method: Method, rows: list[Row]) -> list[Row]:
         for row in plain:
             fill(row, measure(segment, selection))
         if stopped:
-            bare = replace(selection, pseudo=None)
+            bare = replace(selection, summaries=None)
             taus, step = [row["tau"] for row in stopped], stopped[0]["stop_step"]
             for row, errors in zip(stopped, early_stop(segment, bare, taus, step), strict=True):
                 fill(row, errors)

@@ -52,17 +52,17 @@ def measure(segment: Segment, selection: Selection) -> Errors:
         part = attend(q[rows], k, v, segment.scale)
         part = merge(Partial(own_out[rows], own_lse[rows]), part)
         lse[rows] = part.lse
-        if selection.pseudo is not None:
-            mean = selection.pseudo[u]
+        if selection.summaries is not None:
+            mean = selection.summaries[u]
             counts = mean.count
-            if mean.spread is not None:
-                counts = counts * region_mass(q[rows], mean.spread, segment.scale)[:, None]
-            stand_in = attend(q[rows], mean.k, mean.v, segment.scale, counts.log())
-            if mean.slope is not None:
-                stand_in = stand_in._replace(
-                    out=stand_in.out + q[rows] @ mean.slope * segment.scale
+            if mean.key_covariance is not None:
+                counts = counts * region_mass(q[rows], mean.key_covariance, segment.scale)[:, None]
+            summarised = attend(q[rows], mean.k, mean.v, segment.scale, counts.log())
+            if mean.value_covariance is not None:
+                summarised = summarised._replace(
+                    out=summarised.out + q[rows] @ mean.value_covariance * segment.scale
                 )
-            part = merge(part, stand_in)
+            part = merge(part, summarised)
             visited += len(mean.count) * len(rows)
         out[rows] = part.out
         visited += len(tokens) * len(rows)

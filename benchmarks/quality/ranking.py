@@ -19,7 +19,7 @@ class Method:
     Attributes:
         unit: which queries share a list, as `Unit.parse` reads it.
         rule: how density is shared among units, one of `selection.RULES`.
-        correction: what stands for the skipped tokens, one of `selection.CORRECTIONS`.
+        correction: how skipped tokens are summarised, one of `selection.CORRECTIONS`.
     """
 
     unit: str = "128xhead"
@@ -71,8 +71,8 @@ class MeanQuery(Method):
         reduction = Reduction.parse("max-lse" if self.reduce == "pooled" else self.reduce)
         scores = []
         lists = len(q) // segment.kv_heads
-        for i, (queries, shift) in enumerate(zip(q, own, strict=True)):
+        for i, (queries, own_lse) in enumerate(zip(q, own, strict=True)):
             keys = segment.k[i // lists]
             s = queries.transpose(0, 1).flatten(0, 1) @ keys.T * segment.scale
-            scores.append(reduction.apply(s, shift.T.flatten(), scope))
+            scores.append(reduction.apply(s, own_lse.T.flatten(), scope))
         return Ranking(unit.rows(segment), torch.cat(scores))

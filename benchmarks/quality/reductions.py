@@ -53,7 +53,7 @@ def gaussian(s: Tensor) -> Tensor:
     return mean + variance / 2 + math.log(s.shape[1])
 
 
-SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
+LSE_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "lse": lse,
     "top": row_top,
     "lse64": lse_sampled,
@@ -70,52 +70,53 @@ class Reduction:
     """How scores of many rows become one.
 
     Attributes:
-        kind: ``mean`` of probabilities, of their ``square``, ``max`` of shifted scores, or
-            ``peak``: mean over blocks of the largest probability in a block.
-        shift: what is taken from each row before; ``none`` for nothing.
-        own: count the segment's own mass in the shift, so that rows which look at themselves
-            ask for less history.
+        kind: ``mean`` of probabilities, of their ``square``, ``max`` of log-probabilities,
+            or ``peak``: mean over blocks of the largest probability in a block.
+        estimate: of the row log-sum-exp that is subtracted first, one of ``LSE_ESTIMATES``, or
+            ``none``.
+        own: add the segment's own mass to it, so that rows which attend to their own segment
+            count for less.
     """
 
     kind: str
-    shift: str
+    estimate: str
     own: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Reduction":
         """Read ``mean-lse``, ``max-top``, ``max-lse-own`` and so on."""
         kind, _, rest = text.partition("-")
-        shift, _, own = rest.partition("-")
-        if kind not in KINDS or shift not in (*SHIFTS, "none") or own not in ("", "own"):
+        estimate, _, own = rest.partition("-")
+        if kind not in KINDS or estimate not in (*LSE_ESTIMATES, "none") or own not in ("", "own"):
             raise ValueError(
                 f"reduction must be one of {', '.join(KINDS)}, a dash and one of "
-                f"{', '.join(SHIFTS)}, none, and perhaps -own, not {text}"
+                f"{', '.join(LSE_ESTIMATES)}, none, and perhaps -own, not {text}"
             )
-        return cls(kind, shift, bool(own))
+        return cls(kind, estimate, bool(own))
 
     def __str__(self) -> str:
         """Return the text that `parse` reads."""
-        return f"{self.kind}-{self.shift}{'-own' if self.own else ''}"
+        return f"{self.kind}-{self.estimate}{'-own' if self.own else ''}"
 
     @property
     def pooling(self) -> str:
         """How blocks combine to larger units: ``mean`` or ``max``."""
         return "max" if self.kind == "max" else "mean"
 
-    def row_shift(self, s: Tensor, own_lse: Tensor) -> Tensor:
-        """Return the shift [S] of scores [S, T]; own_lse [S] is the segment's own log mass."""
-        if self.shift == "none":
+    def row_lse(self, s: Tensor, own_lse: Tensor) -> Tensor:
+        """Return the row log-sum-exp [S] of scores [S, T] and own log mass [S], in nats."""
+        if self.estimate == "none":
             return s.new_zeros(len(s))
-        shift = SHIFTS[self.shift](s)
-        return torch.logaddexp(shift, own_lse) if self.own else shift
+        history_lse = LSE_ESTIMATES[self.estimate](s)
+        return torch.logaddexp(history_lse, own_lse) if self.own else history_lse
 
     def apply(self, s: Tensor, own_lse: Tensor, block: int) -> Tensor:
         """Reduce every ``block`` rows of scores [S, T] to one: [S / block, T]."""
-        shifted = s - self.row_shift(s, own_lse)[:, None]
+        logprobs = s - self.row_lse(s, own_lse)[:, None]
         if self.kind == "max":
-            return shifted.unflatten(0, (-1, block)).amax(1)
+            return logprobs.unflatten(0, (-1, block)).amax(1)
         if self.kind == "peak":
-            return shifted.unflatten(0, (-1, block)).amax(1).exp_()
+            return logprobs.unflatten(0, (-1, block)).amax(1).exp_()
         if self.kind == "square":
-            shifted *= 2
-        return shifted.exp_().unflatten(0, (-1, block)).mean(1)
+            logprobs *= 2
+        return logprobs.exp_().unflatten(0, (-1, block)).mean(1)

@@ -24,22 +24,23 @@ TIER_BOUNDS = (2, 4, 8)  # skipped tokens are cut into tiers at these multiples 
 
 
 @dataclass
-class Pseudo:
+class Summaries:
     """Summaries of skipped tokens (FlashPrefill V2's mean term; tiers and regions are ours).
 
     Attributes:
         k: mean keys [P, D].
         v: mean values [P, D].
         count: tokens that each stands for [P].
-        slope: value-key covariance [D, D], by which a mean value follows the query, or None.
-        spread: key covariance [D, D], by which a query weighs the summaries, or None.
+        value_covariance: of values with keys [D, D], by which a mean value follows the query,
+            or None.
+        key_covariance: of keys [D, D], by which a query weighs the summaries, or None.
     """
 
     k: Tensor
     v: Tensor
     count: Tensor
-    slope: Tensor | None = None
-    spread: Tensor | None = None
+    value_covariance: Tensor | None = None
+    key_covariance: Tensor | None = None
 
 
 @dataclass
@@ -49,12 +50,12 @@ class Selection:
     Attributes:
         rows: the units.
         tokens: history positions per unit, most important first.
-        pseudo: summaries of the skipped tokens per unit, or None.
+        summaries: of the skipped tokens, per unit, or None.
     """
 
     rows: Rows
     tokens: list[Tensor]
-    pseudo: list[Pseudo] | None = None
+    summaries: list[Summaries] | None = None
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Ranking:
     layout: Tensor | None = None
 
     def tokens(self, unit: int, candidates: Tensor, history: int) -> Tensor:
-        """Return the positions of candidates of a unit, in the candidates' order."""
+        """Return the positions of candidates [n] of a unit, int64, in the candidates' order."""
         if self.block == 1:
             return candidates
         spread = candidates[:, None] * self.block + torch.arange(self.block)
@@ -85,7 +86,7 @@ class Ranking:
 
 
 def counts_top(ordered: Tensor, wanted: int) -> Tensor:
-    """Give every unit the same number of candidates (S2O's budget)."""
+    """Give each of the units [U] ``wanted`` candidates (S2O's budget); ``ordered`` [U, C]."""
     return torch.full((len(ordered),), wanted)
 
 
@@ -101,17 +102,20 @@ def counts_gap(ordered: Tensor, wanted: int) -> Tensor:
     Args:
         ordered: log scores, best first [U, C].
         wanted: candidates per unit on average.
+
+    Returns:
+        Candidates of each unit [U], int64.
     """
     return _by_threshold(ordered[:, :1] - ordered, wanted)
 
 
 def counts_level(ordered: Tensor, wanted: int) -> Tensor:
-    """Take what scores above one level in all units (ours)."""
+    """Take candidates above one level in all units (ours); see `counts_gap`."""
     return _by_threshold(-ordered, wanted)
 
 
 def counts_half(ordered: Tensor, wanted: int) -> Tensor:
-    """Give each unit half the budget and spend the rest by one level (ours)."""
+    """Give each unit half the budget and spend the rest by one level (ours); see `counts_gap`."""
     floor = wanted // 2
     if wanted == floor:
         return counts_top(ordered, wanted)
@@ -198,10 +202,10 @@ class Selector:
         tokens = [self.ranking.tokens(u, self.order[u, : counts[u]], history) for u in units]
         selection = Selection(self.ranking.rows, tokens)
         if self.correction != "none":
-            selection.pseudo = [self._pseudo(u, int(counts[u])) for u in units]
+            selection.summaries = [self._summaries(u, int(counts[u])) for u in units]
         return selection
 
-    def _pseudo(self, unit: int, count: int) -> Pseudo:
+    def _summaries(self, unit: int, count: int) -> Summaries:
         """Return the mean terms of what a unit skips."""
         history, kv = self.segment.history, int(self.ranking.rows.kv[unit])
         if self.correction == REGIONS:
@@ -213,25 +217,25 @@ class Selector:
             bounds = [count * bound for bound in TIER_BOUNDS]
             edges = [count, *(b for b in bounds if b < len(self.order[unit])), None]
             tiers = [self.order[unit, low:high] for low, high in pairwise(edges)]
-        places = [self.ranking.tokens(unit, tier, history) for tier in tiers if len(tier)]
+        positions = [self.ranking.tokens(unit, tier, history) for tier in tiers if len(tier)]
         k, v = self.segment.k[kv], self.segment.v[kv]
-        if not places:
-            return Pseudo(k[:0], v[:0], k.new_zeros(0))
-        return Pseudo(
-            torch.stack([k[p].mean(0) for p in places]),
-            torch.stack([v[p].mean(0) for p in places]),
-            torch.tensor([float(len(p)) for p in places]),
+        if not positions:
+            return Summaries(k[:0], v[:0], k.new_zeros(0))
+        return Summaries(
+            torch.stack([k[p].mean(0) for p in positions]),
+            torch.stack([v[p].mean(0) for p in positions]),
+            torch.tensor([float(len(p)) for p in positions]),
         )
 
-    def _regions(self, kv: int, skipped: float) -> Pseudo:
+    def _regions(self, kv: int, skipped: float) -> Summaries:
         """Return the regions of a history of which this share is skipped."""
         history = self.segment.history
         samples = region_samples(chunk_end(history + 1))
         positions = region_positions(history, samples, self.segment.k.device)
         count = torch.full((len(positions),), REGION_TOKENS * skipped)
         k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
-        lean = self.segment.memo(("covariances", kv), lambda: self._covariances(kv))
-        return Pseudo(k, v, count, *lean)
+        covariances = self.segment.memo(("covariances", kv), lambda: self._covariances(kv))
+        return Summaries(k, v, count, *covariances)
 
     def _covariances(self, kv: int) -> tuple[Tensor, Tensor]:
         """Return the value-key and the key covariance that a segment has of its history."""
@@ -239,5 +243,5 @@ class Selector:
         known, span = history // SPAN_LENGTH * SPAN_LENGTH, covariance_part(chunk_end(history + 1))
         positions = covariance_positions(known, span, self.segment.k.device)
         keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
-        slope, spread = (covariance(keys, x, len(positions))[0] for x in (values, keys))
-        return COVARIANCE_WEIGHT * slope, spread
+        of_values, of_keys = (covariance(keys, x, len(positions))[0] for x in (values, keys))
+        return COVARIANCE_WEIGHT * of_values, of_keys

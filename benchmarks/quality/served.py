@@ -82,7 +82,7 @@ class Estimate:
         )
 
     def probes(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return a list's probes: their queries, and projected with their log-sum-exp."""
+        """Return a list's probes: queries ``[heads, n, D]``, projected ``[heads, n, width]``."""
         queries = self.segment.q[self.heads, start : start + count].float()
         rows = basis.farthest_rows(queries @ self.fitted.a, self.probe_step)
         queries = queries.gather(1, rows[..., None].expand(-1, -1, queries.shape[2]))

@@ -68,7 +68,7 @@ def ruler_tables(result: Result | None) -> str:
             scores += [bounds(own.get(one, {}), names, 1, signed=True) for one in sparse]
             lines.append([f"**{task}**" if task == "mean" else task, *scores])
         means = [row for row in rows if row["task"] == "mean"]
-        told = "; ".join(
+        notes = "; ".join(
             f"{column(backend, row['budget'])}: {row['samples']} answers over "
             f"{row.get('tasks', '?')} tasks, {row['failed']} refused"
             + (f", density {row['density']:.3f}" if row["density"] is not None else "")
@@ -77,7 +77,7 @@ def ruler_tables(result: Result | None) -> str:
         place = f"{model}, {context:,} tokens"
         place += ", question before the text" if question == START else ""
         place += f", {setting}" if setting else ""
-        parts.append(f"{place}. {told}.\n\n{table(head, lines)}")
+        parts.append(f"{place}. {notes}.\n\n{table(head, lines)}")
     return "\n\n".join(parts)
 
 

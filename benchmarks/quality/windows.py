@@ -154,8 +154,8 @@ def log_probabilities(choice: Any, tokens: Sequence[int]) -> list[float] | None:
         ``len(tokens) - 1`` numbers; None where the answer lacks one.
     """
     try:
-        told = choice.model_extra["prompt_logprobs"]
-        pairs = zip(tokens[1:], told[1:], strict=True)
+        logprobs = choice.model_extra["prompt_logprobs"]
+        pairs = zip(tokens[1:], logprobs[1:], strict=True)
         return [float(known[str(token)]["logprob"]) for token, known in pairs]
     except (KeyError, TypeError, ValueError):
         return None

@@ -4,8 +4,8 @@
 each prompt with the first string that its answer should hold, densely and sparsely, and prints how
 much less likely sparse attention makes that string: a second a prompt on a GPU, and a number for
 each prompt where a score is 0 or 1. ``hit`` is the share of strings of which every token is the
-likeliest one. ``--lists exact`` and ``--no-summaries`` tell what is to blame: the estimate of the
-ranking, or what stands for skipped tokens.
+likeliest one. ``--lists exact`` and ``--no-summaries`` separate the causes: the ranking's estimate,
+or the summaries of skipped tokens.
 """
 
 import argparse

@@ -33,13 +33,13 @@ def sampled(probability: Tensor, samples: int) -> Tensor:
     """
     columns = probability.shape[1]
     samples = min(samples, columns)
-    places = torch.arange(samples, device=probability.device) * columns // samples
-    places += columns // (2 * samples)
-    return probability[:, places].sum(1) * (columns / samples)
+    positions = torch.arange(samples, device=probability.device) * columns // samples
+    positions += columns // (2 * samples)
+    return probability[:, positions].sum(1) * (columns / samples)
 
 
 def compare(truth: Tensor, estimate: Tensor) -> dict[str, float]:
-    """Summarise estimates ``[n]`` of positive numbers: means, their ratio's spread."""
+    """Summarise estimates ``[n]`` of positive numbers: means, and quantiles of their ratio."""
     ratio = estimate / truth
     good = (ratio <= FACTOR) & (ratio >= 1 / FACTOR)
     low, middle, high = ratio.quantile(torch.tensor([0.05, 0.5, 0.95], device=ratio.device))

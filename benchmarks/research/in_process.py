@@ -77,25 +77,25 @@ def exact_scores(
         scale: softmax scale.
 
     Returns:
-        float16 ``[items, kv_heads, max_history]``, log2-probabilities; -inf behind a history.
+        float16 ``[segments, kv_heads, max_history]``, log2-probabilities; -inf behind a history.
     """
     kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     scores = query.new_full(
         (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
     )
-    items = [(i, item) for i, item in enumerate(work.segments.tolist()) if item[DENSE_START] > 0]
+    segments = [(i, line) for i, line in enumerate(work.segments.tolist()) if line[DENSE_START] > 0]
     pages = -(-work.max_seen // page)
     blocks = kv_cache[block_table[work.row, :pages].long(), ..., :head_dim]
     keys = blocks.transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens, head_dim]
-    for first in range(0, len(items), TOGETHER):
-        part = items[first : first + TOGETHER]
-        seen = max(item[HISTORY] + item[NUM_QUERIES] for _, item in part)
-        own = torch.arange(max(item[NUM_QUERIES] for _, item in part), device=query.device)
+    for first in range(0, len(segments), TOGETHER):
+        part = segments[first : first + TOGETHER]
+        seen = max(line[HISTORY] + line[NUM_QUERIES] for _, line in part)
+        own = torch.arange(max(line[NUM_QUERIES] for _, line in part), device=query.device)
         # A short segment repeats its last row, which no maximum sees.
-        place = torch.stack([own.clamp(max=item[NUM_QUERIES] - 1) for _, item in part])
+        place = torch.stack([own.clamp(max=line[NUM_QUERIES] - 1) for _, line in part])
         start, history = (
-            torch.tensor([item[column] for _, item in part], device=query.device)[:, None]
+            torch.tensor([line[column] for _, line in part], device=query.device)[:, None]
             for column in (QUERY_START, HISTORY)
         )
         last = (history + place)[..., None, None]
@@ -107,8 +107,8 @@ def exact_scores(
             most = logits.amax(-1, keepdim=True)
             logits -= most + (logits - most).exp2_().sum(-1, keepdim=True).log2_()
             best = logits.amax((1, 2)).clamp(min=-torch.finfo(torch.float16).max).half()
-            for number, (i, item) in enumerate(part):
-                scores[i, head, : item[DENSE_START]] = best[number, : item[DENSE_START]]
+            for number, (i, line) in enumerate(part):
+                scores[i, head, : line[DENSE_START]] = best[number, : line[DENSE_START]]
     return scores
 
 

@@ -109,7 +109,7 @@ class LowRankScores:
 
 
 def to_fp8(x: Tensor) -> Tensor:
-    """Round to e4m3 with one scale for the tensor; returns fp32."""
+    """Round to e4m3 with one scale for the tensor; fp32, any shape [...]."""
     scale = FP8_MAX / x.abs().amax().clamp(min=1e-12)
     return (x * scale).to(torch.float8_e4m3fn).float() / scale
 

@@ -1,8 +1,8 @@
 """How well a row's log-sum-exp is known from low-rank scores, and from fewer exponentials.
 
 ``python -m s2o_vllm.benchmarks.research.row_mass`` takes the options of ``s2o eval attention``;
-methods that are not low-rank are refused. A shift common to all rows of a tile changes no
-ranking, so besides the bias the spread inside tiles of 128 queries is given.
+methods that are not low-rank are refused. An error common to all rows of a tile changes no
+ranking, so besides the bias the deviation inside tiles of 128 queries is given.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from ..quality.attention import Segment
 from ..quality.evaluate import build_parser, read_arguments, run, segments
-from ..quality.reductions import SHIFTS
+from ..quality.reductions import LSE_ESTIMATES
 from ..quality.results import Row, write_rows
 from .low_rank import LowRank, LowRankScores
 
 TILE = 128
 
 
-def spread(error: Tensor) -> tuple[float, float, float]:
-    """Summarise errors [H, S] in nats: bias, spread inside tiles, 95th percentile of it."""
+def summarise(error: Tensor) -> tuple[float, float, float]:
+    """Summarise errors [H, S] in nats: bias, deviation inside tiles, 95th percentile of it."""
     tiles = error.unflatten(1, (-1, TILE))
     inside = tiles - tiles.mean(2, keepdim=True)
     return (
@@ -35,17 +35,17 @@ def spread(error: Tensor) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def judge(segment: Segment, method: LowRank) -> list[Row]:
-    """Compare every shift of the low-rank scores with the exact row log-sum-exp."""
+    """Compare every estimate from the low-rank scores with the exact row log-sum-exp."""
     score = LowRankScores(segment, method.rank, method.chunk, method.basis, method.queries)
-    found: dict[str, list[Tensor]] = {name: [] for name in SHIFTS}
+    found: dict[str, list[Tensor]] = {name: [] for name in LSE_ESTIMATES}
     for head in range(segment.heads):
         s = score(head, segment.q[head])
-        for name, shift in SHIFTS.items():
-            found[name].append(shift(s))
+        for name, estimate in LSE_ESTIMATES.items():
+            found[name].append(estimate(s))
     rows = []
     for name, values in found.items():
         for truth, exact in (("full", segment.past.lse), ("low_rank", torch.stack(found["lse"]))):
-            bias, inside, high = spread(torch.stack(values) - exact)
+            bias, inside, high = summarise(torch.stack(values) - exact)
             rows.append(
                 {
                     "shift": name,

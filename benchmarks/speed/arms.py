@@ -1,9 +1,9 @@
 """Two servers on one card, stock vLLM and S2O, and one timed question to either.
 
 Both are `vllm serve` with vLLM's defaults, but for a KV cache of a fixed size, since they share
-the card, and without prefix caching. What a card's clock or the host does meanwhile, it does to
-both. Without weights (`--load-format dummy`) a model is only its shape, which is all that speed
-depends on. Nothing is measured unless S2O at budget 1.0 answers with the same tokens as stock vLLM.
+the card, and without prefix caching. Changes of the card's clock or of the host affect both.
+Without weights (`--load-format dummy`) a model is only its shape, which is all that speed depends
+on. Nothing is measured unless S2O at budget 1.0 answers with the same tokens as stock vLLM.
 """
 
 import argparse

@@ -178,6 +178,12 @@ def check_dense(
 ) -> dict[str, float]:
     """Time the operator's dense mode on real heads and compare it with dense attention.
 
+    Args:
+        prompt: queries, keys and values.
+        ranking: of the operator.
+        args: the command's.
+        truth: ``[tokens, heads, head_dim]``, FlashAttention 3's output.
+
     Returns:
         ``dense_mode_ms`` and ``dense_mode_mse``.
 

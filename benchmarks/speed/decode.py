@@ -25,7 +25,7 @@ from .arms import Pair, Timing, add_arm_options
 from .serving import parse, prompt, run_and_report
 
 PIECE = 8  # tokens that a server passes on at once, after the first
-LARGE = 8  # a batch of so many requests is repeated half as often
+LARGE = 8  # requests of a batch that is repeated half as often, at least
 
 
 def together(url: str, prompts: Sequence[list[int]], output_tokens: int) -> float:

@@ -90,7 +90,10 @@ def make_batch(
 def operator(
     batch: Batch, budget: float, chunk: int = CHUNK
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """Return sparse decode as a step runs it, and its counters; slots hold all projected keys."""
+    """Return sparse decode as a step runs it, and its counters; slots hold all projected keys.
+
+    A call returns ``[batch, heads, head_dim]``; counters are int64 ``[NUM_COUNTERS]``.
+    """
     (size, heads, head_dim), kv_heads = batch.query.shape, batch.kv_cache.shape[1]
     device, dtype = batch.query.device, batch.query.dtype
     shape = DecodeShape(heads, kv_heads, head_dim, batch.context, size, budget)
@@ -119,7 +122,10 @@ def operator(
 
 
 def paged(batch: Batch) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 over all pages, as vLLM calls it in a graph."""
+    """Return FlashAttention 3 over all pages, as vLLM calls it in a graph.
+
+    A call returns ``[batch, heads, head_dim]``.
+    """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     key, value = batch.keys_values()
@@ -154,7 +160,7 @@ def kernels_us(run: Callable[[], Any]) -> dict[str, float]:
 
 
 def exact(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Return attention of each query to all tokens, by PyTorch."""
+    """Return attention of each query to all tokens, by PyTorch: ``[batch, heads, head_dim]``."""
     group = batch.query.shape[1] // batch.kv_cache.shape[1]
     keys, values = (
         x[batch.block_table.long()].flatten(1, 2).to(dtype).repeat_interleave(group, 2)

@@ -95,7 +95,7 @@ def quantised(prompt: Prompt) -> Prompt:
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """Return e4m3 numbers in units of ``FP8_STEP``; what is too large saturates."""
+    """Return e4m3 numbers in units of ``FP8_STEP``, of any shape [...]; large ones saturate."""
     limit = torch.finfo(torch.float8_e4m3fn).max
     return (x / FP8_STEP).clamp(-limit, limit).to(torch.float8_e4m3fn)
 
@@ -108,7 +108,7 @@ def milliseconds(run: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> float:
 def in_turn(*runs: Callable[[], Any], repeat_ms: float = REPEAT_MS) -> list[float]:
     """Return the median time of each of some calls on the device, in ms.
 
-    They are made in turn, so that what the card's clock does meanwhile it does to all.
+    They run in turn, so that changes of the card's clock affect all of them alike.
 
     Replays of graphs: what the host needs to launch many small kernels is hidden behind other
     layers' work in a server, and would be counted here. The L2 cache is emptied before each.
@@ -159,7 +159,7 @@ def ceilings() -> dict[str, float]:
 
 
 def baselines(prompt: Prompt) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return dense causal attention over the prompt, by name."""
+    """Return dense causal attention over the prompt, by name; see :func:`fa3` and :func:`sdpa`."""
     return {
         "fa3_paged": fa3_paged(prompt),
         "fa3": fa3(prompt, prompt.key, prompt.value, cu_seqlens_k=starts(prompt)),
@@ -171,7 +171,7 @@ def baselines(prompt: Prompt) -> dict[str, Callable[[], torch.Tensor]]:
 def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
     """Return FlashAttention 3 over pages: over an fp8 cache with queries in fp8, as vLLM does.
 
-    Queries may be the last ones of a prompt alone.
+    Queries may be the last ones of a prompt alone; see :func:`fa3`.
     """
     pages = prompt.kv_cache.transpose(1, 2).split(prompt.query.shape[2], -1)
     used = torch.tensor([prompt.key.shape[0]], dtype=torch.int32, device="cuda")
@@ -184,14 +184,24 @@ def fa3_paged(prompt: Prompt) -> Callable[[], torch.Tensor]:
 
 
 def starts(prompt: Prompt) -> torch.Tensor:
-    """Return where the only sequence starts and ends."""
+    """Return where the only sequence starts and ends: int32 ``[2]``."""
     return torch.tensor([0, prompt.query.shape[0]], dtype=torch.int32, device="cuda")
 
 
 def fa3(
     prompt: Prompt, key: torch.Tensor, value: torch.Tensor, **where: Any
 ) -> Callable[[], torch.Tensor]:
-    """Return FlashAttention 3 as vLLM calls it, over pages or contiguous keys and values."""
+    """Return FlashAttention 3 as vLLM calls it, over pages or contiguous keys and values.
+
+    Args:
+        prompt: the queries.
+        key: ``[tokens, kv_heads, head_dim]``, or ``[blocks, block_size, kv_heads, head_dim]``.
+        value: likewise.
+        **where: arguments that say where keys are.
+
+    Returns:
+        A call that returns ``[tokens, heads, head_dim]``.
+    """
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     queries, keys, of_queries = prompt.query.shape[0], prompt.key.shape[0], starts(prompt)
@@ -206,7 +216,10 @@ def fa3(
 
 
 def sdpa(prompt: Prompt, backend: SDPBackend) -> Callable[[], torch.Tensor]:
-    """Return one of torch's backends over contiguous keys and values."""
+    """Return one of torch's backends over contiguous keys and values.
+
+    A call returns ``[1, heads, tokens, head_dim]``.
+    """
     query, key, value = (x.transpose(0, 1)[None] for x in (prompt.query, prompt.key, prompt.value))
 
     def run() -> torch.Tensor:

@@ -248,7 +248,7 @@ def real_lines(rows: Sequence[Row]) -> list[Line]:
                     f"(budget {row['budget']:g}"
                     + (f", at least {least:,} tokens" if least else "")
                     + "), ranking included",
-                    f"{beside_dense(row)}; error of the same tensors {row['relative_mse']:.4f}, "
+                    f"{against_dense(row)}; error of the same tensors {row['relative_mse']:.4f}, "
                     f"worst layer {row['relative_mse_worst_layer']:.4f}, worst hundredth of rows "
                     f"{row['row_error_p99']:.2f}"
                     + ("" if dropped is None else f", dropped mass {dropped:.3f}"),
@@ -263,7 +263,7 @@ def asked_of(row: Row) -> tuple[float, int]:
     return row["budget"], row.get("min_budget_tokens", 0)
 
 
-def beside_dense(row: Row) -> str:
+def against_dense(row: Row) -> str:
     """Return a time of attention.json and how many times longer dense attention takes."""
     return (
         f"{row['total_ms']:.1f} ms: **{times(row['fa3_paged_ms'] / row['total_ms'])}** faster "
@@ -288,7 +288,7 @@ def random_lines(rows: Sequence[Row], results: Results) -> list[Line]:
         Line(
             f"attention of {context:,} tokens, ranking low_rank, at an error of "
             f"{known[context, row['budget']]:.4f} (budget {row['budget']:g}), ranking included",
-            beside_dense(row),
+            against_dense(row),
             "attention",
         )
         for context, row in sorted(best.items(), reverse=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .serving import completion, prompt
 
-RECENT = 8  # a prefix is shared with one of so many requests before: its blocks are still cached
+RECENT = 8  # requests that a prefix is drawn from, the latest: its blocks are still cached
 SHARED_AT_MOST = 0.75  # of a prompt: the rest is new and has to be prefilled
 GIVE_UP_AFTER = 2  # tokens that the client of an aborted request reads, or none at all
 TIMEOUT = 600.0  # seconds without a word from the server
@@ -68,8 +68,8 @@ def plan(
 
     Lengths are log-uniform: as many prompts from 1K to 2K tokens as from 64K to 128K. Budgets
     take turns. A request that shares a prefix takes the budget of the request it shares it with:
-    cached blocks that a budget has touched are never reused under another. Of the aborted ones every
-    other one is given up before its first token, while it waits or is prefilled.
+    cached blocks that a budget has touched are never reused under another. Of the aborted ones
+    every other one is given up before its first token, while it waits or is prefilled.
 
     Args:
         count: requests, 2 or more.

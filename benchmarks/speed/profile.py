@@ -42,8 +42,7 @@ PARTS = tuple(
             "rank",
             r"^_(mean|mean_score|score|moment|basis|project_\w+|row_lse|append|far_mass|pick)_kernel$",
         ),
-        ("rank", r"^_(pool|mean_key|copy_keys|lse)_kernel$"),
-        ("rank", r"^_(region|covariance|span_covariance|slope)_kernel$"),
+        ("rank", r"^_(region|covariance|span_covariance)_kernel$"),
         ("select", r"^_(plan|emit|count)_kernel$"),
         ("attend", r"^_(attend|merge)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"

@@ -244,7 +244,7 @@ def relative_mse(out: Tensor, truth: Tensor) -> float:
 
 
 def percentile(values: Tensor, quantile: float) -> float:
-    """Return the smallest value that so large a share of all does not exceed.
+    """Return the smallest of values [n] that a share ``quantile`` of them does not exceed.
 
     `torch.quantile` takes no more than 16 million values.
     """

@@ -176,7 +176,7 @@ class Sparse:
             Shape(heads, prompt.kv_cache.shape[1], head_dim, tokens, 8192, segment, ranking),
             prompt.query.dtype, prompt.query.device, scale=prompt.scale,
         )  # fmt: skip
-        self.waves = build_work_lists(
+        self.works = build_work_lists(
             [PrefillRow(0, 0, tokens, 0, budget, min_tokens=min_tokens)], segment, min_context,
             prompt.query.device, self.operator.shape.limits,
         )  # fmt: skip
@@ -207,20 +207,20 @@ class Sparse:
         return self.operator.tiles_of(work, self.query_e4m3 is not None)
 
     def run(self) -> torch.Tensor:
-        """Rank, select and attend; return the output."""
-        for work in self.waves:
+        """Rank, select and attend; return the output ``[tokens, heads, head_dim]``."""
+        for work in self.works:
             self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
         return self.out
 
     def rank(self) -> None:
         """Rank and select only."""
-        for work in self.waves:
+        for work in self.works:
             self.operator.rank(*self.arguments(work), k_scale=self.k_scale)
 
     def attend(self, stop_threshold: float = 0.0) -> None:
         """Attend only, over the lists that :meth:`visits` kept and the last chunk's summaries."""
         summaries = self.space.summaries
-        for work, lists in zip(self.waves, self.lists, strict=True):
+        for work, lists in zip(self.works, self.lists, strict=True):
             attend.attend(
                 *self.arguments(work), lists, summaries, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
@@ -237,13 +237,14 @@ class Sparse:
         self.lists.clear()
         shape, gathered, before = self.operator.shape, 0.0, [0] * NUM_COUNTERS
         dropped, sampled = 0, 0
-        for work in self.waves:
+        for work in self.works:
             self.operator(*self.arguments(work), self.out, self.counters, **self.kv_scales)
             lists = self.space.selection.lists(work)
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())
+            rows = self.tiles(work)["tile"].block_m
             gathered += attend_bytes(
-                shape, self.tiles(work)["tile"].block_m, queries, counters[VISITED] - before[VISITED],
+                shape, rows, queries, counters[VISITED] - before[VISITED],
                 self.prompt.kv_dtype, lists.lengths.shape[1],
             )  # fmt: skip
             if int(work.segments[:, HISTORY].min()) >= first:

@@ -373,6 +373,15 @@ def attend(
 
 
 def history_slots(block_table: torch.Tensor, work: WorkList, page: int) -> torch.Tensor:
-    """Return the slots of the longest history that is visited whole: int32, first to last."""
+    """Return the physical slots of the longest history that is visited whole, first to last.
+
+    Args:
+        block_table: int32 ``[rows, max_blocks]``.
+        work: segments of one request.
+        page: tokens of a block.
+
+    Returns:
+        int32 ``[>= work.max_dense]``, whole blocks.
+    """
     blocks = block_table[work.row, : -(-work.max_dense // page), None]
     return (blocks * page + torch.arange(page, dtype=torch.int32, device=blocks.device)).flatten()

@@ -57,7 +57,7 @@ def select(
             continue
         step = -(-n // counted)
         table_row = block_table[line[ROW]]
-        # What is no number is the worst of all: a request whose keys are none harms itself alone.
+        # NaN is the worst score of all: a request with NaN keys harms itself alone.
         own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
         noise = segment_noise(line[HISTORY], n, scores.device)
         pairs = own.split(shared)
@@ -87,7 +87,15 @@ def segment_noise(history: int, tokens: int, device: torch.device) -> torch.Tens
 
 
 def sample_positions(history: int, device: torch.device) -> torch.Tensor:
-    """Return the positions, one a stratum, of which the dropped mass is estimated."""
+    """Return the positions from which the dropped mass is estimated, one of each stratum.
+
+    Args:
+        history: tokens.
+        device: of the result.
+
+    Returns:
+        int64 ``[strata]``, ascending, at most ``ESTIMATE_TOKENS``.
+    """
     step = max(-(-history // ESTIMATE_TOKENS), ESTIMATE_STEP)
     return stratified(history, step, step - ESTIMATE_STEP + 1).to(device)
 
@@ -97,15 +105,15 @@ def list_lengths(
 ) -> torch.Tensor:
     """Share a segment's budget among the lists of some of its heads (ours).
 
-    Half of it is dealt equally. The rest goes to what lies above one level of probability, the
-    lowest whose lists fit: whole buckets of scores, and of the next bucket what is left over. With
-    a target error a list ends where what lies beyond is estimated to hold no more mass than that.
+    Half of it is dealt equally. The rest goes to the tokens above one level of probability, the
+    lowest whose lists fit: whole buckets of scores, and a part of the next bucket. With a target
+    error a list ends where the tokens beyond are estimated to hold no more mass than that.
 
     Args:
         scores: float32 ``[heads, n]``, log2-probabilities.
         count: the mean list's length.
         target_error: share of softmax mass that a list may leave out; 0 for no target.
-        step: of so many tokens one is counted, and stands for all.
+        step: one token in ``step`` is counted, and stands for all.
 
     Returns:
         int64 ``[heads]``: together at most ``heads * count``.
@@ -229,6 +237,15 @@ def priority_threshold(
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
-    """Return each score's bucket, 0 for the best, in float32 as the kernel computes it."""
+    """Return each score's bucket, as the kernel computes it in float32.
+
+    Args:
+        scores: float32, any shape, log2-probabilities.
+        best: the largest score, a scalar or broadcast.
+        worst: the smallest score, likewise.
+
+    Returns:
+        int64 of the shape of ``scores``: 0 for the best to ``BUCKETS - 1``.
+    """
     width = torch.clamp(best - worst, min=1e-20)
     return ((best - scores) * (BUCKETS / width)).clamp(0, BUCKETS - 1).long()

@@ -50,7 +50,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def read_weights(reader: GGUFReader, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return every tensor as bfloat16, under its Hugging Face name."""
+    """Return every tensor as bfloat16 of its own shape, under its Hugging Face name."""
     heads = {
         "attn_q": metadata["llama.attention.head_count"],
         "attn_k": metadata["llama.attention.head_count_kv"],

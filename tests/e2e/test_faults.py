@@ -163,7 +163,7 @@ def test_clients_that_leave_change_nobodys_answer(servers):
     alone = answers(server, "before")
     assert alone[1.0] != alone[0.1], "what is attended to matters"
     with ThreadPoolExecutor(8) as pool:
-        stays = pool.submit(ask, server.url, prompt(1), 1.0, 24, cache_salt="meanwhile")
+        stays = pool.submit(ask, server.url, prompt(1), 1.0, 24, cache_salt="during")
         leaves = [
             pool.submit(leave, server, prompt(10 + number, 3500), pieces, wait, budget)
             for number, (pieces, wait, budget) in enumerate(

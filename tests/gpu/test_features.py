@@ -119,7 +119,7 @@ def test_blocks_that_come_back_from_the_host(servers):
 
 
 def lengths(tokens):
-    """Prompts whose blocks, with those of their answers, fill a cache of so many tokens."""
+    """Prompts whose blocks, with those of their answers, fill a cache of that many tokens."""
     whole, last = divmod(tokens, FULL_CONTEXT)
     return [FULL_CONTEXT - ANSWER] * whole + [last - ANSWER] * (last > 2 * ANSWER)
 

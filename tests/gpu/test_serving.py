@@ -25,7 +25,7 @@ CONTEXT, SPARE = 131072, 4096  # tokens of the KV cache: a request of the greate
 
 
 def cards(count):
-    """The card of each of so many servers, an own one as far as there are."""
+    """The card of each server: one each, as far as there are cards."""
     every = ",".join(map(str, range(torch.cuda.device_count())))
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     return [{"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]} for number in range(count)]

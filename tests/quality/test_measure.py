@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from s2o_vllm.benchmarks.quality.measure import early_stop, measure
-from s2o_vllm.benchmarks.quality.selection import Pseudo, Selection
+from s2o_vllm.benchmarks.quality.selection import Selection, Summaries
 from s2o_vllm.benchmarks.quality.units import Unit
 
 
-def select(segment, unit, tokens, pseudo=None):
+def select(segment, unit, tokens, summaries=None):
     rows = Unit.parse(unit).rows(segment)
-    return Selection(rows, [torch.as_tensor(tokens)] * len(rows.rows), pseudo)
+    return Selection(rows, [torch.as_tensor(tokens)] * len(rows.rows), summaries)
 
 
 @pytest.mark.parametrize("unit", ["32xhead", "64xkv", "32xkv-sorted"])
@@ -44,7 +44,7 @@ def test_dropped_mass_is_the_softmax_mass_of_what_is_skipped(make_segment):
 def test_mean_term_is_exact_where_skipped_tokens_are_alike(make_segment):
     k, v = torch.ones(2, 256, 16) * 0.3, torch.ones(2, 256, 16)
     segment = make_segment(k=k, v=v)
-    mean = Pseudo(k[0, :1], v[0, :1], torch.tensor([255.0]))
+    mean = Summaries(k[0, :1], v[0, :1], torch.tensor([255.0]))
     bare = measure(segment, select(segment, "64xhead", [0]))
     corrected = measure(segment, select(segment, "64xhead", [0], [mean] * 4))
     assert bare.relative_mse > 0.1

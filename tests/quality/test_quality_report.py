@@ -157,7 +157,7 @@ def test_without_any_file_everything_is_not_measured(write, tmp_path):
     code, text = write()
     assert code == 0
     assert text.lower().count("not measured") == 9
-    # What is told of another file, and a second file of the same command on another card.
+    # Notes on another file, and a second file of the same command on another card.
     optional = {report.COMMANDS[name] for name in ("attention", "ruler_h200")}
     for command in report.COMMANDS.values():
         assert (command in text) == (command not in optional)

@@ -59,11 +59,11 @@ def test_tiers_cover_what_is_skipped(make_segment):
     scores = torch.arange(40.0, 0, -1)[None]
     ranking = Ranking(Unit.parse("32xhead").rows(segment), scores)
     selection = Selector(segment, ranking, "top", "tiers").select(0.1)
-    pseudo = selection.pseudo[0]
+    summaries = selection.summaries[0]
     assert selection.tokens[0].tolist() == [0, 1, 2, 3]
-    assert pseudo.count.tolist() == [4, 8, 16, 8]
-    torch.testing.assert_close(pseudo.k[0], segment.k[0, 4:8].mean(0))
-    torch.testing.assert_close(pseudo.v[3], segment.v[0, 32:].mean(0))
+    assert summaries.count.tolist() == [4, 8, 16, 8]
+    torch.testing.assert_close(summaries.k[0], segment.k[0, 4:8].mean(0))
+    torch.testing.assert_close(summaries.v[3], segment.v[0, 32:].mean(0))
 
 
 def test_unknown_rules_and_corrections_are_refused(make_segment):

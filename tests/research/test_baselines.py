@@ -125,7 +125,7 @@ def test_flashprefill_cuts_at_a_share_of_the_best_and_keeps_a_mean_of_the_rest(m
     selection = parse("flashprefill:unit=32xkv,block=4").selector(segment).select(0.5)
     assert len(selection.tokens) == 1  # one list for both heads
     assert blocks_of(selection.tokens[0].tolist()) == [0, 1]
-    mean = selection.pseudo[0]
+    mean = selection.summaries[0]
     assert mean.count.tolist() == [4, 4]
     torch.testing.assert_close(mean.k[0], k[0, 8])
     torch.testing.assert_close(mean.v[1], segment.v[0, 12:].mean(0))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from s2o_vllm.benchmarks.quality.methods import parse
-from s2o_vllm.benchmarks.quality.reductions import SHIFTS, Reduction
+from s2o_vllm.benchmarks.quality.reductions import LSE_ESTIMATES, Reduction
 from s2o_vllm.benchmarks.research import basis as bases
 from s2o_vllm.benchmarks.research.low_rank import LowRankScores, to_fp8
 
@@ -149,15 +149,15 @@ def test_max_of_log_probabilities_needs_no_probabilities():
     torch.testing.assert_close(Reduction.parse("max-lse").apply(SCORES, OWN, 2), wanted)
 
 
-@pytest.mark.parametrize("name", sorted(SHIFTS))
-def test_row_shifts_bound_or_estimate_the_log_sum_exp(name):
+@pytest.mark.parametrize("name", sorted(LSE_ESTIMATES))
+def test_estimates_bound_or_meet_the_log_sum_exp(name):
     s = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
-    shift = SHIFTS[name](s) - s.logsumexp(1)
-    assert shift.shape == (64,)
+    error = LSE_ESTIMATES[name](s) - s.logsumexp(1)
+    assert error.shape == (64,)
     if name in ("top", "max16", "max64"):
-        assert float(shift.max()) <= 1e-5  # never above
+        assert float(error.max()) <= 1e-5  # never above
     else:
-        assert float(shift.abs().max()) < 0.7  # of normal scores every estimate is near
+        assert float(error.abs().max()) < 0.7  # of normal scores every estimate is near
 
 
 @pytest.mark.parametrize("text", ["mean", "sum-lse", "max-best", "max-lse-all"])

@@ -135,7 +135,7 @@ def test_no_server_counts_as_failed():
 
 @pytest.mark.parametrize("give_up", [0, mix.GIVE_UP_AFTER])
 def test_giving_up_leaves_before_the_end(stub, give_up):
-    stub.free.clear()  # the stub holds its third token until it is told
+    stub.free.clear()  # the stub holds its third token until it is released
     outcome = client(stub).send([5, 6], 0.3, give_up)
     assert (outcome.tokens, outcome.error) == (give_up, None)
     stub.free.set()

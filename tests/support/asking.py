@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 def ask(url: str, tokens: list[int], budget=None, output_tokens=16, **extra) -> Answer:
-    """Ask for so many tokens; ``extra`` are further fields of the request."""
+    """Ask for ``output_tokens`` tokens; ``extra`` are further fields of the request."""
     client = openai.OpenAI(base_url=url + "/v1", api_key="none", timeout=600, max_retries=0)
     model = client.models.list().data[0].id
     options = completion(tokens, output_tokens, budget, **extra) | {"stream": False}

@@ -209,7 +209,7 @@ class Backend:
 
 
 def full_lists() -> Any:
-    """Let lists be as long as at a budget of 1 in what is built meanwhile."""
+    """Let lists be as long as at a budget of 1, in all that is built inside."""
     build = metadata.build_work_lists
 
     def longer(rows: list[PrefillRow], *arguments: Any) -> Any:

@@ -48,7 +48,7 @@ class Batch:
         self, *, min_context: int = 0, segment: int = SEGMENT, shared: int = LIMITS.shared,
         segments: int = LIMITS.segments,
     ) -> list[WorkList]:  # fmt: skip
-        """One list per request of up to so many segments; so many lists share a budget."""
+        """One list per request, of up to ``segments``; ``shared`` KV heads share a budget."""
         limits = LIMITS._replace(shared=shared, segments=segments)
         return build_work_lists(self.rows, segment, min_context, self.query.device, limits)
 

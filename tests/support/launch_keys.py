@@ -80,7 +80,7 @@ class LaunchKeys:
 
 
 class Allocated(TorchDispatchMode):
-    """Sums the bytes of all storage that is made on the device meanwhile, freed or not."""
+    """Sums the bytes of all storage that is made on the device while it is active, freed or not."""
 
     def __init__(self):
         super().__init__()

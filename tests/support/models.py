@@ -47,8 +47,8 @@ def write_weights(folder: Path, seed: int = 0, gain: float = 3, rank: int | None
     """Write random weights to a folder of :func:`write_model`; what is attended to matters.
 
     ``gain`` scales queries and keys. At 3 an attention is a few peaks, which any ranking finds;
-    at 1.5 it is spread over so many tokens that leaving some out is seen. ``rank`` is that of each
-    head's queries and keys: those of trained models have few directions that matter.
+    at 1.5 it is spread over enough tokens that skipping some changes an output. ``rank`` is that of
+    each head's queries and keys: those of trained models have few directions that matter.
     """
     import torch
     from safetensors.torch import save_file

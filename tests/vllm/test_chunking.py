@@ -138,7 +138,7 @@ def test_first_tokens_are_within_the_tolerance(random_model, chunk, beside):
 
 
 def in_chunks(backend, step, size):
-    """A layer's outputs for a prompt of which so many tokens are computed at a time."""
+    """A layer's outputs for a prompt that is computed ``step`` tokens at a time."""
     (whole,) = step.rows
     parts = []
     for start in range(0, whole.queries, size):

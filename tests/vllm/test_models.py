@@ -127,7 +127,7 @@ def test_sparse_decode_with_drafts_is_refused(tiny_model):
 
 
 def test_sparse_decode_in_micro_batches_is_refused(tiny_model, monkeypatch):
-    """vLLM itself has them only where experts are spread over GPUs: it is told that it has."""
+    """vLLM itself has them only where experts are spread over GPUs: here they are faked."""
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 

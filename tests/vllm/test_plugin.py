@@ -241,7 +241,7 @@ def test_asking_an_unsupported_vllm_for_s2o_ends_the_command(words, monkeypatch,
     ],
 )
 def test_other_commands_are_no_question_for_s2o(words):
-    assert not plugin.asked_on_command_line(words.split())
+    assert not plugin.named_on_command_line(words.split())
 
 
 PROGRAMS = {

@@ -148,7 +148,7 @@ def test_every_number_of_e4m3_is_itself(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stop_threshold", [0.0, 1e-30])
 def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
-    """400 natural units above what the units of a list are told from: its value is the answer."""
+    """400 nats above the scores that a list's maximum is taken from: its value is the answer."""
     batch = make_batch(device, chunks=((384, 20),), heads=2, kv_heads=1, dtype=dtype, budget=1.0)
     batch.query.fill_(1.0)
     key, page, place = 123, batch.kv_cache.shape[2], stop_step(batch) + 3

@@ -78,16 +78,17 @@ def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_d
     assert span == 4 * region
     got = averaged(batch, work, region)
     for covariances in (got.value_covariances, got.key_covariances):
-        assert torch.isnan(covariances[2:]).all(), "no more than there are fits"
+        assert torch.isnan(covariances[2:]).all(), "no more than there are spans"
     keys, values = tokens_of(batch, batch.rows[0])
     keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
-    for fit, cut in enumerate(cuts):
+    for number, cut in enumerate(cuts):
         groups = [x[:, 2:cut:4].unflatten(1, (-1, COVARIANCE_GROUP)) for x in (keys, values)]
         k, v = (x - x.mean(2, keepdim=True) for x in groups)
-        slope = COVARIANCE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
-        spread = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
-        for covariances, wanted in ((got.value_covariances, slope), (got.key_covariances, spread)):
-            assert relative_error(covariances[fit], wanted) < 40 * torch.finfo(dtype).eps
+        of_values = COVARIANCE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
+        of_keys = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
+        pairs = ((got.value_covariances, of_values), (got.key_covariances, of_keys))
+        for covariances, wanted in pairs:
+            assert relative_error(covariances[number], wanted) < 40 * torch.finfo(dtype).eps
     own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, dtype, region)
     for one, other in (
         (got.value_covariances, own.value_covariances),
@@ -198,7 +199,7 @@ def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
 
 
 def test_a_mean_value_follows_the_query(device):
-    """Values that are linear in their keys: the slope has most of what a mean alone lacks."""
+    """Values that are linear in their keys: their covariance has most of what a mean lacks."""
     region, own_tokens, heads = 256, 1, 4
     batch = make_batch(device, chunks=((9 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2)
     head_dim = batch.query.shape[2]
