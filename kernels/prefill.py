@@ -97,10 +97,10 @@ class SparsePrefill:
             work = replace(work, max_dense=max(work.max_dense, visits))
             self(query, kv_cache, table, work, out, counters, query_e4m3=query_e4m3)
 
-    def tiles_of(self, work: WorkList, e4m3: bool) -> dict[str, AttendTile]:
-        """Return the tile shapes for a work list's segments; queries may be in e4m3."""
+    def tiles_of(self, work: WorkList, e4m3: bool) -> tuple[AttendTile, AttendTile]:
+        """Return the tile shapes for segments with lists and dense ones; queries may be in e4m3."""
         dense = WIDE_VISITS if work.max_dense >= WIDE_VISITS else 0
-        return {"tile": self.tiles[e4m3, 0], "dense_tile": self.tiles[e4m3, dense]}
+        return self.tiles[e4m3, 0], self.tiles[e4m3, dense]
 
     def __call__(
         self,
@@ -139,11 +139,12 @@ class SparsePrefill:
         if not self.fp8_products:
             query_e4m3 = None
         self.rank(*arguments, k_scale=k_scale)
+        tile, dense_tile = self.tiles_of(work, query_e4m3 is not None)
         attend.attend(
             *arguments, self.space.selection.lists(work), self.space.summaries, out, counters,
             scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
             stop_threshold=self.stop_threshold, query_e4m3=query_e4m3,
-            **self.tiles_of(work, query_e4m3 is not None),
+            tile=tile, dense_tile=dense_tile,
         )  # fmt: skip
 
     def rank(

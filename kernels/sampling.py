@@ -15,6 +15,7 @@ FACTOR = 1540483477  # an odd number whose bits are mixed: a hash's
 MASK = 0xFFFFFFFF
 NOISE_TOKENS = 2**16  # after which the noise repeats itself
 NOISE_STEP = 16  # tokens, of which the kernels read whole runs
+NOISE_QUERIES = 64  # that share a sample; queries, from a multiple on
 
 
 def stratified(tokens: int, step: int, room: int | None = None) -> torch.Tensor:
@@ -28,7 +29,7 @@ def stratified(tokens: int, step: int, room: int | None = None) -> torch.Tensor:
 
 
 def mixed(number: torch.Tensor) -> torch.Tensor:
-    """Return a hash of 32 bits of each integer."""
+    """Return a hash of 32 bits of each integer; int64 of any shape, and of the same one."""
     h = number * FACTOR & MASK
     h ^= h >> 15
     h = h * FACTOR & MASK
@@ -47,8 +48,15 @@ def priority_noise(device: torch.device) -> torch.Tensor:
 
 
 def noise_phase(history: torch.Tensor) -> torch.Tensor:
-    """Return where in the noise a segment with so much history begins: a multiple of NOISE_STEP.
+    """Return where in the noise a segment begins: a multiple of ``NOISE_STEP``.
 
-    So every segment draws its own sample, whatever chunk or list it came with.
+    Every ``NOISE_QUERIES`` of a sequence draw a sample of their own, however their prompt is cut.
+
+    Args:
+        history: integer tensor of any shape, the tokens before the segment.
+
+    Returns:
+        int64 of the same shape.
     """
-    return mixed(history.long()) % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP
+    block = history.long() // NOISE_QUERIES
+    return mixed(block) % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP

@@ -8,6 +8,7 @@ from . import sampling
 FACTOR = tl.constexpr(sampling.FACTOR)
 NOISE_TOKENS = tl.constexpr(sampling.NOISE_TOKENS)
 NOISE_STEP = tl.constexpr(sampling.NOISE_STEP)
+NOISE_QUERIES = tl.constexpr(sampling.NOISE_QUERIES)
 
 
 @triton.jit
@@ -22,7 +23,8 @@ def mixed(number):
 @triton.jit
 def noise_phase(history):
     """Return where in the priorities' noise a segment begins; see :func:`sampling.noise_phase`."""
-    return (mixed(history) % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP).to(tl.int32)
+    block = mixed(history // NOISE_QUERIES)
+    return (block % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP).to(tl.int32)
 
 
 @triton.jit

@@ -35,8 +35,8 @@ class S2OConfig:
     """All settings of one server.
 
     Attributes:
-        sparsity_budget: largest share of its history that a prefill query may visit, averaged
-            over a layer's heads; 1.0 is stock attention.
+        sparsity_budget: share of its history that a prefill query visits, on average over segments
+            and a layer's heads; 1.0 is stock attention.
         target_error: share of softmax mass that a list may leave out: it ends there, or where the
             budget does; 0 is off. Not with ``mean_query``, whose scores are no probabilities.
         min_budget_tokens: history tokens that a query may visit however small the budget's share is
@@ -51,7 +51,7 @@ class S2OConfig:
         max_request_budget: the largest budget that a request may ask for; 0 forbids requests to
             ask for any.
         dense_layers: numbers of the layers that stay dense; negative ones count from the last.
-        decode_budget: largest share of its history that a query of decode may visit; 1.0 leaves
+        decode_budget: share of its history that a query of decode visits on average; 1.0 leaves
             decode to stock vLLM.
         decode_min_context: decode with less history than this many tokens stays dense.
         decode_requests: how many requests decode sparsely at a time; each takes memory.
@@ -164,7 +164,7 @@ class S2OConfig:
 
 
 HELP = {
-    "sparsity_budget": "Largest share of its history that a prefill query may visit "
+    "sparsity_budget": "Share of its history that a prefill query visits on average "
     "(0 < B <= 1; 1 is stock attention). Default: 0.1.",
     "target_error": "Share of softmax mass that a list may leave out: it ends where its scores say "
     "so, at the latest where the budget does (not with mean_query). 0 switches it off. Default: 0.",
@@ -182,8 +182,8 @@ HELP = {
     "to 1); 0 forbids requests to ask for any. Default: 1.",
     "dense_layers": "Layers that stay dense, such as 0,1,-1; negative numbers count from the "
     "last (write --s2o-dense-layers=-1,0 where the first is negative). Default: none.",
-    "decode_budget": "Largest share of its history that a query of decode may visit (0 < B <= 1; 1 "
-    "leaves decode to stock vLLM). Default: 1.",
+    "decode_budget": "Share of its history that a query of decode visits on average (0 < B <= 1; "
+    "1 leaves decode to stock vLLM). Default: 1.",
     "decode_min_context": "Decode with less history than this many tokens stays dense. "
     "Default: 32768.",
     "decode_requests": "Requests that decode sparsely at a time; others decode densely. Each takes "

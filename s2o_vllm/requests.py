@@ -20,7 +20,7 @@ class RequestBudget(NamedTuple):
     """What a request's queries may visit.
 
     Attributes:
-        sparsity_budget: largest share of its history, the request's own or the server's.
+        sparsity_budget: share of its history that is visited, the request's own or the server's.
         target_error: share of softmax mass that a list may leave out, likewise.
         prompt: tokens of its prompt, 0 if not known.
         min_budget_tokens: history tokens that a query may visit however small the share is.

@@ -202,8 +202,8 @@ class Sparse:
         """Return what every launch takes first."""
         return self.query, self.prompt.kv_cache, self.prompt.block_table, work
 
-    def tiles(self, work: WorkList) -> dict[str, AttendTile]:
-        """Return the tiles that a wave is attended to with."""
+    def tiles(self, work: WorkList) -> tuple[AttendTile, AttendTile]:
+        """Return the tile shapes that a work list's segments are attended with."""
         return self.operator.tiles_of(work, self.query_e4m3 is not None)
 
     def run(self) -> torch.Tensor:
@@ -221,10 +221,12 @@ class Sparse:
         """Attend only, over the lists that :meth:`visits` kept and the last chunk's summaries."""
         summaries = self.space.summaries
         for work, lists in zip(self.works, self.lists, strict=True):
+            tile, dense_tile = self.tiles(work)
             attend.attend(
                 *self.arguments(work), lists, summaries, self.out, self.counters,
                 scale=self.prompt.scale * self.k_scale, v_scale=self.prompt.unit,
-                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3, **self.tiles(work),
+                stop_threshold=stop_threshold, query_e4m3=self.query_e4m3,
+                tile=tile, dense_tile=dense_tile,
             )  # fmt: skip
 
     def visits(self, first: int = 0) -> Visits:
@@ -242,7 +244,7 @@ class Sparse:
             lists = self.space.selection.lists(work)
             self.lists.append(SelectedTokens(*(part.clone() for part in lists)))
             counters, queries = self.counters.tolist(), int(work.segments[:, NUM_QUERIES].sum())
-            rows = self.tiles(work)["tile"].block_m
+            rows = self.tiles(work)[0].block_m
             gathered += attend_bytes(
                 shape, rows, queries, counters[VISITED] - before[VISITED],
                 self.prompt.kv_dtype, lists.lengths.shape[1],

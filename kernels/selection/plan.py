@@ -38,14 +38,14 @@ def _priority(lengths, cumulative, total, best, worst, score):
     bucket. LEVELS priorities are tried at a time.
     """
     scored = lengths >> 1
-    rest = tl.minimum(tl.maximum(cumulative - scored[:, None], 0), total).to(tl.float32)
+    unlisted = tl.minimum(tl.maximum(cumulative - scored[:, None], 0), total).to(tl.float32)
     above, below = best + NOISE_LIMIT, worst - 1.0
     o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
     for _ in range(ROUNDS):
         level = below[:, None] + (above - below)[:, None] * o_l[None, :]
         gap = tl.maximum(level[:, None, :] - score[:, :, None], 0.0)
         chance = tl.where(gap <= NOISE_LIMIT, tl.exp2(-gap), 0.0)
-        taken = tl.sum(rest[:, :, None] * chance, 1)
+        taken = tl.sum(unlisted[:, :, None] * chance, 1)
         fits = taken <= (lengths - scored).to(tl.float32)[:, None]
         above = tl.min(tl.where(fits, level, above[:, None]), 1)
         below = tl.max(tl.where(fits, below[:, None], level), 1)

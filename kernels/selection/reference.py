@@ -161,9 +161,9 @@ def select_positions(
     """Choose the best half of about ``length`` tokens by score and the others by priority.
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
-    they are taken to be spread evenly, which gives the score that so many reach. The order is by
-    tier and by address inside a tier, the last two chunks first: what is more than ``capacity`` is
-    cut off the end.
+    they are taken to be spread evenly, which gives the score that each tier reaches down to. The
+    order is by tier and by address inside a tier, the last two chunks first. Tokens past
+    ``capacity`` are cut off.
 
     Args:
         scores: float32 ``[n]``, log2-probabilities.
@@ -171,11 +171,11 @@ def select_positions(
         length: tokens to choose.
         capacity: most tokens to choose.
         tiers: of the list: up to 1/4 of it, to 1/8 before that, and so on, and the rest.
-        step: of so many tokens one is counted.
+        step: one token in ``step`` is counted.
         chunk: tokens that are listed at a time.
 
     Returns:
-        their positions, and the base-2 logarithms of their weights.
+        their positions, int64, and float32 base-2 logarithms of their weights.
     """
     best, worst = scores.max(), scores.min()
     counted = stratified(len(scores), step).to(scores.device)
@@ -184,7 +184,7 @@ def select_positions(
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(scores, dtype=torch.long)
     for number in range(tiers):
-        wanted, reached = max(length >> (tiers - number), 1), float("-inf")
+        wanted, reached = max(length >> (tiers - number), 1), torch.full_like(best, float("-inf"))
         if wanted < cumulative[-1]:
             at = int((cumulative < wanted).sum())
             share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
@@ -222,13 +222,13 @@ def priority_threshold(
     if length >= cumulative[-1]:
         return torch.full_like(best, float("-inf"))
     scored = length >> 1
-    rest = (cumulative - scored).clamp(min=0).minimum(total).float()
+    unlisted = (cumulative - scored).clamp(min=0).minimum(total).float()
     above, below = best + NOISE_LIMIT, worst - 1
     for _ in range(ROUNDS):
         levels = below + (above - below) * torch.arange(1, LEVELS + 1, device=best.device) / LEVELS
         gap = (levels - middle[:, None]).clamp(min=0)
         chance = (-gap).exp2().masked_fill(gap > NOISE_LIMIT, 0)
-        fits = (rest[:, None] * chance).sum(0) <= length - scored
+        fits = (unlisted[:, None] * chance).sum(0) <= length - scored
         above, below = (
             torch.where(fits, levels, above).min(),
             torch.where(fits, below, levels).max(),

@@ -12,7 +12,7 @@ from .tokens import Tokens
 from .traces import Session, work
 
 MOST_AT_ONCE = 1024  # sessions without a limit of concurrency
-Send = Callable[[Sequence[int], int], Answer]  # asks a prompt for so many tokens
+Send = Callable[[Sequence[int], int], Answer]  # asks a prompt for a number of tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def send_round(
     Args:
         sessions: of a round, with starting times where the load has them.
         load: how they arrive.
-        send: asks a prompt for so many tokens and returns an `Answer`.
+        send: asks a prompt for a number of tokens and returns an `Answer`.
         tokens: of pieces.
         done: called after each request, those that were not sent included.
     """

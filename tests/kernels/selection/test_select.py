@@ -137,9 +137,9 @@ def test_one_likely_list_may_take_what_all_that_share_can_spare(device, shared):
     assert most == work.max_list
     assert 0.9 * most <= lengths[1] <= 1.05 * most
     assert all(length <= 0.6 * count + 4 for length in (lengths[0], *lengths[2:shared]))
-    assert 0.93 * shared * count <= sum(lengths[:shared]) <= 1.07 * shared * count
+    assert 0.87 * shared * count <= sum(lengths[:shared]) <= 1.13 * shared * count
     others = lengths[shared:]
-    assert 0.93 * shared * count <= sum(others) <= 1.07 * shared * count, "another has its own"
+    assert 0.87 * shared * count <= sum(others) <= 1.13 * shared * count, "another has its own"
     assert max(others) < 1.5 * count
 
 
@@ -241,7 +241,7 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
     listed = place[slots // page] * page + slots % page
     half = listed.sort().values  # the best half are likely ones, and so is the sample of the rest
     assert (half % 24 == 5).float().mean() > 0.98, "unlikely tokens are listed"
-    assert 0.85 * count <= length <= 1.15 * count
+    assert abs(length - count) < 4 * (count * step) ** 0.5
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
@@ -330,7 +330,7 @@ def test_a_sampled_token_stands_for_as_many_as_it_was_drawn_from():
         best = scores[listed].topk(900).indices
         assert (weights[best] == 0).all(), "what is listed by its score stands for itself"
         assert weights.max() <= math.log2(1 + SAMPLE_SHARE * (2**NOISE_LIMIT - 1))
-    assert sum(totals) / 40 == pytest.approx(1, abs=0.01)
+    assert sum(totals) / 40 == pytest.approx(1, abs=0.02)
     assert max(counts) < 0.3, "without weights most of the mass is lost"
 
 
@@ -368,3 +368,30 @@ def test_lists_are_nearly_full_and_without_repeats(device):
         for head, count in enumerate(of_item):
             chosen = slots[number, head, :count].tolist()
             assert len(set(chosen)) == count
+
+
+def test_a_sample_stands_for_like_tokens_that_a_list_has_no_room_for(monkeypatch):
+    """A haystack of like lines: one token in 25 counts, each as much as any other.
+
+    Attention to the best tokens alone sees a few of 160 values; that to a sample has their mean.
+    """
+    monkeypatch.setattr(selection_reference, "SAMPLE_SHARE", 1.0)
+    torch.manual_seed(0)
+    tokens, length = 4000, 64
+    logits = torch.randn(tokens) * 0.1
+    logits[7::25] += 6
+    values = torch.randn(tokens, 64)
+    values[7::25] = 1 + 2 * torch.randn(160, 64)
+    p = logits.softmax(0)
+    dense, scores = p @ values, p.log2()
+    sampled = []
+    for number in range(60):
+        noise = selection_reference.segment_noise(64 * number, tokens, torch.device("cpu"))
+        listed, weights = selection_reference.select_positions(scores, noise, length, 200)
+        share = (logits[listed] + weights * math.log(2)).softmax(0)
+        sampled.append(share @ values[listed])
+    best = scores.topk(length).indices
+    alone = logits[best].softmax(0) @ values[best]
+    error = (torch.stack(sampled).mean(0) - dense).norm() / dense.norm()
+    assert error < 0.08
+    assert (alone - dense).norm() / dense.norm() > 0.15
