@@ -48,9 +48,9 @@ BLACKWELL = {
     128: AttendTile(128, 64, 8, 3),
     256: AttendTile(128, 32, 8, 2),
 }
-# For dense segments that fill them and see WIDE_VISITS tokens or more: each tile of keys serves twice
-# the rows, but nothing overlaps with the start and the end of a program. Weights of listed tokens do
-# not fit its registers (128K, budget 10 %: 41.5 ms for 34.9).
+# For dense segments that fill them and see WIDE_VISITS tokens or more: each tile of keys serves
+# twice the rows, but nothing overlaps with the start and the end of a program. Weights of listed
+# tokens do not fit its registers (128K, budget 10 %: 41.5 ms for 34.9).
 WIDE = {90: {128: AttendTile(256, 64, 16, 3)}}
 WIDE_VISITS = 3072
 # For queries and keys that are multiplied in e4m3: half the bytes are gathered (5 % faster than

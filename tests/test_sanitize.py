@@ -71,3 +71,16 @@ def test_without_a_card_there_is_one_sentence(stand_in, monkeypatch, capsys):
 
 def test_the_files_that_are_left_out_are_there():
     assert all((sanitize.ROOT / "tests/kernels" / name).exists() for name in sanitize.LEFT_OUT)
+
+
+def test_it_is_found_beside_pytorchs_libraries(monkeypatch, tmp_path):
+    folder = tmp_path / "nvidia" / "cu13" / "compute-sanitizer"
+    folder.mkdir(parents=True)
+    program = folder / "compute-sanitizer"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("nvidia", None)
+    assert sanitize.sanitizer() == str(program)

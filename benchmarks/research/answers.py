@@ -10,7 +10,7 @@ or the summaries of skipped tokens.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,14 @@ class Prompt(NamedTuple):
 
 
 def without_summaries() -> None:
-    """Let skipped tokens weigh nothing, in kernels that are not imported yet.
+    """Let the sample stand for all skipped tokens, in kernels that are not imported yet.
 
     Raises:
         RuntimeError: if they are.
     """
     if "s2o_vllm.kernels.prefill" in sys.modules:
         raise RuntimeError("the kernels are imported already")
+    tuning.SAMPLE_SHARE = 1.0
     tuning.REGION_WEIGHT, tuning.REGION_WEIGHT_LIMIT, tuning.COVARIANCE_WEIGHT = 1e-30, 1e-30, 0.0
 
 
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.0125], metavar="B")
     add("--min-budget-tokens", type=int, default=1024, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
-    add("--no-summaries", action="store_true", help="skipped tokens weigh nothing")
+    add("--no-summaries", action="store_true", help="the sample alone stands for skipped tokens")
     add("--device", help="default: cuda if there is one")
     add("--out", type=Path, default=Path("benchmarks/results/quality_answers.json"))
     return parser
@@ -91,14 +92,40 @@ def build_parser() -> argparse.ArgumentParser:
 
 def judge(
     model: Any, prompts: Sequence[Prompt], attentions: Sequence[Any], dense: Any
-) -> list[list[tuple[float, bool]]]:
-    """Return for dense attention and each other one the nats and whether a string is a hit."""
-    found: list[list[tuple[float, bool]]] = [[] for _ in range(len(attentions) + 1)]
+) -> Iterator[list[tuple[float, bool]]]:
+    """Yield the nats of each prompt and whether it is a hit: of dense attention, then of others."""
     for prompt in prompts:
-        for number, attention in enumerate((dense, *attentions)):
+        results = []
+        for attention in (dense, *attentions):
             known, best = model.read(prompt.tokens, prompt.first, attention)
-            found[number].append((-sum(known), all(best)))
-    return found
+            results.append((-sum(known), all(best)))
+        yield results
+
+
+def rows_of(
+    args: argparse.Namespace,
+    prompts: Sequence[Prompt],
+    found: Sequence[Sequence[tuple[float, bool]]],
+    settings: Sequence[Any],
+    attentions: Sequence[Any],
+) -> list[dict[str, Any]]:
+    """Return the rows of a result file, from the first prompts' results as `judge` yields them."""
+    rows = []
+    done = prompts[: len(found)]
+    for task, context, question in sorted({prompt[:3] for prompt in done}):
+        own = [n for n, one in enumerate(done) if one[:3] == (task, context, question)]
+        dense_hits = sum(found[n][0][1] for n in own) / len(own)
+        for arm, (setting, attention) in enumerate(zip(settings, attentions, strict=True), 1):
+            value, low, high = mean_student([found[n][arm][0] - found[n][0][0] for n in own])
+            rows.append(
+                {"model": args.model.name, "task": task, "context": context, "question": question}
+                | setting._asdict()
+                | {"summaries": not args.no_summaries, "samples": len(own)}
+                | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+                | {"hit": round(sum(found[n][arm][1] for n in own) / len(own), 4)}
+                | {"dense_hit": round(dense_hits, 4), "density": attention.density}
+            )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,23 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(args)
     attentions = [Attention(setting, longest) for setting in settings]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = judge(Model(args.model, device), prompts, attentions, Attention(None, longest))
-    rows = []
-    for task, context, question in sorted({prompt[:3] for prompt in prompts}):
-        own = [n for n, one in enumerate(prompts) if one[:3] == (task, context, question)]
-        dense_hits = sum(found[0][n][1] for n in own) / len(own)
-        for setting, attention, results in zip(settings, attentions, found[1:], strict=True):
-            lost = [results[n][0] - found[0][n][0] for n in own]
-            value, low, high = mean_student(lost)
-            rows.append(
-                {"model": args.model.name, "task": task, "context": context, "question": question}
-                | setting._asdict()
-                | {"summaries": not args.no_summaries, "samples": len(own)}
-                | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
-                | {"hit": round(sum(results[n][1] for n in own) / len(own), 4)}
-                | {"dense_hit": round(dense_hits, 4), "density": attention.density}
-            )
-    save(args.out, header(), rows)
+    found: list[list[tuple[float, bool]]] = []
+    for results in judge(Model(args.model, device), prompts, attentions, Attention(None, longest)):
+        found.append(results)
+        rows = rows_of(args, prompts, found, settings, attentions)
+        save(args.out, header(), rows)  # each as it comes: a machine may be gone before the last
     for row in rows:
         print(
             f"{row['task']} {row['context']} {row['question']:>5} {row['lists']:>6}"

@@ -27,11 +27,11 @@ def test_dense_attention_loses_nothing_and_little_attention_something(model):
         return in_process.Attention(setting, 703)
 
     dense = in_process.Attention(None, 703)
-    whole, all_of_it, little = answers.judge(
+    ((whole, all_of_it, little),) = answers.judge(
         model, [prompt()], [attention(1.0), attention(0.05)], dense
     )
-    assert all_of_it[0][0] == pytest.approx(whole[0][0], abs=0.05)
-    assert abs(little[0][0] - whole[0][0]) > abs(all_of_it[0][0] - whole[0][0])
+    assert all_of_it[0] == pytest.approx(whole[0], abs=0.05)
+    assert abs(little[0] - whole[0]) > abs(all_of_it[0] - whole[0])
 
 
 def test_a_string_is_a_hit_if_every_token_is_the_likeliest(model):
@@ -44,10 +44,15 @@ def test_a_string_is_a_hit_if_every_token_is_the_likeliest(model):
     likeliest = answers.Prompt("vt", 700, "end", tokens, 700)
     other = answers.Prompt("vt", 700, "end", [*tokens[:-1], (tokens[-1] + 1) % VOCABULARY], 700)
     assert len(tokens) == 703
-    assert [hit for _, hit in answers.judge(model, [likeliest, other], [], dense)[0]] == [
-        True,
-        False,
-    ]
+    found = list(answers.judge(model, [likeliest, other], [], dense))
+    assert [hit for ((_, hit),) in found] == [True, False]
+    args = answers.build_parser().parse_args(["model", "--tasks", "."])
+    setting = in_process.Setting("served", "low_rank", 0.1, 0, 256)
+    both = [[results[0], results[0]] for results in found]
+    (row,) = answers.rows_of(args, [likeliest, other], both, [setting], [dense])
+    assert (row["samples"], row["hit"], row["dense_hit"], row["value"]) == (2, 0.5, 0.5, 0)
+    (first,) = answers.rows_of(args, [likeliest, other], both[:1], [setting], [dense])
+    assert (first["samples"], first["hit"]) == (1, 1), "of the prompts that are done"
 
 
 def test_the_wanted_string_follows_the_prompt(tmp_path):

@@ -6,6 +6,7 @@ Kernels of PyTorch's are left out: their names are mangled, those of Triton's ar
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,6 +25,10 @@ def sanitizer() -> str | None:
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     homes += map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))
     places = [str(Path(home) / "bin") for home in homes if home]
+    # The package nvidia-cuda-sanitizer-api lies beside PyTorch's CUDA libraries.
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = nvidia.submodule_search_locations or [] if nvidia else []
+    places += [str(one) for root in folders for one in Path(root).glob("cu*/compute-sanitizer")]
     return shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=os.pathsep.join(places)
     )
@@ -58,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     program = sanitizer()
     if program is None:
         print(
-            "sanitize: found no compute-sanitizer: it comes with the CUDA toolkit (package "
-            "cuda-sanitizer-X-Y); put its folder into PATH, or name the toolkit by CUDA_HOME",
+            "sanitize: found no compute-sanitizer: install nvidia-cuda-sanitizer-api by pip, put "
+            "its folder into PATH, or name the CUDA toolkit by CUDA_HOME",
             file=sys.stderr,
         )
         return 2
