@@ -5,8 +5,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+import answering
 
 BLOCK = 16
 
@@ -37,7 +39,7 @@ class Streaming(ThreadingHTTPServer):
         self.cached: set[tuple[str, tuple[int, ...]]] = set()
         self.lock = threading.Lock()
 
-    def page(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
         model = {"id": "small", "root": "folder", "max_model_len": self.longest}
         pages = {"/health": "", "/version": {"version": "0.32.0"}, "/v1/models": {"data": [model]}}
         pages["/metrics"] = (
@@ -63,33 +65,22 @@ def answer_to(body: dict[str, Any]) -> list[int]:
     return [7 + number for number in range(body["max_tokens"])]
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Streaming
+class Handler(answering.Handler):
+    server: Streaming  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
-
-    def reply(self, status: int, page: Any) -> None:
-        text = (page if isinstance(page, str) else json.dumps(page)).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def do_GET(self) -> None:
-        page = self.server.page(self.path)
-        self.reply(404 if page is None else 200, "" if page is None else page)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
             words = body["prompt"].split()
             ids = [ord(word[0]) % 64 * 16 + len(word) % 16 for word in words]
-            self.reply(200 if self.server.tokenizer else 404, {"tokens": ids})
+            self.answer(200 if self.server.tokenizer else 404, {"tokens": ids})
         elif self.server.fails(body):
-            self.reply(500, "out of luck")
+            self.answer(500, "out of luck")
         elif body.get("stream"):
             self.stream(body)
         else:  # the question whether a budget is refused
-            self.reply(400, "no such budget")
+            self.answer(400, "no such budget")
 
     def stream(self, body: dict[str, Any]) -> None:
         self.server.count(body)
@@ -107,9 +98,6 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.running -= 1
         self.close_connection = True
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
 
 @contextmanager
