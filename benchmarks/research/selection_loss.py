@@ -27,7 +27,7 @@ STEPS = (0, 1, 2, 4, 8)
 
 @torch.inference_mode()
 def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Row]:
-    """Measure equally long lists as each step makes them, for every budget."""
+    """Measure lists as each step makes them, of the same length on average, for every budget."""
     ranking = method.ranking(segment)
     scores = ranking.scores.half().float()  # as the kernels keep them
     rows: list[Row] = []

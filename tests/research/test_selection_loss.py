@@ -13,4 +13,5 @@ def test_the_best_tokens_drop_least_and_the_selection_hardly_more(make_segment):
     best, every, *sampled = rows
     assert abs(every["dropped_mass"] - best["dropped_mass"]) < 0.02, "half of a list is a sample"
     assert all(row["dropped_mass"] < best["dropped_mass"] + 0.03 for row in sampled)
-    assert all(row["density"] <= best["density"] == pytest.approx(0.1) for row in rows)
+    assert best["density"] == pytest.approx(0.1)
+    assert all(row["density"] == pytest.approx(0.1, rel=0.15) for row in rows)
