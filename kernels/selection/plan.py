@@ -18,38 +18,24 @@ def _lengths_above(level, total, edge, least):
 
 
 @triton.jit
-def _threshold(cumulative, total, goal, best, width, o_b, BUCKETS: tl.constexpr):
-    """Return the score that about ``goal`` tokens of each list reach: linear inside a bucket."""
-    bucket = tl.sum((cumulative < goal[:, None]).to(tl.int32), 1)
-    this = o_b[None, :] == bucket[:, None]
-    inside = tl.sum(tl.where(this, total, 0), 1)
-    wanted = goal - tl.sum(tl.where(this, cumulative - total, 0), 1)
-    share = tl.div_rn(wanted.to(tl.float32), tl.maximum(inside, 1).to(tl.float32))
-    all_of_them = goal >= tl.max(cumulative, 1)
-    return tl.where(all_of_them, float("-inf"), best - (bucket.to(tl.float32) + share) * width)
-
-
-@triton.jit
-def _priority(lengths, cumulative, total, best, worst, score):
+def _priority(lengths, scored, total, unscored, best, worst, score):
     """Return the lowest priority whose lists are no longer than they should be, as is expected.
 
-    Half of a list are its best scores. Another token is listed with the probability
-    2^(score - priority), if that is above 2^-NOISE_LIMIT. Scores are those of the middle of their
-    bucket. LEVELS priorities are tried at a time.
+    ``scored`` tokens are listed by their score. Each other one, of which buckets hold ``unscored``,
+    is with the probability 2^(score - priority), if that is above 2^-NOISE_LIMIT. Scores are those
+    of the middle of their bucket. LEVELS priorities are tried at a time.
     """
-    scored = lengths >> 1
-    unlisted = tl.minimum(tl.maximum(cumulative - scored[:, None], 0), total).to(tl.float32)
     above, below = best + NOISE_LIMIT, worst - 1.0
     o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
     for _ in range(ROUNDS):
         level = below[:, None] + (above - below)[:, None] * o_l[None, :]
         gap = tl.maximum(level[:, None, :] - score[:, :, None], 0.0)
         chance = tl.where(gap <= NOISE_LIMIT, tl.exp2(-gap), 0.0)
-        taken = tl.sum(unlisted[:, :, None] * chance, 1)
+        taken = tl.sum(unscored[:, :, None] * chance, 1)
         fits = taken <= (lengths - scored).to(tl.float32)[:, None]
         above = tl.min(tl.where(fits, level, above[:, None]), 1)
         below = tl.max(tl.where(fits, below[:, None], level), 1)
-    return tl.where(lengths >= tl.max(cumulative, 1), float("-inf"), above)
+    return tl.where(lengths >= tl.sum(total, 1), float("-inf"), above)
 
 
 @triton.jit
@@ -115,9 +101,15 @@ def plan_kernel(
         lengths = tl.minimum(lengths, before + part)
     tl.store(p_lengths + i_list, lengths, m_h)
 
+    # By their score whole buckets are listed: of like scores a sample decides.
+    scored = tl.zeros_like(lengths)
     for p in tl.static_range(TIERS):  # the last one: all that is listed by its score
-        wanted = tl.maximum(lengths >> (TIERS - p), 1)
-        score = _threshold(cumulative, total, wanted, best, width, o_b, BUCKETS)
+        whole = cumulative <= (lengths >> (TIERS - p))[:, None]
+        buckets = tl.sum(whole.to(tl.int32), 1)
+        scored = tl.sum(tl.where(whole, total, 0), 1)
+        score = best - buckets.to(tl.float32) * width
         tl.store(p_thresholds + i_list * (TIERS + 1) + p, score, m_h)
-    priority = _priority(lengths, cumulative, total, best, worst, edge + 0.5 * width[:, None])
+    unscored = tl.where(cumulative <= (lengths >> 1)[:, None], 0, total).to(tl.float32)
+    middle = edge + 0.5 * width[:, None]
+    priority = _priority(lengths, scored, total, unscored, best, worst, middle)
     tl.store(p_thresholds + i_list * (TIERS + 1) + TIERS, priority, m_h)

@@ -160,10 +160,9 @@ def select_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the best half of about ``length`` tokens by score and the others by priority.
 
-    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
-    they are taken to be spread evenly, which gives the score that each tier reaches down to. The
-    order is by tier and by address inside a tier, the last two chunks first. Tokens past
-    ``capacity`` are cut off.
+    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst. A tier takes
+    whole ones, as many as fit. The order is by tier and by address inside a tier, the last two
+    chunks first. Tokens past ``capacity`` are cut off.
 
     Args:
         scores: float32 ``[n]``, log2-probabilities.
@@ -184,14 +183,12 @@ def select_positions(
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(scores, dtype=torch.long)
     for number in range(tiers):
-        wanted, reached = max(length >> (tiers - number), 1), torch.full_like(best, float("-inf"))
-        if wanted < cumulative[-1]:
-            at = int((cumulative < wanted).sum())
-            share = (wanted - cumulative[at] + total[at]).float() / total[at].float()
-            reached = best - (at + share) * width
-        tier += scores < reached
+        whole = cumulative <= length >> (tiers - number)  # of like scores a sample decides
+        tier += scores <= best - int(whole.sum()) * width
+    unscored = total.masked_fill(whole, 0).float()
     middle = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width + 0.5 * width
-    priority = priority_threshold(length, cumulative, total, middle, best, worst)
+    room = length - int(total[whole].sum())
+    priority = priority_threshold(room, unscored, middle, best, worst)
     sampled = (tier == tiers) & (scores + noise >= priority)
     tier[sampled] = tiers - 1
     start = max(-(-len(scores) // chunk) - 2, 0) * chunk
@@ -202,33 +199,32 @@ def select_positions(
 
 
 def priority_threshold(
-    length: int,
-    cumulative: torch.Tensor,
-    total: torch.Tensor,
+    room: int,
+    unscored: torch.Tensor,
     middle: torch.Tensor,
     best: torch.Tensor,
     worst: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the lowest priority whose list is expected to be no longer than ``length``.
+    """Return the lowest priority that no more than ``room`` tokens are expected to reach.
 
     Args:
-        length: of the list, half of which are its best scores.
-        cumulative: int64 ``[BUCKETS]``, tokens of a bucket and of better ones.
-        total: int64 ``[BUCKETS]``, tokens of a bucket.
+        room: tokens that a list has room for beside those that are listed by their score.
+        unscored: float32 ``[BUCKETS]``, other tokens of a bucket.
         middle: float32 ``[BUCKETS]``, the score in the middle of a bucket.
         best: the best score.
         worst: the worst score.
+
+    Returns:
+        float32, without a dimension.
     """
-    if length >= cumulative[-1]:
+    if room >= unscored.sum():
         return torch.full_like(best, float("-inf"))
-    scored = length >> 1
-    unlisted = (cumulative - scored).clamp(min=0).minimum(total).float()
     above, below = best + NOISE_LIMIT, worst - 1
     for _ in range(ROUNDS):
         levels = below + (above - below) * torch.arange(1, LEVELS + 1, device=best.device) / LEVELS
         gap = (levels - middle[:, None]).clamp(min=0)
         chance = (-gap).exp2().masked_fill(gap > NOISE_LIMIT, 0)
-        fits = (unlisted[:, None] * chance).sum(0) <= length - scored
+        fits = (unscored[:, None] * chance).sum(0) <= room
         above, below = (
             torch.where(fits, levels, above).min(),
             torch.where(fits, below, levels).max(),

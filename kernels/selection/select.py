@@ -104,14 +104,14 @@ def _ones(bits):
 def _bits(scores, p_noise, least, priority, below, o_in, BOUNDED: tl.constexpr, LAST: tl.constexpr):
     """Return which of the scores [N, M] reach a threshold: N numbers of M bits.
 
-    In the last tier scores that reach ``least``, or ``priority`` with their noise.
+    In the last tier scores above ``least``, or those that reach ``priority`` with their noise.
     """
     scores = scores.to(tl.float32)
-    listed = scores >= least
+    listed = scores > least
     if LAST:
         listed |= scores + tl.load(p_noise).to(tl.float32) >= priority
     if BOUNDED:
-        listed &= scores < below
+        listed &= scores <= below
     return tl.sum(tl.where(listed, 1 << o_in[None, :], 0), 1)
 
 
@@ -170,7 +170,7 @@ def _emit_kernel(
                 start = tl.where(i < chunks, i, i - chunks) * CHUNK
                 s = tl.load(p_scores + start + o_n).to(tl.float32)
                 noise = tl.load(p_noise + (start + o_n + phase) % NOISE_TOKENS).to(tl.float32)
-                reach = (s >= least) | (s + noise >= priority)
+                reach = (s > least) | (s + noise >= priority)
                 others += (reach & (start + o_n < n)).to(tl.int32)
             before = tl.sum(others)
         # Rows of scores hold whole chunks: loads without a mask are wide. The next chunk is on its
@@ -205,7 +205,7 @@ def _emit_kernel(
                 weight = tl.zeros_like(slot).to(tl.float32)
                 if t == TIERS - 1:
                     s = tl.load(p_scores + start + number, m_token, 0.0).to(tl.float32)
-                    gap = tl.where(s >= scored, 0.0, tl.minimum(priority - s, NOISE_LIMIT))
+                    gap = tl.where(s > scored, 0.0, tl.minimum(priority - s, NOISE_LIMIT))
                     weight = tl.log2(1.0 + (tl.exp2(tl.maximum(gap, 0.0)) - 1.0) * SAMPLE_SHARE)
                 tl.store(p_weights + place + i_token, weight.to(tl.float16), m_token)
             if i_segment % EVERY == 0:

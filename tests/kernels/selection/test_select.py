@@ -119,9 +119,8 @@ def test_as_many_lists_share_a_budget_as_are_asked_for(device, shared, kind, tie
         for lengths, item in zip(got.lengths.split(1), work.segments.tolist(), strict=True):
             assert int(lengths.max()) <= list_capacity(longest_list(item, shared))
             for group in lengths[0].split(shared):
-                # Of equal scores all are listed that there is room for.
                 planned = len(group) * item[LIST_LENGTH]
-                assert kind == "equal" or int(group.sum()) <= planned + 4 * planned**0.5
+                assert int(group.sum()) <= planned + 4 * planned**0.5
 
 
 @pytest.mark.parametrize("shared", [3, 4])
@@ -155,8 +154,7 @@ def test_a_target_error_ends_lists_where_the_reference_does(device, target, kind
     wanted = selection_reference.select(scores.half(), batch.block_table, work, 16).lengths
     assert (got - wanted).abs().max() <= 2, "rounding may need a token more"
     whole = torch.tensor([[item[LIST_LENGTH]] for item in work.segments.tolist()], device=device)
-    if kind == "normal":  # of equal scores all are listed that there is room for
-        assert (got.sum(1) < 0.7 * 4 * whole[:, 0]).all() == (target == 0.5)
+    assert (got.sum(1) < 0.75 * 4 * whole[:, 0]).all() == (target == 0.5)
 
 
 def test_lists_of_likelier_tokens_are_longer(device):
@@ -203,9 +201,12 @@ def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
 
 
 def test_neither_the_first_nor_the_last_tokens_are_cut_off():
-    """Of equal scores all are wanted: what the list cannot hold lies before the last two chunks."""
-    taken = positions(torch.zeros(1000), 700, capacity=700, chunk=10).tolist()
-    assert sorted(taken) == [*range(680), *range(980, 1000)]
+    """Of equal scores a sample is listed: what has no room lies before the last two chunks."""
+    listed = sorted(positions(torch.zeros(1000), 700, chunk=10, history=64).tolist())
+    taken = positions(torch.zeros(1000), 700, capacity=500, chunk=10, history=64).tolist()
+    assert len(listed) == pytest.approx(700, abs=60)
+    last = [token for token in listed if token >= 980]
+    assert sorted(taken) == listed[: 500 - len(last)] + last
 
 
 def test_a_sink_stays_listed_where_all_else_is_recent():
