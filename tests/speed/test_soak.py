@@ -61,7 +61,12 @@ def test_children_are_counted():
     import subprocess
     import sys
 
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    code = "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # it has memory now
         held = soak.held_by_children()
         child.communicate(b"\n")
     assert held["processes"] >= 1
