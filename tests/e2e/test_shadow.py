@@ -33,7 +33,7 @@ def test_the_true_error_is_on_metrics(servers):
     error, rows = server.settled(SHADOW, [0, 0])
     # Chunks of 512 tokens: from the first with enough history on, 32 queries each, in two layers.
     assert rows == 2 * 32 * len(range(0, len(PROMPT), 512))
-    assert 0.001 < error / rows < 2
+    assert 0.001 < error / rows < 4, "random values have next to no mean"
     by_layer = [server.metrics()[f's2o:shadow_rows_total{{layer="{layer}"}}'] for layer in range(2)]
     assert by_layer == [rows / 2, rows / 2]
     assert (
