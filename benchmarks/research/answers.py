@@ -4,8 +4,8 @@
 each prompt with the first string that its answer should hold, densely and sparsely, and prints how
 much less likely sparse attention makes that string: a second a prompt on a GPU, and a number for
 each prompt where a score is 0 or 1. ``hit`` is the share of strings of which every token is the
-likeliest one. ``--lists exact`` and ``--no-summaries`` separate the causes: the ranking's estimate,
-or the summaries of skipped tokens.
+likeliest one. ``--lists exact`` and :mod:`tuned` separate the causes: the ranking's estimate, or
+what represents skipped tokens.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from s2o_vllm.config import RANKINGS
-from s2o_vllm.kernels import tuning
 
 from ..quality.intervals import mean_student
 from ..quality.ruler_tasks import draw, read_tasks
 from ..quality.samples import EvalError
 from ..result_file import header, save
+from . import tuned
 
 
 class Prompt(NamedTuple):
@@ -39,18 +39,6 @@ class Prompt(NamedTuple):
     question: str
     tokens: list[int]
     first: int
-
-
-def without_summaries() -> None:
-    """Let the sample stand for all skipped tokens, in kernels that are not imported yet.
-
-    Raises:
-        RuntimeError: if they are.
-    """
-    if "s2o_vllm.kernels.prefill" in sys.modules:
-        raise RuntimeError("the kernels are imported already")
-    tuning.SAMPLE_SHARE = 1.0
-    tuning.REGION_WEIGHT, tuning.REGION_WEIGHT_LIMIT, tuning.COVARIANCE_WEIGHT = 1e-30, 1e-30, 0.0
 
 
 def read_prompts(args: argparse.Namespace, encode: Any) -> list[Prompt]:
@@ -84,7 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.0125], metavar="B")
     add("--min-budget-tokens", type=int, default=1024, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
-    add("--no-summaries", action="store_true", help="the sample alone stands for skipped tokens")
     add("--device", help="default: cuda if there is one")
     add("--out", type=Path, default=Path("benchmarks/results/quality_answers.json"))
     return parser
@@ -120,7 +107,7 @@ def rows_of(
             rows.append(
                 {"model": args.model.name, "task": task, "context": context, "question": question}
                 | setting._asdict()
-                | {"summaries": not args.no_summaries, "samples": len(own)}
+                | {"tuned": dict(tuned.CHANGED), "samples": len(own)}
                 | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
                 | {"hit": round(sum(found[n][arm][1] for n in own) / len(own), 4)}
                 | {"dense_hit": round(dense_hits, 4), "density": attention.density}
@@ -131,8 +118,6 @@ def rows_of(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = build_parser().parse_args(argv)
-    if args.no_summaries:
-        without_summaries()
     import torch
     from transformers import AutoTokenizer
 

@@ -40,6 +40,7 @@ from ..quality.far_tokens import DENSE_END, find
 from ..quality.intervals import mean_clustered
 from ..quality.windows import library_code, read_text
 from ..result_file import header, save
+from . import tuned
 
 PAGE = 16  # tokens of a block of the cache that prompts are laid out in
 TOGETHER = 8  # segments whose exact scores are held at a time
@@ -307,6 +308,7 @@ def judge(
             setting._asdict()
             | {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
             | {"samples": sum(map(len, lost)), "density": attention.density}
+            | {"tuned": dict(tuned.CHANGED)}
         )
 
 
