@@ -16,9 +16,10 @@ BUCKETS = 128  # of a list's scores; a power of two; not logged. Counting costs 
 COUNTED = 8192  # scores of a list that are counted, at most; "Priority samples"
 # Most noise of a priority, so most weight of a token; base-2 logarithm; > 0; "Priority samples"
 NOISE_LIMIT = 8.0
-SAMPLE_SHARE = 0.5  # of what is skipped, for which the sample stands; 0 to 1; "Priority samples"
-# Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/8, 1/4 of the list and
-# the rest where tiles may stop early; one where they may not.
+SCORED_EIGHTHS = 6  # of a list, at most, are its best scores; 1 to 7; "Priority samples"
+SAMPLE_SHARE = 0.35  # of what is skipped, for which the sample stands; 0 to 1; "Priority samples"
+# Tiers of a list, each a pass over its scores; >= 1; "Early stop". Up to 1/4, 1/2 of those by
+# score and the rest where tiles may stop early; one where they may not.
 TIERS = 3
 TIERS_UNORDERED = 1
 CAPACITY_STEP = 16  # lists have room for multiples of this; slots; keeps kernels' variants few

@@ -9,6 +9,7 @@ from ..columns import DENSE_START, LIST_LENGTH, SEGMENT_COLUMNS
 LEVELS = tl.constexpr(16)
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
 NOISE_LIMIT = tl.constexpr(tuning.NOISE_LIMIT)
+SCORED_EIGHTHS = tl.constexpr(tuning.SCORED_EIGHTHS)
 
 
 @triton.jit
@@ -102,14 +103,15 @@ def plan_kernel(
     tl.store(p_lengths + i_list, lengths, m_h)
 
     # By their score whole buckets are listed: of like scores a sample decides.
+    by_score = lengths * SCORED_EIGHTHS // 8
     scored = tl.zeros_like(lengths)
     for p in tl.static_range(TIERS):  # the last one: all that is listed by its score
-        whole = cumulative <= (lengths >> (TIERS - p))[:, None]
+        whole = cumulative <= (by_score >> (TIERS - 1 - p))[:, None]
         buckets = tl.sum(whole.to(tl.int32), 1)
         scored = tl.sum(tl.where(whole, total, 0), 1)
         score = best - buckets.to(tl.float32) * width
         tl.store(p_thresholds + i_list * (TIERS + 1) + p, score, m_h)
-    unscored = tl.where(cumulative <= (lengths >> 1)[:, None], 0, total).to(tl.float32)
+    unscored = tl.where(cumulative <= by_score[:, None], 0, total).to(tl.float32)
     middle = edge + 0.5 * width[:, None]
     priority = _priority(lengths, scored, total, unscored, best, worst, middle)
     tl.store(p_thresholds + i_list * (TIERS + 1) + TIERS, priority, m_h)

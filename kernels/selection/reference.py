@@ -18,6 +18,7 @@ from ..tuning import (
     MEAN_OF_MAX,
     NOISE_LIMIT,
     SAMPLE_SHARE,
+    SCORED_EIGHTHS,
     TIERS,
 )
 from ..work_list import WorkList, list_capacity
@@ -158,7 +159,7 @@ def select_positions(
     step: int = 1,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the best half of about ``length`` tokens by score and the others by priority.
+    """Choose the best three quarters of about ``length`` tokens by score, the others by priority.
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst. A tier takes
     whole ones, as many as fit. The order is by tier and by address inside a tier, the last two
@@ -169,7 +170,7 @@ def select_positions(
         noise: float32 ``[n]``, which makes priorities of them.
         length: tokens to choose.
         capacity: most tokens to choose.
-        tiers: of the list: up to 1/4 of it, to 1/8 before that, and so on, and the rest.
+        tiers: of those by score: up to 1/2 of them, to 1/4 before that, and so on, and the rest.
         step: one token in ``step`` is counted.
         chunk: tokens that are listed at a time.
 
@@ -182,8 +183,9 @@ def select_positions(
     cumulative = total.cumsum(0)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(scores, dtype=torch.long)
+    scored = length * SCORED_EIGHTHS // 8
     for number in range(tiers):
-        whole = cumulative <= length >> (tiers - number)  # of like scores a sample decides
+        whole = cumulative <= scored >> (tiers - 1 - number)  # of like scores a sample decides
         tier += scores <= best - int(whole.sum()) * width
     unscored = total.masked_fill(whole, 0).float()
     middle = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width + 0.5 * width

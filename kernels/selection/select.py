@@ -1,15 +1,15 @@
 """Select: from scores to lists of physical slots, without a sort.
 
-Half of a list are the tokens of the best scores. The other half is a priority sample of the rest
-(Duffield, Lund and Thorup, J. ACM 54(6), 2007; in attention: ours). A token's priority is its score
-s, a log2-probability, plus log2(1 / u) of a uniform u; it is listed if that reaches a threshold t.
-So it is with the probability 2^(s - t), and stands for 2^(t - s) tokens: without bias, but with a
-large variance. Summaries have none, but a bias (:mod:`attention.summaries`). So each stands for a
-share of what is skipped: a sampled token weighs 1 + SAMPLE_SHARE (2^(t - s) - 1).
+Three quarters of a list are the tokens of the best scores. The others are a priority sample of the
+rest (Duffield, Lund and Thorup, J. ACM 54(6), 2007; in attention: ours). A token's priority is its
+score s, a log2-probability, plus log2(1 / u) of a uniform u; it is listed if that reaches a
+threshold t. So it is with the probability 2^(s - t), and stands for 2^(t - s) tokens: without bias,
+but with a large variance. Summaries have none, but a bias (:mod:`attention.summaries`). So each
+stands for a share of what is skipped: a sampled token weighs 1 + SAMPLE_SHARE (2^(t - s) - 1).
 
 Three launches. The first counts each list's scores by bucket, from a sample in long histories. The
 second shares a segment's budget among its lists and finds each list's thresholds: the score that
-half as many tokens reach, and the priority that makes up the list. The third walks the scores in
+the best tokens reach, and the priority that makes up the list. The third walks the scores in
 order of address, the last chunks first, and writes slots and weights of those that reach one.
 Importance orders the tiers, address orders a tier, so the gather that follows reads memory in runs.
 Ours; the paper sorts.

@@ -240,8 +240,8 @@ def test_lists_of_a_text_that_repeats_itself(device, step):
     place = torch.full((int(batch.block_table.max()) + 1,), -1, device=device)
     place[batch.block_table[0, : n // page].long()] = torch.arange(n // page, device=device)
     listed = place[slots // page] * page + slots % page
-    half = listed.sort().values  # the best half are likely ones, and so is the sample of the rest
-    assert (half % 24 == 5).float().mean() > 0.98, "unlikely tokens are listed"
+    ordered = listed.sort().values  # the best are likely ones, and so is the sample of the rest
+    assert (ordered % 24 == 5).float().mean() > 0.98, "unlikely tokens are listed"
     assert abs(length - count) < 4 * (count * step) ** 0.5
 
 
@@ -313,7 +313,7 @@ def test_selection_keeps_the_best(tiers):
     scores = torch.randn(5000)
     taken = positions(scores, 500, tiers, history=5056).tolist()
     assert 450 <= len(taken) == len(set(taken)) <= 550
-    assert set(scores.topk(240).indices.tolist()) < set(taken), "the best half are all listed"
+    assert set(scores.topk(360).indices.tolist()) < set(taken), "the best are all listed"
 
 
 def test_a_sampled_token_stands_for_as_many_as_it_was_drawn_from():
@@ -328,10 +328,11 @@ def test_a_sampled_token_stands_for_as_many_as_it_was_drawn_from():
         mass = scores[listed].exp2()
         totals.append(float((mass * stands_for).sum() / scores.exp2().sum()))
         counts.append(float(mass.sum() / scores.exp2().sum()))
-        best = scores[listed].topk(900).indices
+        best = scores[listed].topk(1350).indices
         assert (weights[best] == 0).all(), "what is listed by its score stands for itself"
         assert weights.max() <= math.log2(1 + SAMPLE_SHARE * (2**NOISE_LIMIT - 1))
-    assert sum(totals) / 40 == pytest.approx(1, abs=0.02)
+    # All segments share NOISE_TOKENS numbers: as good as 1,600 draws, 0.025.
+    assert sum(totals) / 40 == pytest.approx(1, abs=0.05)
     assert max(counts) < 0.3, "without weights most of the mass is lost"
 
 
@@ -354,7 +355,7 @@ def test_order_is_by_tier_and_by_address_inside_one():
     taken = positions(scores, 8).tolist()
     assert set(taken) >= {1, 3, 5, 7}
     assert taken[0] == 3, "the best comes first"
-    assert taken[1:2] == [7], "then the second tier"
+    assert taken[1:3] == [1, 7], "then the second tier"
 
 
 def test_lists_are_nearly_full_and_without_repeats(device):
