@@ -21,29 +21,25 @@ from torch import Tensor
 
 from s2o_vllm.config import RANKINGS
 from s2o_vllm.kernels.layout import (
-    DENSE_START,
     ELIGIBLE,
-    HISTORY,
     NUM_COUNTERS,
-    NUM_QUERIES,
-    QUERY_START,
     VISITED,
 )
 from s2o_vllm.kernels.prefill import SparsePrefill
-from s2o_vllm.kernels.ranking import basis
+from s2o_vllm.kernels.selection.reference import select
+from s2o_vllm.kernels.selection.selected import SelectedTokens
 from s2o_vllm.kernels.shape import Shape
-from s2o_vllm.kernels.side_stream import SideStream
-from s2o_vllm.kernels.tuning import CHUNK
 from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 from ..quality.far_tokens import DENSE_END, find
 from ..quality.intervals import mean_clustered
 from ..quality.windows import library_code, read_text
 from ..result_file import header, save
-from . import tuned
+from . import clusters, tuned
+from .exact_lists import choose_exactly
 
 PAGE = 16  # tokens of a block of the cache that prompts are laid out in
-TOGETHER = 8  # segments whose exact scores are held at a time
+SUMMARIES = ("regions", "clusters")
 ATTENTION = "s2o_in_process"  # its name in transformers
 
 
@@ -56,6 +52,7 @@ class Setting(NamedTuple):
         budget: the sparsity budget.
         min_tokens: history tokens that a query may visit however small the budget is.
         chunk: tokens of a prefill chunk.
+        summaries: `regions`, as served, or `clusters`; see :mod:`clusters`.
     """
 
     lists: str
@@ -63,94 +60,7 @@ class Setting(NamedTuple):
     budget: float
     min_tokens: int
     chunk: int
-
-
-def exact_scores(
-    query: Tensor, kv_cache: Tensor, block_table: Tensor, work: WorkList, *, scale: float
-) -> Tensor:
-    """Score histories by exact probabilities, the largest over a segment's query rows.
-
-    Args:
-        query: ``[tokens, heads, head_dim]``.
-        kv_cache: ``[blocks, kv_heads, page, 2 * head_dim]``.
-        block_table: int32 ``[rows, max_blocks]``.
-        work: the segments, of one request.
-        scale: softmax scale.
-
-    Returns:
-        float16 ``[segments, kv_heads, max_history]``, log2-probabilities; -inf behind a history.
-    """
-    kv_heads, page, head_dim = kv_cache.shape[1], kv_cache.shape[2], query.shape[2]
-    group = query.shape[1] // kv_heads
-    scores = query.new_full(
-        (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float16
-    )
-    segments = [(i, line) for i, line in enumerate(work.segments.tolist()) if line[DENSE_START] > 0]
-    pages = -(-work.max_seen // page)
-    blocks = kv_cache[block_table[work.row, :pages].long(), ..., :head_dim]
-    keys = blocks.transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens, head_dim]
-    for first in range(0, len(segments), TOGETHER):
-        part = segments[first : first + TOGETHER]
-        seen = max(line[HISTORY] + line[NUM_QUERIES] for _, line in part)
-        own = torch.arange(max(line[NUM_QUERIES] for _, line in part), device=query.device)
-        # A short segment repeats its last row, which no maximum sees.
-        place = torch.stack([own.clamp(max=line[NUM_QUERIES] - 1) for _, line in part])
-        start, history = (
-            torch.tensor([line[column] for _, line in part], device=query.device)[:, None]
-            for column in (QUERY_START, HISTORY)
-        )
-        last = (history + place)[..., None, None]
-        position = torch.arange(seen, device=query.device)
-        rows = query[start + place].unflatten(2, (kv_heads, group))
-        for head in range(kv_heads):
-            logits = (rows[:, :, head] @ keys[head, :seen].T).float().mul_(scale * basis.LOG2E)
-            logits.masked_fill_(position > last, float("-inf"))
-            most = logits.amax(-1, keepdim=True)
-            logits -= most + (logits - most).exp2_().sum(-1, keepdim=True).log2_()
-            best = logits.amax((1, 2)).clamp(min=-torch.finfo(torch.float16).max).half()
-            for number, (i, line) in enumerate(part):
-                scores[i, head, : line[DENSE_START]] = best[number, : line[DENSE_START]]
-    return scores
-
-
-class ExactRanking:
-    """By exact probabilities."""
-
-    def score(
-        self,
-        query: Tensor,
-        kv_cache: Tensor,
-        block_table: Tensor,
-        work: WorkList,
-        scores: Tensor,
-        bounds: Tensor,
-        *,
-        scale: float,
-        side_stream: SideStream,
-        overlapped: Callable[[], None],
-    ) -> None:
-        """See `ranking.rankings.Ranking`."""
-        if work.first_of_chunk:
-            overlapped()
-        if work.max_history == 0:
-            return
-        found = exact_scores(query, kv_cache, block_table, work, scale=scale)
-        scores[: work.num_segments, :, : work.max_history] = found
-        chunks = -(-work.max_history // CHUNK)
-        padded = torch.nn.functional.pad(found.float(), (0, chunks * CHUNK - work.max_history))
-        padded = padded.unflatten(2, (chunks, CHUNK))
-        token = torch.arange(chunks * CHUNK, device=found.device).unflatten(0, (chunks, CHUNK))
-        inside = token < work.segments[:, DENSE_START, None, None, None]
-        own = bounds.unflatten(0, (-1, found.shape[1]))[: work.num_segments, :, :chunks]
-        own[..., 0] = padded.masked_fill(~inside, float("-inf")).amax(-1)
-        own[..., 1] = padded.masked_fill(~inside, float("inf")).amin(-1)
-
-
-def choose_exactly(operator: SparsePrefill) -> None:
-    """Let an operator choose its lists by :func:`exact_scores`."""
-    operator.reference = exact_scores
-    if operator.space is not None:
-        operator.space = operator.space._replace(ranking=ExactRanking())
+    summaries: str = "regions"
 
 
 class Attention:
@@ -181,6 +91,16 @@ class Attention:
             if self.setting.lists == "exact":
                 choose_exactly(self.operator)
         return self.operator
+
+    def lists(
+        self, operator: SparsePrefill, query: Tensor, cache: Tensor, table: Tensor, work: WorkList
+    ) -> SelectedTokens:
+        """Return the lists that a call of the operator has just made; on a CPU makes them again."""
+        if operator.space is not None:
+            return operator.space.selection.lists(work)
+        scores = operator.reference(query, cache, table, work, scale=operator.scale)
+        shared = operator.shape.limits.shared
+        return select(scores, table, work, PAGE, operator.tiers, shared=shared)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any
@@ -216,10 +136,13 @@ class Attention:
                 0, 0, part.shape[0], start, setting.budget, min_tokens=setting.min_tokens
             )
             limits = operator.shape.limits
+            own = out[start : start + setting.chunk]
             for work in build_work_lists([row], operator.shape.segment, 0, key.device, limits):
-                operator(
-                    part, cache, table, work, out[start : start + setting.chunk], self.counters
-                )
+                operator(part, cache, table, work, own, self.counters)
+                if setting.summaries == "clusters" and work.max_list > 0:
+                    lists = self.lists(operator, part, cache, table, work)
+                    groups = clusters.cluster(key[:, :start].float(), value[:, :start].float())
+                    clusters.attend(part, key, value, work, lists, groups, own, scale=scale)
         return out
 
 
@@ -330,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.0125], metavar="B")
     add("--min-budget-tokens", type=int, default=1024, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
+    add("--summaries", nargs="+", choices=SUMMARIES, default=["regions"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("benchmarks/results/quality_exact_lists.json"))
     return parser
@@ -338,14 +262,16 @@ def build_parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Return the settings to compare; exact lists need no ranking but its segment."""
     served = [
-        Setting("served", ranking, budget, args.min_budget_tokens, args.chunk)
+        Setting("served", ranking, budget, args.min_budget_tokens, args.chunk, summaries)
         for ranking in args.rankings
         for budget in args.budgets
+        for summaries in args.summaries
         if "served" in args.lists
     ]
     exact = [
-        Setting("exact", args.rankings[0], budget, args.min_budget_tokens, args.chunk)
+        Setting("exact", args.rankings[0], budget, args.min_budget_tokens, args.chunk, summaries)
         for budget in args.budgets
+        for summaries in args.summaries
         if "exact" in args.lists
     ]
     return served + exact
@@ -374,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"model": args.model.name, "source": text.name, "context": args.context} | row)
         save(args.out, header(), rows)  # each as it comes: exact lists take longer than others
         print(
-            f"{row['lists']:>6} {row['ranking']:13} budget {row['budget']:<6} "
+            f"{row['lists']:>6} {row['ranking']:13} {row['summaries']} budget {row['budget']:<6} "
             f"{row['value']:+.4f} nats [{row['low']:+.4f}, {row['high']:+.4f}] "
             f"({row['samples']} tokens), density {row['density']:.4f}"
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from s2o_vllm.kernels import tuning
 
-COMMANDS = ("answers", "in_process")  # whose rows say what was tuned
+COMMANDS = ("answers", "clusters", "in_process")  # whose rows say what was tuned
 CHANGED: dict[str, float] = {}  # by the name of the constant; empty where nothing was
 
 

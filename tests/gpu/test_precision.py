@@ -90,7 +90,9 @@ def test_lists_agree_with_the_reference(ranking, fp8):
         lists = selection_reference.select(wanted, batch.block_table, work, page)
         own = selection.lists(work)
         for number, item in enumerate(work.segments.tolist()):
-            assert own.lengths[number].sum() <= 8 * item[LIST_LENGTH]
+            # A quarter of a list is a sample, whose number is random.
+            listed, budget = int(own.lengths[number].sum()), 8 * item[LIST_LENGTH]
+            assert abs(listed - budget) <= 4 * budget**0.5 + 0.02 * budget
             # Of a budget that a pair shares rounding moves a bucket from one list to the other.
             pairs, likewise = (
                 of.lengths[number].unflatten(0, (-1, HEADS_SHARED)).sum(1) for of in (own, lists)
@@ -101,10 +103,11 @@ def test_lists_agree_with_the_reference(ranking, fp8):
             for head, count in enumerate(own.lengths[number].tolist()):
                 got = set(own.slots[number, head, :count].tolist())
                 assert len(got) == count, "a list is full and has no repeats"
-                best = wanted[number, head, : item[DENSE_START]].topk(count).indices
+                scored = int(0.7 * count)
+                best = wanted[number, head, : item[DENSE_START]].topk(scored).indices
                 slots = paging.physical_slots(best, table_row, page)
                 common = len(got & set(slots.tolist()))
-                assert common >= 0.9 * count - 2, "an edge has a few tokens, however short a list"
+                assert common >= 0.9 * scored - 2, "an edge has few tokens, however short a list"
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -126,4 +129,4 @@ def test_operator_runs_at_a_servers_sizes(ranking, fp8):
     # 0.03 on a CPU, more tokens less.
     values = batch.kv_cache[..., 128:].float().std() * batch.v_scale
     assert 0.003 < out.float().std() / values < 0.1
-    assert 0.045 * counters[ELIGIBLE] < counters[VISITED] <= 0.05 * counters[ELIGIBLE]
+    assert counters[VISITED] / counters[ELIGIBLE] == pytest.approx(0.05, rel=0.1)

@@ -7,7 +7,7 @@ import torch
 from cases import make_batch
 from models import VOCABULARY, write_model, write_weights
 from s2o_vllm.benchmarks.quality import far_tokens
-from s2o_vllm.benchmarks.research import in_process
+from s2o_vllm.benchmarks.research import exact_lists, in_process
 from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.layout import DENSE_START, NUM_QUERIES
 
@@ -27,8 +27,8 @@ def windows(number=2, tokens=900):
     return drawn.tolist()
 
 
-def setting(lists="served", budget=0.1):
-    return in_process.Setting(lists, "low_rank", budget, 0, 256)
+def setting(lists="served", budget=0.1, summaries="regions"):
+    return in_process.Setting(lists, "low_rank", budget, 0, 256, summaries)
 
 
 def test_exact_scores_are_the_largest_probability_of_any_row():
@@ -36,7 +36,7 @@ def test_exact_scores_are_the_largest_probability_of_any_row():
     batch = make_batch(device, chunks=((150, 70),), heads=4, kv_heads=2, head_dim=64)
     (work,) = batch.work(segment=32)
     arguments = (batch.query, batch.kv_cache, batch.block_table, work)
-    scores = in_process.exact_scores(*arguments, scale=batch.scale)
+    scores = exact_lists.exact_scores(*arguments, scale=batch.scale)
     for number, item in enumerate(work.segments.tolist()):
         n, count = item[DENSE_START], item[NUM_QUERIES]
         rows = paging.segment_queries(batch.query, item, 2).flatten(1, 2)
@@ -59,14 +59,16 @@ def every_token_is_far(monkeypatch):
 
 
 def test_a_full_budget_loses_nothing_and_a_small_one_something(model):
-    settings = [setting(budget=1.0), setting("exact", 1.0), setting(budget=0.05)]
-    full, exact, small = in_process.judge(model, windows(), 128, 200, settings)
+    settings = [setting(budget=1.0), setting("exact", 1.0), setting(budget=0.02)]
+    settings.append(setting("served", 1.0, "clusters"))
+    full, exact, small, clusters = in_process.judge(model, windows(), 128, 200, settings)
     assert full["samples"] > 0
     assert abs(full["value"]) < 0.02
     assert abs(exact["value"]) < 0.02
+    assert abs(clusters["value"]) < 0.02
     assert abs(small["value"]) > 0.02
     assert full["density"] == 1.0
-    assert small["density"] < 0.06
+    assert small["density"] < 0.03
 
 
 def test_the_command_writes_a_row_a_setting(tmp_path, capsys):

@@ -41,8 +41,11 @@ def test_a_command_is_run_with_what_was_changed():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["SAMPLE_SHARE=1"], "NAME=NUMBER … COMMAND …, of answers, in_process"),
-        (["SAMPLE_SHARE=1", "ranking"], "NAME=NUMBER … COMMAND …, of answers, in_process"),
+        (["SAMPLE_SHARE=1"], "NAME=NUMBER … COMMAND …, of answers, clusters"),
+        (
+            ["SAMPLE_SHARE=1", "ranking"],
+            "NAME=NUMBER … COMMAND …, of answers, clusters",
+        ),
         (["SAMPLE_SHAR=1", "answers"], "'SAMPLE_SHAR' is none of BUCKETS, "),
         (["BUCKETS=many", "answers"], "invalid literal for int() with base 10: 'many'"),
     ],
