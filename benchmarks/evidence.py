@@ -109,8 +109,8 @@ def asked(args: argparse.Namespace) -> list[Step]:
     return [Step(f"ruler_{one}", [*words, "--contexts", str(one)]) for one in contexts]
 
 
-def beside(args: argparse.Namespace) -> list[list[Step]]:
-    """Return what runs beside the server, each list one step after the other."""
+def concurrent(args: argparse.Namespace) -> list[list[Step]]:
+    """Return what runs with the server, each list one step after the other."""
     far = [
         Step(
             f"far_{context}",
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]  # fmt: skip
         with starting(args.model, args.port, flags, args.out / "server.log") as ready:
             ready()
-            run.together([questions, *beside(args)])
+            run.together([questions, *concurrent(args)])
     except (EvalError, ServerError) as error:
         print(f"evidence: {error}", file=sys.stderr)
         return 2

@@ -50,7 +50,8 @@ class SparseImpl:
 
         vllm_config = get_current_vllm_config()
         settings = compat.settings_of(vllm_config)
-        self.s2o_reason = layer_reason(self) if settings else "not_configured"
+        longest = vllm_config.model_config.max_model_len
+        self.s2o_reason = layer_reason(self, longest) if settings else "not_configured"
         self._s2o: Any = settings
         self._s2o_operator: Any = None  # a SparsePrefill, once reserved
         self._s2o_warm = False
@@ -288,14 +289,27 @@ def decode_shape(shape: Shape, settings: S2OConfig) -> DecodeShape:
     )
 
 
-def layer_reason(impl: Any) -> str | None:
-    """Return why a layer cannot go sparse, as a short label, or None."""
+def layer_window(impl: Any) -> int | None:
+    """Return the tokens of a layer's sliding window, the query among them; None without one."""
+    window = impl.sliding_window
+    if isinstance(window, tuple):  # FlashAttention's: how far back, and ahead
+        window = window[0] + 1
+    return window if window is not None and window > 0 else None
+
+
+def layer_reason(impl: Any, longest: int) -> str | None:
+    """Return why a layer cannot go sparse, as a short label, or None.
+
+    Args:
+        impl: of the layer.
+        longest: tokens of a request, at most: a window that none fills is full attention.
+    """
     from vllm.v1.attention.backend import AttentionType
 
     from .kernels.tiles import HEAD_DIMS
 
-    window = impl.sliding_window
-    if window not in (None, -1, (-1, -1)):
+    window = layer_window(impl)
+    if window is not None and window < longest:
         return "sliding_window"
     if impl.attn_type != AttentionType.DECODER:
         return "not_decoder"

@@ -56,6 +56,9 @@ class SparseBuilder:
         for layer in layers:
             layer.impl.place(layer)
         impls = [layer.impl for layer in layers]
+        if support.rewrites_steps(type(self)):
+            for impl in impls:
+                impl.s2o_reason = impl.s2o_reason or "local_chunks"
         full = [impl for impl in impls if impl.s2o_reason not in support.NOT_FULL_ATTENTION]
         self.s2o_heads = sum(impl.num_heads for impl in full)
         capable = [impl for impl in impls if impl.s2o_reason is None]

@@ -16,6 +16,7 @@ DENSE_REASONS = {
     "dense_layer": "dense_layers names the layer",
     "sliding_window": "the layer attends to a sliding window",
     "not_decoder": "the layer is no causal self-attention",
+    "local_chunks": "the layer attends to the query's chunk alone, or vLLM rewrites its steps",
     "alibi": "the layer has ALiBi slopes",
     "attention_sinks": "the layer has attention sinks",
     "quantized_kv_cache": "the KV cache has a format or scales that S2O does not read",
@@ -25,7 +26,7 @@ DENSE_REASONS = {
     "reference_window": "the model adds a window to the tokens that it generates",
 }
 # Layers of these reasons have no full causal attention: they count in no dense work.
-NOT_FULL_ATTENTION = ("sliding_window", "not_decoder")
+NOT_FULL_ATTENTION = ("sliding_window", "not_decoder", "local_chunks")
 
 # KV connectors that never hand a request what another budget computed, as vLLM 0.32 and 0.33 have
 # them: the first ones key their store by vLLM's block hashes, which hold the budget as a salt; the
@@ -55,7 +56,11 @@ def unsupported_model(vllm_config: Any) -> str | None:
         return f"{model.model} is an encoder-decoder model, must be decoder-only"
     window = model.get_sliding_window()
     layer_types = getattr(model.hf_text_config, "layer_types", None) or []
-    if window is not None and "full_attention" not in layer_types:
+    if (
+        window is not None
+        and window < model.max_model_len  # one that no request fills is full attention
+        and "full_attention" not in layer_types
+    ):
         return (
             f"every layer of {model.model} has a sliding window of {window} tokens, "
             "must have layers with full attention"
@@ -71,6 +76,14 @@ def unsupported_model(vllm_config: Any) -> str | None:
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         return "VLLM_USE_RUST_FRONTEND is set, must be unset (it bypasses per-request settings)"
     return unsupported_store(vllm_config.kv_transfer_config)
+
+
+def rewrites_steps(builder: type) -> bool:
+    """Tell whether vLLM puts a builder of its own before S2O's, which then sees other rows.
+
+    So it does with layers of local attention (Llama 4): each chunk of a request is a row there.
+    """
+    return builder.__module__.startswith("vllm.")
 
 
 def unsupported_store(transfer: Any) -> str | None:

@@ -95,7 +95,10 @@ class Attention:
     def lists(
         self, operator: SparsePrefill, query: Tensor, cache: Tensor, table: Tensor, work: WorkList
     ) -> SelectedTokens:
-        """Return the lists that a call of the operator has just made; on a CPU makes them again."""
+        """Return the lists that a call of the operator has just made; on a CPU makes them again.
+
+        Arguments are those of the call, shapes included.
+        """
         if operator.space is not None:
             return operator.space.selection.lists(work)
         scores = operator.reference(query, cache, table, work, scale=operator.scale)

@@ -1,4 +1,8 @@
-"""``s2o doctor``: what is installed, whether S2O would run here and, if not, why."""
+"""``s2o doctor``: what is installed, whether S2O would run here and, if not, why.
+
+With a model: which of its layers go sparse, which stay dense and why, and how much sooner its first
+token could come at best. Only its config is read.
+"""
 
 import argparse
 import json
@@ -10,6 +14,8 @@ from typing import Any
 
 from .. import __version__, compat, config
 from . import environment
+from .model_report import LONGEST, ModelReport, examine_model
+from .model_report import rows as model_rows
 
 MIN_CAPABILITY = (8, 0)  # bfloat16, asynchronous copies, and vLLM's FlashAttention
 OWN_VARIABLES = {"S2O_METRICS_DIR"}  # set by the server for its workers, not by users
@@ -36,6 +42,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    model: ModelReport | None = None
 
     @property
     def runs(self) -> bool:
@@ -157,6 +164,7 @@ def as_text(report: Report) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in report.settings.items())
     if settings:
         rows.append(("settings", f"{settings} (unless flags say otherwise)"))
+    rows += model_rows(report.model) if report.model else []
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:{width}}{text}" for name, text in rows]
     lines.append("")
@@ -170,10 +178,23 @@ def as_text(report: Report) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; the exit code is 0 if S2O would run here and 1 if not."""
-    parser = argparse.ArgumentParser(prog="s2o doctor", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser = argparse.ArgumentParser(
+        prog="s2o doctor", description=__doc__.split(": ", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="folder with a config, or a name")
+    add("--context", type=int, default=LONGEST, metavar="TOKENS",
+        help="of the prompt whose arithmetic is counted (default: %(default)s)")  # fmt: skip
+    add("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
+    if args.context < 1:
+        parser.error(f"--context is {args.context}, must be at least 1")
     report = examine(os.environ)
+    if args.model and report.runs:
+        report.model = examine_model(args.model, args.context)
+        if report.model.refused:
+            report.reasons.append(f"The model is refused: {report.model.refused}")
     if args.json:
         print(json.dumps({"runs": report.runs, **asdict(report)}, indent=2))
     else:

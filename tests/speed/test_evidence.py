@@ -53,16 +53,16 @@ def options(tmp_path, tasks):
 def test_speed_is_timed_before_a_server_shares_the_card(tmp_path, tasks, ran):
     checkout = ["--tests", str(tmp_path)]
     assert evidence.main(options(tmp_path, tasks) + checkout) == 0
-    before, beside = ran.events[:3], ran.events[5:-1]
+    before, later = ran.events[:3], ran.events[5:-1]
     assert all(" bench " in words for words in before)
     assert ran.events[3].startswith("server ")
     assert "--s2o-sparsity-budget 0.02 --s2o-min-budget-tokens 512" in ran.events[3]
     assert ran.events[4] == "ready"
     assert ran.events[-1] == "end of the server"
-    assert sorted(words.split()[0] for words in beside) == sorted(
+    assert sorted(words.split()[0] for words in later) == sorted(
         ["s2o_vllm.cli"] * 2 + [evidence.FAR] * 3 + ["pytest"]
     )
-    rulers = [words for words in beside if "eval ruler" in words]
+    rulers = [words for words in later if "eval ruler" in words]
     assert [words.split()[-1] for words in rulers] == ["16384", "32768"], "shortest first"
 
 
@@ -101,7 +101,7 @@ def test_every_command_is_one_that_its_own_parser_takes(tmp_path, tasks, monkeyp
             parsed.append(known)
     for step in evidence.asked(args):
         parsed.append(ruler.build_parser().parse_args(step.words[3:]))
-    for stream in evidence.beside(args):
+    for stream in evidence.concurrent(args):
         for step in stream:
             parsed.append(in_process.build_parser().parse_args(step.words[1:]))
     assert len(parsed) == 3 + 2 + 3

@@ -65,7 +65,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "'--compilation-config'", "'--optimization-level'",
     ),
     "vllm.config": (
-        "get_current_vllm_config()",
+        "get_current_vllm_config()", "set_current_vllm_config(vllm_config, ...)",
         "get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",
         *of("VllmConfig", "additional_config", "model_config", "parallel_config", "cache_config",
             "scheduler_config", "speculative_config", "compilation_config"),
@@ -127,6 +127,15 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "BeamSearchOfflineMixin", "beam_search(self, prompts, params, ...)"
     ),
     "vllm.entrypoints.launchers.api_server.app_state": ("init_app_state(engine_client, ...)",),
+    # A model without weights, for `s2o doctor MODEL`.
+    "vllm.model_executor.model_loader.utils": ("initialize_model(vllm_config, ...)",),
+    "vllm.distributed": ("parallel_state",),
+    "vllm.distributed.parallel_state": (
+        "init_distributed_environment(world_size, rank, distributed_init_method, local_rank, "
+        "backend, ...)",
+        "initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, ...)",
+        "destroy_model_parallel()", "destroy_distributed_environment()",
+    ),
     "vllm.exceptions": of("VLLMValidationError", "__init__(self, message, parameter, ...)"),
     # Which row of a step belongs to which request, in both model runners.
     "vllm.v1.worker.gpu_model_runner": of(

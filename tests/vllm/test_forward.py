@@ -134,7 +134,24 @@ def test_which_caches_go_sparse(kv_cache_dtype, reason):
         sliding_window=None, attn_type=AttentionType.DECODER, alibi_slopes=None, sinks=None,
         head_size=128, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
-    assert layer_reason(impl) == reason
+    assert layer_reason(impl, 4096) == reason
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        (None, None), (-1, None), ((-1, -1), None), ((1023, 0), "sliding_window"),
+        ((4094, 0), "sliding_window"), ((4095, 0), None), (4096, None), (262144, None),
+    ],
+)  # fmt: skip
+def test_a_window_that_no_request_fills_is_full_attention(window, reason):
+    from vllm.v1.attention.backend import AttentionType
+
+    impl = SimpleNamespace(
+        sliding_window=window, attn_type=AttentionType.DECODER, alibi_slopes=None, sinks=None,
+        head_size=128, kv_cache_dtype="auto",
+    )  # fmt: skip
+    assert layer_reason(impl, 4096) == reason
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2o_vllm import compat, metrics, request_work
+from s2o_vllm import compat, metrics, request_work, support
 from s2o_vllm.config import S2OConfig
 from s2o_vllm.forward import SparseImpl
 from s2o_vllm.kernels.work_list import Limits
@@ -187,9 +187,9 @@ def test_a_group_that_cannot_go_sparse_counts_why(monkeypatch):
     assert counters.totals()["s2o:dense_rows", "alibi"] == 1
 
 
-def group(*dense_layers, rank=0, device="cpu", **settings):
+def group(*dense_layers, rank=0, device="cpu", kind=Builder, **settings):
     """A builder whose group has the layers 0, 1 and 2, on one of two tensor ranks."""
-    builder = Builder()
+    builder = kind()
     builder.device = torch.device(device)
     settings = S2OConfig(min_context=100, dense_layers=dense_layers, **settings)
     builder.vllm_config = SimpleNamespace(
@@ -214,6 +214,26 @@ def group(*dense_layers, rank=0, device="cpu", **settings):
 
     builder.prepare_s2o([layer(number) for number in range(3)])
     return builder
+
+
+def test_layers_whose_steps_vllm_rewrites_stay_dense(monkeypatch):
+    """Of local attention (Llama 4) each chunk of a request is a row: no row is a request there."""
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    from s2o_vllm.backend_cpu import S2OCPUBackend
+
+    backend = chunked_local_attention.create_chunked_local_attention_backend(S2OCPUBackend, 256)
+    assert support.rewrites_steps(backend.get_builder_cls())
+    assert not support.rewrites_steps(S2OCPUBackend.get_builder_cls())
+
+    counters = metrics.WorkerCounters()
+    monkeypatch.setattr(metrics, "worker", counters)
+    rewriting = type("Rewriting", (Builder,), {"__module__": "vllm.somewhere"})
+    builder = group(kind=rewriting)
+    assert builder.s2o_reason == "local_chunks"
+    assert builder.s2o_heads == 0, "local attention counts in no dense work"
+    assert builder.build(0, common_metadata([130], [1130], [True])).s2o is None
+    assert counters.totals()["s2o:dense_rows", "local_chunks"] == 1
 
 
 def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monkeypatch):

@@ -41,6 +41,16 @@ def test_sliding_window_everywhere_is_refused(make_model):
         configure(model)
 
 
+def test_a_window_that_no_request_fills_is_accepted(make_model):
+    """Phi-4-mini's is twice as long as its context."""
+    model = make_model(
+        architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=8192
+    )
+    assert "s2o" in configure(model).additional_config
+    with pytest.raises(ValueError, match=r"sliding window of 8192"):
+        configure(model, hf_overrides={"max_position_embeddings": 16384})
+
+
 def test_a_hybrid_model_is_accepted(make_model):
     model = make_model(
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=128,
