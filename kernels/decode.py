@@ -46,6 +46,7 @@ class DecodeBackend(Protocol):
         scale: float,
         v_scale: float,
         softcap: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         """Rank, select and attend for every query of a step; see :func:`decode_step.decode`."""
 
@@ -61,6 +62,7 @@ class SparseDecode:
         device: where it runs.
         scale: softmax scale.
         softcap: cap of the scaled scores, 0 for none.
+        sinks: ``[heads]``, logits of attention sinks; see :func:`attend.attend`.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class SparseDecode:
         *,
         scale: float,
         softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ):
-        self.shape, self.scale, self.softcap = shape, scale, softcap
+        self.shape, self.scale, self.softcap, self.sinks = shape, scale, softcap, sinks
         self.backend = make_backend(shape, dtype, device)
 
     def take(
@@ -112,7 +115,7 @@ class SparseDecode:
         """Attend for every query of ``rows``; arguments are those of :func:`decode_step.decode`."""
         self.backend.attend(
             query, kv_cache, block_table, rows, out, counters,
-            scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
+            scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
 
     def warm_up(

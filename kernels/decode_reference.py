@@ -111,11 +111,12 @@ class DecodeReference:
         scale: float,
         v_scale: float,
         softcap: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         """See :func:`decode`."""
         decode(
             query, kv_cache, block_table, rows, self, out, counters,
-            scale=scale, v_scale=v_scale, softcap=softcap,
+            scale=scale, v_scale=v_scale, softcap=softcap, sinks=sinks,
         )  # fmt: skip
 
 
@@ -165,6 +166,7 @@ def decode(
     scale: float,
     v_scale: float = 1.0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Rank, select and attend for every query of a decode step; see :func:`decode_step.decode`."""
     page = kv_cache.shape[2]
@@ -181,5 +183,5 @@ def decode(
     lists = selection_reference.select(found, block_table, work, page, TIERS_UNORDERED)
     attention_reference.attend(
         query, kv_cache, block_table, work, lists, space.summaries, out,
-        counters, scale=scale, v_scale=v_scale, softcap=softcap, queries_per_tile=1,
+        counters, scale=scale, v_scale=v_scale, softcap=softcap, sinks=sinks, queries_per_tile=1,
     )  # fmt: skip

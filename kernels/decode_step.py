@@ -150,6 +150,7 @@ def decode(
     scale: float,
     v_scale: float = 1.0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     tile: AttendTile | None = None,
 ) -> None:
     """Rank, select and attend for every query of a decode step.
@@ -166,6 +167,7 @@ def decode(
         scale: softmax scale, times what one unit of the cache's keys stands for.
         v_scale: what one unit of the cache's values stands for.
         softcap: cap of the scaled scores, 0 for none.
+        sinks: ``[heads]``, logits of attention sinks; see :func:`attend.attend`.
         tile: tile shape; that of :mod:`tiles` by default.
     """
     work, selection, parts = rows.work, space.selection, space.parts
@@ -181,7 +183,7 @@ def decode(
     select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
-        scale=scale, v_scale=v_scale, softcap=softcap, parts=parts,
+        scale=scale, v_scale=v_scale, softcap=softcap, sinks=sinks, parts=parts,
         tile=tile or decode_tile(head_dim, query.device, group),
     )  # fmt: skip
     merge(work, parts, out)
@@ -242,9 +244,10 @@ class DecodeKernels:
         scale: float,
         v_scale: float,
         softcap: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         """See :func:`decode`."""
         decode(
             query, kv_cache, block_table, rows, self.states, out, counters, scale=scale,
-            v_scale=v_scale, softcap=softcap, tile=self.tile,
+            v_scale=v_scale, softcap=softcap, sinks=sinks, tile=self.tile,
         )  # fmt: skip

@@ -34,6 +34,8 @@ class SparsePrefill:
         device: where it runs.
         scale: softmax scale.
         softcap: cap of the scaled scores, 0 for none.
+        sinks: ``[heads]``, logits of attention sinks; see :func:`attend.attend`. Ranking takes
+            them for none: a list is the same with them.
         stop_threshold: early stop, see :func:`attend.attend`.
 
     Attributes:
@@ -52,12 +54,13 @@ class SparsePrefill:
         *,
         scale: float,
         softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         stop_threshold: float = 0.0,
     ):
         if shape.ranking not in RANKINGS:
             raise ValueError(f"ranking is {shape.ranking!r}, must be one of {', '.join(RANKINGS)}")
         self.shape, self.scale, self.softcap = shape, scale, softcap
-        self.stop_threshold = stop_threshold
+        self.sinks, self.stop_threshold = sinks, stop_threshold
         self.tiers = TIERS if stop_threshold > 0 else TIERS_UNORDERED
         group = shape.heads // shape.kv_heads
         self.tiles = {
@@ -143,7 +146,7 @@ class SparsePrefill:
         attend.attend(
             *arguments, self.space.selection.lists(work), self.space.summaries, out, counters,
             scale=self.scale * k_scale, v_scale=v_scale, softcap=self.softcap,
-            stop_threshold=self.stop_threshold, query_e4m3=query_e4m3,
+            stop_threshold=self.stop_threshold, query_e4m3=query_e4m3, sinks=self.sinks,
             tile=tile, dense_tile=dense_tile,
         )  # fmt: skip
 
@@ -201,6 +204,7 @@ class SparsePrefill:
             query, kv_cache, block_table, work, lists,
             attention_reference.summarise(kv_cache, block_table, work, query.dtype), out, counters,
             scale=scale, v_scale=v_scale, softcap=self.softcap, stop_threshold=self.stop_threshold,
+            sinks=self.sinks,
             queries_per_tile=max(1, 128 * self.shape.kv_heads // self.shape.heads),
         )  # fmt: skip
 

@@ -105,21 +105,21 @@ class SparseImpl:
             ) from None
 
     def _reserve(self, query: torch.Tensor) -> None:
+        of_layer = {
+            "scale": self.scale,  # type: ignore[attr-defined]
+            "softcap": self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
+            "sinks": self.sinks,  # type: ignore[attr-defined]
+        }
         self._s2o_operator = SparsePrefill(
             self._s2o_shape,
             query.dtype,
             query.device,
-            scale=self.scale,  # type: ignore[attr-defined]
-            softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
             stop_threshold=self._s2o.stop_threshold,
+            **of_layer,
         )
         if self._s2o.decodes:
             self._s2o_decode = SparseDecode(
-                self.s2o_decode_shape,
-                query.dtype,
-                query.device,
-                scale=self.scale,  # type: ignore[attr-defined]
-                softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
+                self.s2o_decode_shape, query.dtype, query.device, **of_layer
             )
         self._s2o_counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=query.device)
         self._s2o_published = metrics.worker.watch(self._s2o_counters, self.s2o_layer)
@@ -315,8 +315,6 @@ def layer_reason(impl: Any, longest: int) -> str | None:
         return "not_decoder"
     if impl.alibi_slopes is not None:
         return "alibi"
-    if impl.sinks is not None:
-        return "attention_sinks"
     if impl.kv_cache_dtype not in PLAIN + FP8:
         return "quantized_kv_cache"
     if impl.head_size not in HEAD_DIMS:

@@ -18,7 +18,6 @@ DENSE_REASONS = {
     "not_decoder": "the layer is no causal self-attention",
     "local_chunks": "the layer attends to the query's chunk alone, or vLLM rewrites its steps",
     "alibi": "the layer has ALiBi slopes",
-    "attention_sinks": "the layer has attention sinks",
     "quantized_kv_cache": "the KV cache has a format or scales that S2O does not read",
     "head_dim": "no kernel has the layer's head_dim",
     "no_layers": "the KV cache group has no attention layer",

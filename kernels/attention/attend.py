@@ -58,14 +58,14 @@ def _attend_kernel(
     REGION: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output = softmax(own | selected | summary scores) (own | selected | summary values).
+    """Output = softmax(own | selected | summary | sink scores) (own | ... values | 0).
 
     One program: BLOCK_M rows (queries x GROUP heads) of one segment and KV head. The first five
     arguments are tuples, taken apart below. With DENSE all segments have one list, the slots of the
     sequence, and visit their history's part of it. With PARTS a segment has one tile, and PARTS
     programs share its list: :class:`split_kv.Parts`. STOP_STEP is 0 without an early stop.
     """
-    p_q, p_q_e4m3, stride_q_token, stride_q_head = queries
+    p_q, p_q_e4m3, p_sinks, stride_q_token, stride_q_head = queries
     p_kv, stride_block, stride_head, stride_token = cache
     p_out, p_lse, stride_o_token, stride_o_head = output
     p_slots, p_weights, p_lengths, p_samples, stride_slots_segment, stride_slots_head = selected
@@ -136,6 +136,13 @@ def _attend_kernel(
         )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
+    if p_sinks is not None:
+        # As if a token without a value came first: the loops take no more registers.
+        sink = tl.load(p_sinks + i_head * GROUP + o_row % GROUP).to(tl.float32) / LN2
+        mass += 1.0
+        m = sink
+        if PARTS:  # the first part has it; a mass of 1 at a maximum of -inf is none
+            m = tl.where(i_part == 0, sink, float("-inf"))
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     p_k = p_kv + i_head.to(tl.int64) * stride_head
     p_v = p_k + D
@@ -301,6 +308,7 @@ def attend(
     softcap: float = 0.0,
     parts: Parts | None = None,
     query_e4m3: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     tile: AttendTile,
     dense_tile: AttendTile | None = None,
 ) -> None:
@@ -330,6 +338,8 @@ def attend(
         query_e4m3: the same numbers as ``query`` in e4m3, with the same strides, where a layer
             quantises its queries as it does its cache: both operands of the scores are e4m3 then.
             Not in the interpreter; see `tiles.fp8_products`.
+        sinks: ``[heads]``, any float dtype, contiguous: the logit of each head's attention sink, a
+            natural logarithm that joins the softmax's denominator and has no value.
         tile: tile shape, see :mod:`tiles`.
         dense_tile: that of dense segments; by default the same.
 
@@ -353,7 +363,7 @@ def attend(
         tiles = shares or -(-work.max_queries // (tile.block_m // group))
         slots = history_slots(block_table, work, page) if dense else selected.slots
         _attend_kernel[(tiles, count, kv_heads)](
-            (query, query_e4m3, query.stride(0), query.stride(1)),
+            (query, query_e4m3, sinks, query.stride(0), query.stride(1)),
             (kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)),
             (*((out, None) if parts is None else parts), out.stride(0), out.stride(1)),
             (slots, None if dense else selected.weights, selected.lengths, selected.samples,

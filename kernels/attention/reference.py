@@ -141,6 +141,7 @@ def attend(
     stop_threshold: float = 0.0,
     stop_step: int = STOP_STEP_TOKENS,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     queries_per_tile: int,
 ) -> None:
     """Attend to every segment's own tokens and to its list; see :func:`attend.attend`.
@@ -171,6 +172,10 @@ def attend(
         s_own = scores(queries, k_own)
         own = torch.arange(history, history + count, device=device)
         s_own = s_own.masked_fill(positions > own[:, None], float("-inf"))
+        if sinks is not None:  # a token before all others, visible to every query, without a value
+            s_sink = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, count, -1)
+            s_own = torch.cat([s_sink, s_own], -1)
+            v_own = torch.nn.functional.pad(v_own, (0, 0, 1, 0))
 
         # Pass 2: the selected slots, visible to every query, in the list's order.
         place = torch.arange(listed, device=device)

@@ -142,7 +142,7 @@ def run(batch, rows, space, function=decode_step.decode, **options):
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
     function(
         batch.query, batch.kv_cache, batch.block_table, rows, space, out, counters,
-        scale=batch.scale, v_scale=batch.v_scale, **options,
+        scale=batch.scale, v_scale=batch.v_scale, sinks=batch.sinks, **options,
     )  # fmt: skip
     return out, counters
 
@@ -172,8 +172,9 @@ def test_new_keys_are_projected_by_the_slots_basis(device, size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_full_list_is_dense_attention(device, size, dtype):
-    batch = make(device, *size, dtype=dtype)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_full_list_is_dense_attention(device, size, dtype, sinks):
+    batch = make(device, *size, dtype=dtype, sinks=sinks)
     space, rows = snapshots(batch, budget=1.0)
     out, counters = run(batch, rows, space)
     floor = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
@@ -196,10 +197,10 @@ def test_scores_are_the_references(device, size):
         )
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.0, False), (5.0, False), (0.0, True)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_lists_and_outputs_are_the_references(device, size, softcap):
-    batch = make(device, *size, spread=2.0)
+def test_lists_and_outputs_are_the_references(device, size, softcap, sinks):
+    batch = make(device, *size, spread=2.0, sinks=sinks)
     space, rows = snapshots(batch)
     out, counters = run(batch, rows, space, softcap=softcap)
     work, page = rows.work, batch.kv_cache.shape[2]
@@ -216,7 +217,8 @@ def test_lists_and_outputs_are_the_references(device, size, softcap):
     counted = torch.zeros_like(counters)
     attention_reference.attend(
         batch.query, batch.kv_cache, batch.block_table, work, lists, space.summaries, wanted,
-        counted, scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, queries_per_tile=1,
+        counted, scale=batch.scale, v_scale=batch.v_scale, softcap=softcap, sinks=batch.sinks,
+        queries_per_tile=1,
     )  # fmt: skip
     assert relative_error(out, wanted) < TOLERANCE
     # None stops early, and no mass is estimated.

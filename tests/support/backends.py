@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from cases import Batch, dense_attention, to_fp8
+from cases import Batch, dense_attention, make_sinks, to_fp8
 from s2o_vllm import metadata, plugin
 from s2o_vllm.kernels.work_list import PrefillRow
 
@@ -60,11 +60,13 @@ class Backend:
         model: folder of any model with a configuration; only its type matters.
         settings: of S2O, None for stock.
         fp8: whether the cache is quantised, with ``FP8_SCALES``.
+        sinks: whether heads have attention sinks.
     """
 
     def __init__(
-        self, cls, model, *, heads, kv_heads, head_dim, page, dtype, device, settings, fp8=False
-    ):
+        self, cls, model, *, heads, kv_heads, head_dim, page, dtype, device, settings, fp8=False,
+        sinks=False,
+    ):  # fmt: skip
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.layers.attention import Attention
@@ -80,13 +82,14 @@ class Backend:
         ).create_engine_config()  # fmt: skip
         self.config.cache_config.block_size = page
         self.shape, self.fp8 = (heads, kv_heads, head_dim, page, dtype, device), fp8
+        given = {"sinks": make_sinks(heads, dtype, device)} if sinks else {}
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with set_current_vllm_config(self.config):
                 self.layer = Attention(
                     heads, head_dim, head_dim**-0.5, kv_heads,
-                    cache_config=self.config.cache_config, prefix=LAYER, attn_backend=cls,
+                    cache_config=self.config.cache_config, prefix=LAYER, attn_backend=cls, **given,
                 ).to(device)  # fmt: skip
                 spec = self.layer.get_kv_cache_spec(self.config)
                 self.builder = cls.get_builder_cls()(
@@ -180,7 +183,8 @@ class Backend:
         for number, row in enumerate(rows):
             chunks.append(PrefillRow(number, start, row.queries, row.length - row.queries, 1.0))
             start += row.queries
-        batch = Batch(query, plain, table, chunks, head_dim**-0.5)
+        sinks = self.layer.impl.sinks
+        batch = Batch(query, plain, table, chunks, head_dim**-0.5, sinks=sinks)
         common = common_metadata(rows, table, slots[computed], device)
         return Step(rows, given, keys[computed], values[computed], cache, common, batch)
 

@@ -38,6 +38,7 @@ class Batch:
     softmax_scale: float
     k_scale: float = 1.0
     v_scale: float = 1.0
+    sinks: torch.Tensor | None = None  # [heads], logits
 
     @property
     def scale(self) -> float:
@@ -66,11 +67,12 @@ def make_batch(
     budget=0.4,
     spread=1.0,
     fp8=False,
+    sinks=False,
 ) -> Batch:
     """Random queries and a cache whose blocks are shuffled over the requests.
 
     ``spread`` scales the keys: larger values give peaked attention. With ``fp8`` the cache is
-    quantised, its scales are ``FP8_SCALES``.
+    quantised, its scales are ``FP8_SCALES``. ``sinks`` gives the heads :func:`make_sinks`.
     """
     counts = [-(-(context + queries) // page) for context, queries in chunks]
     blocks = sum(counts) + 3
@@ -101,7 +103,8 @@ def make_batch(
         rows.append(PrefillRow(row, start, queries, context, budget))
         start += queries
     query = torch.randn(start, heads, head_dim, device=device, dtype=dtype)
-    return Batch(query, kv_cache, table, rows, head_dim**-0.5, *scales)
+    own = make_sinks(heads, dtype, device) if sinks else None
+    return Batch(query, kv_cache, table, rows, head_dim**-0.5, *scales, own)
 
 
 def far_away(batch: Batch) -> Batch:
@@ -163,9 +166,18 @@ def dense_attention(batch: Batch, dtype=torch.float64, softcap: float = 0.0) -> 
         own = row.context + torch.arange(row.num_queries, device=scores.device)
         future = torch.arange(keys.shape[1], device=scores.device) > own[:, None]
         scores = scores.masked_fill(future, float("-inf"))
+        if batch.sinks is not None:
+            last = batch.sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat([scores, last], -1)
+            values = torch.nn.functional.pad(values, (0, 0, 0, 1))
         result = (scores.softmax(-1) @ values).transpose(0, 1)
         out[row.query_start :][: row.num_queries] = result
     return out
+
+
+def make_sinks(heads: int, dtype: torch.dtype, device) -> torch.Tensor:
+    """Logits of sinks ``[heads]`` that take from next to nothing to nearly all of the mass."""
+    return torch.linspace(-2, 8, heads).to(device, dtype)
 
 
 def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, SelectedTokens]]:

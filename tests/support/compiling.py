@@ -157,8 +157,9 @@ def printed(script, *arguments):
 
 
 def compile_attend(
-    tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype
-) -> Compiled:
+    tile, capability: int, head_dim: int, stop_threshold: float | None, kv_dtype: torch.dtype,
+    sinks: bool = False,
+) -> Compiled:  # fmt: skip
     """Compile the attend kernel with a tile of the table; no threshold: for dense segments."""
     from s2o_vllm.kernels import layout
     from s2o_vllm.kernels.attention import attend, summaries
@@ -173,6 +174,7 @@ def compile_attend(
         attend.attend(
             q, kv, table, work, space.lists(work), means, q, counters, scale=0.1,
             stop_threshold=stop_threshold or 0.0,
+            sinks=torch.empty(HEADS, dtype=q.dtype, device="meta") if sinks else None,
             tile=tile, query_e4m3=q.to(kv_dtype) if kv_dtype == torch.float8_e4m3fn else None,
         )  # fmt: skip
     return compiled[0]
@@ -281,6 +283,8 @@ def main() -> None:
         for stop_threshold in (None,) if tile in wide else (0.0, 0.001, None):
             one = compile_attend(tile, capability, head_dim, stop_threshold, kv_dtype)
             compiled.append(replace(one, name=f"{one.name} {tile} {stop_threshold}"))
+    sinks = compile_attend(table[64], capability, 64, 0.001, kv_dtype, sinks=True)
+    compiled.append(replace(sinks, name=f"{sinks.name} {table[64]} sinks"))
     mma = ("wgmma", "tcgen05", "mma.sync")
     print(
         json.dumps(

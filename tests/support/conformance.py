@@ -35,12 +35,13 @@ def maker(stock, ours, model, device, shape):
     """A function that makes backends, each once: S2O's, or with ``stock_only`` its parent."""
     made = {}
 
-    def make(*, stock_only=False, dtype=torch.bfloat16, fp8=False, **options):
+    def make(*, stock_only=False, dtype=torch.bfloat16, fp8=False, sinks=False, **options):
         sizes = shape | {key: options.pop(key) for key in shape if key in options}
-        key = (stock_only, dtype, fp8, *sorted((sizes | options).items()))
+        key = (stock_only, dtype, fp8, sinks, *sorted((sizes | options).items()))
         if key not in made:
             made[key] = Backend(
                 stock if stock_only else ours, model, **sizes, dtype=dtype, device=device, fp8=fp8,
+                sinks=sinks,
                 settings=None if stock_only else SETTINGS | options,
             )  # fmt: skip
         return made[key]

@@ -42,6 +42,7 @@ class Case:
     softcap: float = 0.0
     segment: int = 0
     fp8: bool = False
+    sinks: bool = False
     capability: int = 90
 
 
@@ -124,6 +125,7 @@ def cases() -> dict[str, Case]:
         "odd lengths": Case(max_history=40_961, max_queries=2049, blocks=2561),
         "a million": Case(max_history=1_048_576, max_queries=16_384, blocks=65_536),
         "soft cap": Case(softcap=50.0),
+        "sinks": Case(64, 8, 64, sinks=True),
         "segments of 16": Case(segment=16),
         "segments of 100": Case(segment=100),
         "segments of 4096": Case(segment=4096),
@@ -140,8 +142,9 @@ def layer(case: Case):
         case.heads, case.kv_heads, case.head_dim, case.max_history, case.max_queries,
         case.segment or RANKINGS[case.ranking], case.ranking,
     )  # fmt: skip
+    sinks = torch.empty(case.heads, device=META) if case.sinks else None
     operation = prefill.SparsePrefill(
-        shape, torch.bfloat16, META, scale=0.1, softcap=case.softcap,
+        shape, torch.bfloat16, META, scale=0.1, softcap=case.softcap, sinks=sinks,
         stop_threshold=case.stop_threshold,
     )  # fmt: skip
     operation.space = prefill.workspace(shape, torch.bfloat16, META)
@@ -157,7 +160,9 @@ def layer(case: Case):
     sizes = decode_state.DecodeShape(
         case.heads, case.kv_heads, case.head_dim, case.max_history, 3, 0.05
     )
-    decoding = decode.SparseDecode(sizes, torch.bfloat16, META, scale=0.1, softcap=case.softcap)
+    decoding = decode.SparseDecode(
+        sizes, torch.bfloat16, META, scale=0.1, softcap=case.softcap, sinks=sinks
+    )
     decoding.backend = decode_step.DecodeKernels(sizes, torch.bfloat16, META)
     decoding.backend.tile = tile
     return operation, decoding, shape, sizes

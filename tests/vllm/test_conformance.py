@@ -84,6 +84,27 @@ def test_sparse_decode_over_an_fp8_cache(backend, ranking):
     check_decode(backend(fp8=True, decode_budget=0.9999, **options), full=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", ["one chunk", "mixed", "drafts"])
+def test_attention_sinks(backend, batch, dtype):
+    options = {"dtype": dtype, "sinks": True}
+    check_full(backend(**options), backend(**options, stock_only=True), BATCHES[batch])
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_ranked_attention_with_sinks(backend, ranking):
+    options, batch = {"sinks": True, "ranking": ranking}, BATCHES["mixed"]
+    check_nearly_full(backend(**options), batch)
+    ranked = backend(**options, sparsity_budget=0.1)
+    check_alone(ranked, batch)
+    check_end_of_prompt(ranked, backend(sinks=True, stock_only=True), batch)
+
+
+def test_sparse_decode_with_sinks(backend):
+    options = DECODE | {"sinks": True}
+    check_decode(backend(decode_budget=0.9999, **options), full=True)
+
+
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_every_page_and_head_split(backend, page, heads, kv_heads):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -76,7 +78,7 @@ def run(batch, lists, function=attend.attend, region=NO_REGION, **options):
             attention_reference.summarise(
                 batch.kv_cache, batch.block_table, work, batch.query.dtype, region
             ),
-            out, counters, scale=batch.scale, v_scale=batch.v_scale,
+            out, counters, scale=batch.scale, v_scale=batch.v_scale, sinks=batch.sinks,
             **options,
         )  # fmt: skip
     return out, counters
@@ -107,6 +109,22 @@ def test_full_list_is_dense_attention(
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
     assert counters[VISITED] == counters[ELIGIBLE], "a full list visits all that is eligible"
     assert counters[DROPPED] == 0, "nothing is left out"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_full_list_with_sinks_is_dense_attention(
+    device, heads, kv_heads, head_dim, page, head_major, dtype
+):
+    batch = make_batch(
+        device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page,
+        head_major=head_major, dtype=dtype, budget=1.0, sinks=True,
+    )  # fmt: skip
+    truth = dense_attention(batch)
+    same_dtype = relative_error(dense_attention(batch, dtype), truth)
+    out, _ = run(batch, full_lists(batch), region=REGION)
+    assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
+    assert relative_error(dense_attention(replace(batch, sinks=None)), truth) > 0.1
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page", "head_major"), GQA_AND_SIZES)
@@ -198,11 +216,12 @@ def stopping_case(device, stop_threshold, softcap=0.0, uneven=False, region=NO_R
 @pytest.mark.parametrize("stop_threshold", [0.0, 0.5])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("fp8", CACHES)
-def test_matches_the_reference(device, stop_threshold, softcap, fp8):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_matches_the_reference(device, stop_threshold, softcap, fp8, sinks):
     chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
     case = stopping_case(
         device, stop_threshold, softcap, uneven=True, region=REGION, chunks=chunks,
-        fp8=fp8,
+        fp8=fp8, sinks=sinks,
     )  # fmt: skip
     batch, lists, options, wanted, wanted_counters = case
     out, counters = run(batch, lists, stop_threshold=stop_threshold, **options)
