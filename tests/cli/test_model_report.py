@@ -15,7 +15,7 @@ VERDICTS = {
     "Qwen3-Next 80B-A3B": [(36, "QwenGatedDeltaNetAttention"), (12, SPARSE)],
     "GLM-4.5-Air": [(46, SPARSE)],
     "MiniMax-M2": [(62, SPARSE)],
-    "gpt-oss 20B": [(12, "sliding_window"), (12, "attention_sinks")],
+    "gpt-oss 20B": [(12, "sliding_window"), (12, SPARSE)],
     "Gemma 3 12B": [(40, "sliding_window"), (8, SPARSE)],
     "Llama 4 Scout": [(36, "local_chunks"), (12, SPARSE)],
     "Phi-4-mini": [(32, SPARSE)],

@@ -35,7 +35,7 @@ MODELS = {
     "SmolLM3 3B": ({"no_rope_layers": [1, 1, 1, 0], "layer_types": [FULL] * 4}, 4),
     "Qwen2.5 1.5B": ({}, 4),
     "MiniMax-M2": ({"rotary_dim": 32, "attn_type_list": [1] * 4}, 4),
-    "gpt-oss 20B": ({"layer_types": [SLIDING, FULL] * 2, "sliding_window": 128}, 0),
+    "gpt-oss 20B": ({"layer_types": [SLIDING, FULL] * 2, "sliding_window": 128}, 2),
     "Nemotron-H 8B": (
         {"hybrid_override_pattern": "M-*-", "mamba_num_heads": 4, "mamba_head_dim": 32,
          "ssm_state_size": 16, "n_groups": 2, "attention_head_dim": 64}, 1,
