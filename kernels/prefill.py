@@ -237,3 +237,8 @@ def workspace(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workspa
             SideStream(device),
         )
     return _workspaces[key]
+
+
+def release(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """Forget the scratch for a shape: its memory is free once no operator has it."""
+    _workspaces.pop((shape, dtype, device), None)

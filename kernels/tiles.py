@@ -36,17 +36,22 @@ SHARED_MEMORY = {
 # With 128 registers two programs share a multiprocessor, and one's products run beside the other's
 # exponentials: at 128K 15 % faster than one program of 64 keys a step. Such figures here are by
 # hand, see `benchmarks/quality/LOG.md`.
+#
+# Of head_dim 512 the sums of 64 rows are half of a thread's registers: what is kept elsewhere is so
+# outside of the loop over a list.
 HOPPER = {
     64: AttendTile(128, 128, 8, 3),
     96: AttendTile(128, 64, 8, 4),
     128: AttendTile(128, 32, 8, 3, 128),
     256: AttendTile(128, 32, 8, 3),
+    512: AttendTile(64, 16, 8, 3),
 }
 BLACKWELL = {
     64: AttendTile(128, 64, 8, 3),
     96: AttendTile(128, 64, 8, 3),
     128: AttendTile(128, 64, 8, 3),
     256: AttendTile(128, 32, 8, 2),
+    512: AttendTile(64, 16, 8, 2),
 }
 # For dense segments that fill them and see WIDE_VISITS tokens or more: each tile of keys serves
 # twice the rows, but nothing overlaps with the start and the end of a program. Weights of listed
@@ -56,7 +61,8 @@ WIDE_VISITS = 3072
 # For queries and keys that are multiplied in e4m3: half the bytes are gathered (5 % faster than
 # the wide ones at 128K).
 E4M3 = {90: {128: AttendTile(128, 64, 8, 3, 128)}}
-# Ampere, Ada and consumer Blackwell keep the pointers of a gathered tile in registers.
+# Ampere, Ada and consumer Blackwell keep the pointers of a gathered tile in registers. Keys of
+# head_dim 512 and a basis do not fit the shared memory of most of them.
 OTHERS = {
     64: AttendTile(128, 64, 8, 3),
     96: AttendTile(128, 64, 8, 2),
@@ -69,6 +75,7 @@ DECODE_TILES = {
     96: AttendTile(16, 64, 4, 3),
     128: AttendTile(16, 64, 4, 3),
     256: AttendTile(16, 32, 8, 2),
+    512: AttendTile(16, 16, 8, 2),
 }
 BY_CAPABILITY = {
     80: OTHERS,
@@ -79,6 +86,8 @@ BY_CAPABILITY = {
     120: OTHERS,
 }
 HEAD_DIMS = tuple(HOPPER)
+# Numbers of the keys that a ranking kernel takes at a time, at most: 64 keys of head_dim 256.
+KEYS_ENTRIES = 16_384
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -103,6 +112,11 @@ def known_capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     known = [capability for capability in BY_CAPABILITY if capability <= major * 10 + minor]
     return max(known, default=80)
+
+
+def head_dims(device: torch.device) -> tuple[int, ...]:
+    """Return the head_dims that have kernels on a device; a CPU has all."""
+    return tuple(BY_CAPABILITY[known_capability(device)]) if device.type == "cuda" else HEAD_DIMS
 
 
 def decode_tile(head_dim: int, device: torch.device, group: int) -> AttendTile:
@@ -136,8 +150,8 @@ def attend_tile(
     Raises:
         ValueError: if no kernel exists for ``head_dim``.
     """
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}, must be one of {HEAD_DIMS}")
+    if head_dim not in head_dims(device):
+        raise ValueError(f"head_dim is {head_dim}, must be one of {head_dims(device)}")
     if device.type != "cuda":
         return AttendTile(16, 16, 4, 1)
     capability = known_capability(device)

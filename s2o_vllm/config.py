@@ -57,6 +57,7 @@ class S2OConfig:
         decode_requests: how many requests decode sparsely at a time; each takes memory.
         shadow_rate: share of sparse queries that are attended densely as well, to count the error.
         shadow_limit: mean relative error of these above which all prefill stays dense; 0 is off.
+        self_test: whether each worker compares the kernels with their reference when it starts.
         status_page: whether the API server shows what S2O does, at ``/s2o``.
 
     Raises:
@@ -78,6 +79,7 @@ class S2OConfig:
     decode_requests: int = 4
     shadow_rate: float = 0.0
     shadow_limit: float = 0.0
+    self_test: bool = False
     status_page: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class S2OConfig:
             raise refusal("segment_size", value, "0 or a whole number of queries from 16 to 4096")
         if not isinstance(self.ranking, str) or self.ranking not in RANKINGS:
             raise refusal("ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
-        for key in ("dense_where_faster", "status_page"):
+        for key in ("dense_where_faster", "self_test", "status_page"):
             if not isinstance(getattr(self, key), bool):
                 raise refusal(key, getattr(self, key), "true or false")
         value = self.max_request_budget
@@ -192,6 +194,8 @@ HELP = {
     "true error (0 to 1); at most 32 a step. 0 switches it off. Default: 0.",
     "shadow_limit": "Mean relative error of these queries above which all prefill stays dense "
     "until a restart (needs --s2o-shadow-rate). 0 switches it off. Default: 0.",
+    "self_test": "Compare the kernels with their reference on each worker's device when the server "
+    "starts, and refuse to serve if they differ (true or false). Default: false.",
     "status_page": "Show a page at /s2o: density and error by layer, settings, lengths and times "
     "of the last requests (true or false). Open to whoever reaches /metrics. Default: false.",
 }

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from . import __version__, compat, cost, metrics, request_work, shadow, support, worker_hooks
+from . import (
+    __version__,
+    compat,
+    cost,
+    metrics,
+    request_work,
+    self_test,
+    shadow,
+    support,
+    worker_hooks,
+)
 from .config import S2OConfig
 from .decode_slots import DecodeSlots
 from .kernels.decode_state import DecodeList, DecodeRow, DecodeShape, DecodeTable
@@ -53,6 +63,8 @@ class SparseBuilder:
         worker_hooks.install()
         if self.s2o is not None:
             self.announce(self.s2o)  # before anything is counted: there must be space
+            if self.s2o.self_test:
+                logger.info("%s", self_test.run(self.device))  # type: ignore[attr-defined]
         for layer in layers:
             layer.impl.place(layer)
         impls = [layer.impl for layer in layers]

@@ -13,7 +13,7 @@ INFINITE = 1 << 62
 SALT = "|s2o:"  # what we add to a user's salt begins so
 DENSE, SHARED = "dense", "prefix"
 # Settings that decide what is served or measured, and not what keys and values are.
-NOT_OF_KEYS = ("max_request_budget", "shadow_rate", "shadow_limit", "status_page")
+NOT_OF_KEYS = ("max_request_budget", "shadow_rate", "shadow_limit", "self_test", "status_page")
 
 
 class RequestBudget(NamedTuple):

@@ -377,7 +377,7 @@ def attend(
             STOP_STEP=max(2, stop_step // tile.block_n) if stops else 0,
             DENSE=dense, SOFTCAP=softcap > 0, SAMPLE_STEP=ESTIMATE_STEP, PARTS=shares,
             REGION=summaries.region_tokens, KEY_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
-            VALUE_BLOCK=pad if pad <= 128 else 32, PRECISION=input_precision(query.dtype),
+            VALUE_BLOCK=pad if pad <= 128 else 8192 // pad, PRECISION=input_precision(query.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
         )  # fmt: skip
 

@@ -137,7 +137,7 @@ def find_heads(
         kv_cache.stride(2), block_table.stride(0), SHARE=number // kv_heads, D=head_dim,
         D_PAD=triton.next_power_of_2(head_dim), PAGE=page, PROBE_STEP=space.probe_step, WIDTH=width,
         SINK=retrieval.SINK, RECENT=retrieval.RECENT, SPAN=SPAN,
-        PRECISION=input_precision(query.dtype),
+        PRECISION=input_precision(query.dtype), num_warps=4 if head_dim <= 256 else 8,
     )  # fmt: skip
     pick(far_mass, heads, kv_heads, retrieval.least())
 

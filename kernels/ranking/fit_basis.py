@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiles import input_precision
+from ..tiles import KEYS_ENTRIES, input_precision
 from ..work_list import Span
 from . import basis
 
@@ -298,7 +298,7 @@ def take_moments(
         row, *span, *basis.samples(span, group), query.stride(0), query.stride(1),
         kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
         GROUP=group, SHARE=bases // kv_heads, D=head_dim, D_PAD=pad, PAGE=page, STRIP=strip,
-        BLOCK=64, PRECISION=input_precision(query.dtype), num_warps=8,
+        BLOCK=min(64, KEYS_ENTRIES // pad), PRECISION=input_precision(query.dtype), num_warps=8,
     )  # fmt: skip
 
 
@@ -310,11 +310,12 @@ def find_bases(space: BasisWorkspace, *, scale: float) -> None:
         scale: softmax scale, times what one unit of the cache's keys stands for.
     """
     bases, head_dim, width = space.a.shape
+    pad = triton.next_power_of_2(head_dim)
     _basis_kernel[(bases,)](
         space.moments, space.means, space.start, space.y, space.a, space.b, space.offset,
         scale * basis.LOG2E,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), WIDTH=width, RANK=space.rank,
+        D=head_dim, D_PAD=pad, WIDTH=width, RANK=space.rank,
         STEPS=basis.STEPS, ORTHOGONAL=ORTHOGONAL, RIDGE=RIDGE,
         FACTOR_0=basis.LSE_FACTORS[0], FACTOR_1=basis.LSE_FACTORS[1],
-        FACTOR_2=basis.LSE_FACTORS[2], num_warps=width // 8,
+        FACTOR_2=basis.LSE_FACTORS[2], num_warps=width // 8 * max(1, pad // 256),
     )  # fmt: skip

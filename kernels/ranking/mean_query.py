@@ -11,11 +11,11 @@ import triton.language as tl
 
 from ..columns import DENSE_START, NUM_QUERIES, QUERY_START, ROW, SEGMENT_COLUMNS
 from ..layout import LOG2E
-from ..tiles import input_precision
+from ..tiles import KEYS_ENTRIES, input_precision
 from ..tuning import CHUNK, SEGMENTS_TOGETHER
 from ..work_list import WorkList
 
-BLOCK = 64
+BLOCK = 64  # keys of a product, at most
 
 
 @triton.jit
@@ -195,8 +195,8 @@ def mean_query_scores(
             block_table.stride(0), scores.stride(0), scores.stride(1), space.chunks,
             GROUP=group, GROUP_PAD=triton.next_power_of_2(group), SEGMENTS=SEGMENTS_TOGETHER,
             D=head_dim, D_PAD=d_pad, PAGE=page, CHUNK=space.chunk,
-            BLOCK=min(BLOCK, space.chunk), CHUNKS_PAD=triton.next_power_of_2(space.chunks),
-            WRITE_SCORES=write_scores,
+            BLOCK=min(BLOCK, KEYS_ENTRIES // d_pad, space.chunk),
+            CHUNKS_PAD=triton.next_power_of_2(space.chunks), WRITE_SCORES=write_scores,
             PRECISION=input_precision(query.dtype),
             num_warps=8, num_stages=2,
         )  # fmt: skip

@@ -189,5 +189,6 @@ def choose_probes(
         space.projected_probes, query.stride(0), query.stride(1), probes,
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), BLOCK=block,
         BLOCKS=triton.next_power_of_2(-(-probes * space.probe_step // block)),
-        PRECISION=input_precision(query.dtype), **kernel_constants(query, space),
+        PRECISION=input_precision(query.dtype), num_warps=4 if head_dim <= 256 else 8,
+        **kernel_constants(query, space),
     )  # fmt: skip

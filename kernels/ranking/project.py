@@ -9,12 +9,13 @@ import triton.language as tl
 
 from ..columns import APPEND_COLUMNS, APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT
 from ..decode_state import DecodeList
-from ..tiles import input_precision
+from ..tiles import KEYS_ENTRIES, input_precision
 from .workspace import RankingWorkspace
 
-KEYS_BLOCK = 64  # keys that are projected at a time, and by a program in all
+KEYS_BLOCK = 64  # keys that are projected at a time, at most, and by a program in all
 KEYS_SPAN = 512
-COLUMNS = 128  # of one product, which the bases of several heads of a KV head fill
+COLUMNS = 128  # of one product, at most, which the bases of several heads of a KV head fill
+BASES_ENTRIES = 32768  # numbers of these bases, at most
 APPEND_BLOCK = 16  # keys that a program projects at a time; mostly there is one
 APPEND_PROGRAMS = 8  # that share what a slot lacks: once, after a prompt, some thousand
 
@@ -147,14 +148,16 @@ def project_keys(
     basis, projected = space.basis, space.projected_keys
     head_dim, page, kv_heads = kv_cache.shape[3] // 2, kv_cache.shape[2], kv_cache.shape[1]
     share, width = projected.shape[0] // kv_heads, projected.shape[2]
-    together = min(triton.next_power_of_2(share), COLUMNS // width)
+    pad = triton.next_power_of_2(head_dim)
+    columns = min(COLUMNS, BASES_ENTRIES // pad)
+    together = min(triton.next_power_of_2(share), columns // width)
     _project_keys_kernel[(-(-tokens // KEYS_SPAN), kv_heads, -(-share // together))](
         kv_cache, block_table, basis.b, basis.offset, projected, space.heads, row,
         tokens, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table.stride(0), projected.stride(0), SHARE=share, TOGETHER=together,
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), PAGE=page, WIDTH=width,
-        BLOCK=KEYS_BLOCK, SPAN=KEYS_SPAN, LIMIT=torch.finfo(projected.dtype).max,
-        PRECISION=input_precision(basis.b.dtype),
+        D=head_dim, D_PAD=pad, PAGE=page, WIDTH=width,
+        BLOCK=min(KEYS_BLOCK, KEYS_ENTRIES // pad), SPAN=KEYS_SPAN,
+        LIMIT=torch.finfo(projected.dtype).max, PRECISION=input_precision(basis.b.dtype),
     )  # fmt: skip
 
 

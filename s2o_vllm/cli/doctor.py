@@ -42,6 +42,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    self_test: list[str] = field(default_factory=list)
     model: ModelReport | None = None
 
     @property
@@ -116,8 +117,9 @@ def _gpu(torch: Any, index: int, report: Report) -> Device:
         return device
     from ..kernels import tiles
 
-    for head_dim in tiles.HEAD_DIMS:
-        tile = tiles.attend_tile(head_dim, torch.device("cuda", index))
+    card = torch.device("cuda", index)
+    for head_dim in tiles.head_dims(card):
+        tile = tiles.attend_tile(head_dim, card)
         device.tiles[head_dim] = (
             f"{tile.block_m}x{tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
         )
@@ -145,6 +147,20 @@ def _examine_settings(report: Report, variables: Mapping[str, str]) -> None:
             report.reasons.append(f"The settings in the environment are refused: {error}.")
 
 
+def _self_test(report: Report) -> None:
+    """Compare the kernels with their reference on every device; see :mod:`s2o_vllm.self_test`."""
+    import torch
+
+    from .. import self_test
+
+    for index, device in enumerate(report.devices):
+        place = torch.device(device.kind, index) if device.kind == "cuda" else torch.device("cpu")
+        try:
+            report.self_test.append(f"{self_test.run(place)}.")
+        except self_test.SelfTestError as error:
+            report.reasons.append(f"{error}.")
+
+
 def as_text(report: Report) -> str:
     """Return the report for people."""
     rows = [(name, version or "not installed") for name, version in report.versions.items()]
@@ -164,6 +180,7 @@ def as_text(report: Report) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in report.settings.items())
     if settings:
         rows.append(("settings", f"{settings} (unless flags say otherwise)"))
+    rows += [("self-test", sentence) for sentence in report.self_test]
     rows += model_rows(report.model) if report.model else []
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:{width}}{text}" for name, text in rows]
@@ -191,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.context < 1:
         parser.error(f"--context is {args.context}, must be at least 1")
     report = examine(os.environ)
+    if report.runs:
+        _self_test(report)
     if args.model and report.runs:
         report.model = examine_model(args.model, args.context)
         if report.model.refused:

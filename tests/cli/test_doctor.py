@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from s2o_vllm import self_test
 from s2o_vllm.cli import doctor
 
 torch = pytest.importorskip("torch")
@@ -42,6 +43,33 @@ def test_a_working_environment(healthy, capsys):
     assert "S2O would run here" in text
     assert "visible to vLLM" in text
     assert "not visible" not in text
+
+
+def test_the_self_test_is_run(healthy, capsys):
+    self_test.run.cache_clear()
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("self-test ")]
+    assert "  S2O agrees with dense attention on the CPU (head_dim 64; " in line
+
+
+def test_a_self_test_that_fails_is_a_reason(healthy, monkeypatch, capsys):
+    def fail(device):
+        raise self_test.SelfTestError(f"S2O computes wrong attention on {device}")
+
+    monkeypatch.setattr(self_test, "run", fail)
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    assert "S2O would not run here:\n- S2O computes wrong attention on cpu.\n" in text
+
+
+def test_every_gpu_is_tested(gpu, monkeypatch):
+    gpu(9, 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(self_test, "run", lambda device: f"tested {device}")
+    report = doctor.examine({})
+    doctor._self_test(report)
+    assert report.self_test == ["tested cuda:0.", "tested cuda:1."]
 
 
 def test_json_holds_the_same(healthy, capsys):

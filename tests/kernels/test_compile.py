@@ -18,6 +18,8 @@ MATRIX_UNIT = {90: "wgmma", 100: "tcgen05"}
 # of 128 registers a thread.
 SPILLED_BYTES = {90: 64}
 SPILLED_ELSEWHERE = 400
+# Of head_dim 512, outside of the loop over a list: on Hopper with a bf16 cache 168 in Triton 3.7.
+SPILLED_LARGE, LOOP_SPILLS_LARGE = 864, 1
 TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # 128 registers a thread; faster all the same. A tile of a list, which is what nearly all of the
 # time goes to, touches the stack so often. Over an fp8 cache 13 times in Triton 3.7, and in 3.9,
@@ -72,7 +74,11 @@ def test_compiles_and_fits(target):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
             wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())
             crowded = wide or "registers=128" in one["name"]
+            large = str(BY_CAPABILITY[capability].get(512)) in one["name"]
             limit = SPILLED_BYTES.get(capability, SPILLED_ELSEWHERE)
+            limit = SPILLED_LARGE if large else limit
             assert one["spills"] <= (SPILLED_CROWDED[target[1]] if crowded else limit), one
             if capability == 90:
-                assert one["loop_spills"] <= (LOOP_SPILLS_CROWDED[target[1]] if crowded else 0), one
+                limit = LOOP_SPILLS_LARGE if large else 0
+                limit = LOOP_SPILLS_CROWDED[target[1]] if crowded else limit
+                assert one["loop_spills"] <= limit, one

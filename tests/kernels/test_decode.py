@@ -9,6 +9,7 @@ from cases import (
     CACHES,
     DTYPES,
     FP8_CARD,
+    LARGE_CARD,
     ON_GPU,
     TOLERANCE,
     dense_attention,
@@ -46,6 +47,7 @@ SIZES = [
     (5, 1, 96, 32, False, False),
     (3, 3, 128, 16, True, False),
     pytest.param((8, 2, 64, 48, False, True), marks=FP8_CARD),
+    pytest.param((2, 1, 512, 16, True, False), marks=LARGE_CARD),
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of projections, as in test_low_rank.py
 

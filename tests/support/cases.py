@@ -8,6 +8,7 @@ import torch
 from s2o_vllm.kernels.layout import NOT_LISTED
 from s2o_vllm.kernels.selection.reference import sample_positions
 from s2o_vllm.kernels.selection.selected import SelectedTokens
+from s2o_vllm.kernels.tiles import head_dims
 from s2o_vllm.kernels.tuning import ESTIMATE_EVERY, ESTIMATE_TOKENS
 from s2o_vllm.kernels.work_list import Limits, PrefillRow, WorkList, build_work_lists
 
@@ -21,6 +22,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[D
 FP8_CARD = pytest.mark.skipif(
     ON_GPU and torch.cuda.get_device_capability() < (9, 0),
     reason="vLLM's FlashAttention takes an fp8 cache from Hopper on",
+)
+LARGE_CARD = pytest.mark.skipif(
+    512 not in head_dims(torch.device("cuda" if ON_GPU else "cpu")),
+    reason="keys of head_dim 512 do not fit the card's shared memory",
 )
 CACHES = [False, pytest.param(True, marks=FP8_CARD)]  # whether the cache is fp8
 FP8_SCALES = (0.07, 0.3)  # of keys and of values

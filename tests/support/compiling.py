@@ -270,6 +270,8 @@ def main() -> None:
 
     capability, kv_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     compiled = compile_ranking(capability, 128, kv_dtype)
+    if capability == 90:
+        compiled += compile_ranking(capability, max(tiles.HEAD_DIMS), kv_dtype)
     table = tiles.BY_CAPABILITY[capability]
     # What fits elsewhere is asked of the largest alone.
     for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:

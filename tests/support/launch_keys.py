@@ -125,6 +125,7 @@ def cases() -> dict[str, Case]:
         "odd lengths": Case(max_history=40_961, max_queries=2049, blocks=2561),
         "a million": Case(max_history=1_048_576, max_queries=16_384, blocks=65_536),
         "soft cap": Case(softcap=50.0),
+        "head_dim 512": Case(8, 2, 512),
         "sinks": Case(64, 8, 64, sinks=True),
         "segments of 16": Case(segment=16),
         "segments of 100": Case(segment=100),

@@ -36,6 +36,7 @@ def test_budget_out_of_range_or_of_wrong_type_is_refused(value):
         ("ranking", "best", "one of low_rank, mean_query"),
         ("ranking", 3, "one of low_rank, mean_query"),
         ("dense_where_faster", 1, "true or false"),
+        ("self_test", 1, "true or false"),
         ("status_page", "yes", "true or false"),
         ("max_request_budget", 1.5, "from 0"),
         ("max_request_budget", -0.1, "from 0"),

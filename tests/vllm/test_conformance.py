@@ -112,7 +112,7 @@ def test_every_page_and_head_split(backend, page, heads, kv_heads):
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["chunks"])
 
 
-@pytest.mark.parametrize("head_dim", [96, 128, 256])
+@pytest.mark.parametrize("head_dim", [96, 128, 256, 512])
 def test_every_head_dim(backend, head_dim):
     shape = {"head_dim": head_dim}
     check_full(backend(**shape), backend(**shape, stock_only=True), BATCHES["chunks"])

@@ -48,6 +48,7 @@ VALID = {
     "segment_size": lambda v: whole(v, 16, 4096) or whole(v, 0, 0),
     "ranking": lambda v: isinstance(v, str) and v in RANKINGS,
     "dense_where_faster": lambda v: isinstance(v, bool),
+    "self_test": lambda v: isinstance(v, bool),
     "status_page": lambda v: isinstance(v, bool),
     "shadow_rate": lambda v: a_number(v, 0, 1, or_low=True, or_high=True),
     "shadow_limit": lambda v: a_number(v, 0, 10, or_low=True, or_high=True),

@@ -9,6 +9,7 @@ from cases import (
     CACHES,
     CHUNKS,
     DTYPES,
+    LARGE_CARD,
     ON_GPU,
     TOLERANCE,
     dense_attention,
@@ -49,6 +50,7 @@ GQA_AND_SIZES = [
     (3, 3, 128, 128, True),
     (12, 2, 128, 48, False),
     (2, 1, 256, 64, True),
+    pytest.param(2, 1, 512, 16, False, marks=LARGE_CARD),
 ]
 
 

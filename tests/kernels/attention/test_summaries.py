@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from cases import CACHES, DTYPE, DTYPES, TOLERANCE, make_batch, nan_like, relative_error, tokens_of
+from cases import (
+    CACHES,
+    DTYPE,
+    DTYPES,
+    LARGE_CARD,
+    TOLERANCE,
+    make_batch,
+    nan_like,
+    relative_error,
+    tokens_of,
+)
 from s2o_vllm.kernels.attention import attend, summaries
 from s2o_vllm.kernels.attention import reference as attention_reference
 from s2o_vllm.kernels.attention.summary_table import Summaries, covariance_part, region_samples
@@ -39,7 +49,10 @@ def averaged(batch, work, region):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "page", "region"), [(64, 16, 32), (96, 48, 128)])
+@pytest.mark.parametrize(
+    ("head_dim", "page", "region"),
+    [(64, 16, 32), (96, 48, 128), pytest.param(512, 16, 128, marks=LARGE_CARD)],
+)
 @pytest.mark.parametrize("fp8", CACHES)
 def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, region, fp8):
     batch = make_batch(
@@ -64,7 +77,9 @@ def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48)])
+@pytest.mark.parametrize(
+    ("head_dim", "page"), [(64, 16), (96, 48), pytest.param(512, 16, marks=LARGE_CARD)]
+)
 @pytest.mark.parametrize("fp8", CACHES)
 def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_dim, page, fp8):
     """Two fits of a chunk, the first begun before it; four samples of a part lie side by side."""

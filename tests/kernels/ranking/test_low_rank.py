@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cases import DTYPE, FP8_CARD, ON_GPU, make_batch
+from cases import DTYPE, FP8_CARD, LARGE_CARD, ON_GPU, make_batch
 from s2o_vllm.kernels import paging
 from s2o_vllm.kernels.layout import DENSE_START, NUM_QUERIES
 from s2o_vllm.kernels.ranking import basis, low_rank, row_lse
@@ -29,6 +29,8 @@ SHAPES = [
     (4, 2, 64, 32, False, basis.RETRIEVAL),  # 64
     (6, 1, 128, 64, False, basis.RETRIEVAL),  # 384
     pytest.param((5, 1, 96, 64, True, basis.SERVED), marks=FP8_CARD),  # 160
+    pytest.param((2, 1, 512, 32, False, basis.SERVED), marks=LARGE_CARD),
+    pytest.param((2, 1, 512, 32, False, basis.RETRIEVAL), marks=LARGE_CARD),
 ]
 ULP = 2.0**-3 if ON_GPU else 2.0**-9  # of projections, relative: e4m3 on the card, fp16 on the CPU
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cases import CACHES, DTYPES, ON_GPU, TOLERANCE, make_batch, relative_error
+from cases import CACHES, DTYPES, LARGE_CARD, ON_GPU, TOLERANCE, make_batch, relative_error
 from s2o_vllm.kernels.layout import DENSE_START
 from s2o_vllm.kernels.ranking import basis, low_rank
 from s2o_vllm.kernels.ranking import reference as ranking_reference
@@ -16,6 +16,7 @@ SHAPES = [
     # heads, kv_heads, head_dim, page, head_major
     (4, 2, 64, 16, True),
     (7, 1, 96, 32, False),
+    pytest.param(2, 1, 512, 16, True, marks=LARGE_CARD),
     (3, 3, 128, 128, True),
     (12, 2, 64, 48, False),
 ]
@@ -286,7 +287,7 @@ def test_large_log_sum_exps_survive_fp8():
     assert (got - wanted).abs().max() < LSE_ATOL
 
 
-@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("head_dim", [64, 96, pytest.param(512, marks=LARGE_CARD)])
 def test_fitted_bases_match_the_reference(device, head_dim):
     """Directions are known up to their sign: products q·k are compared, and the offset."""
     batch = make_batch(device, chunks=((500, 300),), head_dim=head_dim, heads=4, kv_heads=2)
