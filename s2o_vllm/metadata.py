@@ -118,6 +118,10 @@ class SparseBuilder:
         decode_only = common.max_query_len <= 1
         if decode_only and slots is None:
             return None
+        if self.s2o_reason == "local_chunks":
+            # Rows are no requests, and nothing says which of them prefill: a step counts once.
+            self.count(0, [self.s2o_reason])
+            return None
         count = common.num_reqs
         starts = common.query_start_loc_cpu[: count + 1].tolist()
         seq_lens = common.seq_lens_cpu_upper_bound

@@ -232,8 +232,12 @@ def test_layers_whose_steps_vllm_rewrites_stay_dense(monkeypatch):
     builder = group(kind=rewriting)
     assert builder.s2o_reason == "local_chunks"
     assert builder.s2o_heads == 0, "local attention counts in no dense work"
-    assert builder.build(0, common_metadata([130], [1130], [True])).s2o is None
-    assert counters.totals()["s2o:dense_rows", "local_chunks"] == 1
+    rewritten = common_metadata([130, 70], [1130, 70], [True, True])
+    rewritten.is_prefilling = None  # vLLM does not say so of rows that it makes
+    assert builder.build(0, rewritten).s2o is None
+    assert counters.totals()["s2o:dense_rows", "local_chunks"] == 1, "once a step"
+    assert builder.build(0, common_metadata([1], [1130], [False])).s2o is None
+    assert counters.totals()["s2o:dense_rows", "local_chunks"] == 1, "not where all decode"
 
 
 def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monkeypatch):
