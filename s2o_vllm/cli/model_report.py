@@ -27,7 +27,8 @@ class Layers:
     Attributes:
         numbers: in the model; empty for layers whose names have none.
         count: how many they are.
-        kind: the class of what is no attention to a KV cache, such as a recurrent layer, else "".
+        kind: the class of layers without attention, or vLLM's name of a backend that is not S2O's;
+            else "".
         reason: why they stay dense, a key of ``DENSE_REASONS``, or None where they go sparse.
         heads: query heads.
         kv_heads: KV heads.
@@ -52,7 +53,7 @@ class ModelReport:
     Attributes:
         architecture: the class that vLLM serves it with.
         layers: in the order of the model.
-        parameters: that a token is multiplied with: of experts, those that it visits.
+        parameters: that a token of text is multiplied with: of experts, those that it visits.
         tokens: of the prompt that ``share`` is of.
         share: of the arithmetic of its prefill, what is attention that S2O makes sparse.
         refused: one sentence that says why S2O does not serve the model, or None.
@@ -75,12 +76,14 @@ def examine_model(model: str, tokens: int = LONGEST) -> ModelReport:
     """Build a model without weights and ask each of its layers.
 
     Args:
-        model: a folder with a config, or a name that vLLM can resolve.
+        model: a folder with a config, its ``config.json``, or a name that vLLM can resolve.
         tokens: of the prompt, at most; the model's own limit if that is less.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from .. import plugin
 
+    if Path(model).name == "config.json" and Path(model).is_file():
+        model = str(Path(model).parent)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         return ModelReport(refused=f"There is no config.json in {model}.")
     plugin.register()
@@ -91,7 +94,7 @@ def examine_model(model: str, tokens: int = LONGEST) -> ModelReport:
     config = vllm_config.model_config
     report = ModelReport(config.architecture, tokens=min(tokens, config.max_model_len))
     report.layers = grouped(vllm_config.compilation_config.static_forward_context)
-    report.parameters = visited_parameters(built, config.hf_text_config)
+    report.parameters = visited_parameters(built)
     report.share = sparse_share(report.layers, report.parameters, report.tokens)
     return report
 
@@ -126,9 +129,12 @@ def _build(model: str) -> tuple[Any, Any]:
 def _sentence(error: Exception) -> str:
     """Return what an exception says in one line: S2O's own sentence where it holds one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    own = next((line for line in lines if "s2o: " in line), lines[0] if lines else "")
-    own = own[own.find("s2o: ") + 5 :] if "s2o: " in own else f"{type(error).__name__}: {own}"
-    return own.partition(" [type=")[0][:SAID]
+    own = next((line for line in lines if "s2o: " in line), None)
+    if own is None:
+        said = f"vLLM cannot build it here: {type(error).__name__}: {lines[0] if lines else ''}"
+    else:
+        said = own[own.find("s2o: ") + 5 :]
+    return said.partition(" [type=")[0][:SAID]
 
 
 def grouped(layers: dict[str, Any]) -> list[Layers]:
@@ -138,18 +144,19 @@ def grouped(layers: dict[str, Any]) -> list[Layers]:
         impl: Any = getattr(layer, "impl", None)
         if not hasattr(layer, "get_kv_cache_spec"):
             continue  # experts, and others without a state
+        one = Layers(kind=type(layer).__name__)
+        if impl is not None:
+            one = Layers(
+                heads=impl.num_heads, kv_heads=impl.num_kv_heads, head_dim=impl.head_size,
+                window=layer_window(impl) or getattr(layer, "attention_chunk_size", None),
+            )  # fmt: skip
         if hasattr(impl, "s2o_reason"):
             impl.place(layer)
-            reason = impl.s2o_reason
+            one.reason = impl.s2o_reason
             if support.rewrites_steps(layer.get_attn_backend().get_builder_cls()):
-                reason = reason or "local_chunks"
-            window = layer_window(impl) or getattr(layer, "attention_chunk_size", None)
-            one = Layers(
-                reason=reason, heads=impl.num_heads, kv_heads=impl.num_kv_heads,
-                head_dim=impl.head_size, window=window,
-            )  # fmt: skip
-        else:
-            one = Layers(kind=type(layer).__name__)
+                one.reason = one.reason or "local_chunks"
+        elif impl is not None:
+            one.kind = layer.get_attn_backend().get_name()
         key = (one.kind, one.reason, one.heads, one.kv_heads, one.head_dim, one.window)
         group = groups.setdefault(key, one)
         group.count += 1
@@ -158,22 +165,24 @@ def grouped(layers: dict[str, Any]) -> list[Layers]:
     return list(groups.values())
 
 
-def visited_parameters(model: Any, config: Any) -> float:
-    """Return the parameters that a token is multiplied with: of experts, those it visits.
+def visited_parameters(model: Any) -> float:
+    """Return the parameters that a token of text is multiplied with: of experts, those it visits.
 
     Embeddings are looked up; the head's logits are made of a prompt's last token alone.
     """
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((n for name in names if (n := getattr(config, name, None))), 0)
-    visited = getattr(config, "num_experts_per_tok", None) or 1
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parameter.dim() < 2 or {"embed_tokens", "lm_head", "wte"} & set(parts):
-            continue
-        routed = experts > 0 and "experts" in parts and "shared_experts" not in parts
-        total += parameter.numel() * (visited / experts if routed else 1.0)
-    return total
+    if hasattr(model, "get_language_model"):  # beside an encoder of images
+        model = model.get_language_model()
+    visited: dict[int, float] = {}
+    for module in model.modules():
+        if hasattr(module, "routed_experts"):
+            experts = module.moe_config
+            share = experts.experts_per_token / experts.num_experts
+            visited |= {id(one): share for one in module.routed_experts.parameters()}
+    return sum(
+        parameter.numel() * visited.get(id(parameter), 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and not {"embed_tokens", "lm_head", "wte"} & set(name.split("."))
+    )
 
 
 def sparse_share(layers: Iterable[Layers], parameters: float, tokens: int) -> float:
@@ -218,19 +227,17 @@ def rows(report: ModelReport) -> list[tuple[str, str]]:
         which = f"{group.count} layers" + (f" ({ranges(group.numbers)})" if group.numbers else "")
         heads = f"{group.heads} query heads over {group.kv_heads}, head_dim {group.head_dim}"
         if group.kind:
-            found.append(("  layers", f"{which}: left alone, no attention ({group.kind})"))
+            why = "attention by a backend of its own" if group.heads else "no attention"
+            found.append(("  layers", f"{which}: left alone, {why} ({group.kind})"))
         elif group.reason is None:
             found.append(("  layers", f"{which}: sparse; {heads}"))
         else:
             own = f", {group.window} tokens" if group.reason in NOT_FULL_ATTENTION else ""
             why = DENSE_REASONS.get(group.reason, group.reason)
             found.append(("  layers", f"{which}: dense, {why} ({group.reason}{own}); {heads}"))
-    found.append(
-        (
-            "  prefill",
-            f"of {report.tokens:,} tokens, {report.share:.0%} of the arithmetic is attention that "
-            f"S2O makes sparse: were it free, the first token would come {report.ceiling:.1f}x "
-            "sooner",
-        )
+    gain = (
+        f"of {report.tokens:,} tokens, {report.share:.0%} of the arithmetic is attention that S2O "
+        f"makes sparse: were it free, the first token would come {report.ceiling:.1f}x sooner"
     )
+    found.append(("  prefill", gain if report.share else "no layer goes sparse: serve it stock"))
     return found

@@ -1,11 +1,15 @@
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from architectures import ARCHITECTURES
 
 from s2o_vllm.cli import doctor, model_report
-from s2o_vllm.cli.model_report import Layers, ranges, sparse_share
+from s2o_vllm.cli.model_report import Layers, ModelReport, ranges, sparse_share
 
 SPARSE = None
 # What S2O does in the layers of each: their number, and why they stay dense.
@@ -15,6 +19,15 @@ VERDICTS = {
     "Qwen3-Next 80B-A3B": [(36, "QwenGatedDeltaNetAttention"), (12, SPARSE)],
     "GLM-4.5-Air": [(46, SPARSE)],
     "MiniMax-M2": [(62, SPARSE)],
+    "Hy3": [(80, SPARSE)],
+    "Qwen3.5 27B": [(48, "QwenGatedDeltaNetAttention"), (16, SPARSE)],
+    "Qwen3.5 35B-A3B": [(30, "QwenGatedDeltaNetAttention"), (10, SPARSE)],
+    "Qwen3-VL 8B": [(36, SPARSE)],
+    "Qwen2.5-VL 7B": [(28, SPARSE)],
+    "Gemma 4 31B": [(50, "sliding_window"), (10, SPARSE)],
+    "Gemma 4 26B-A4B": [(25, "sliding_window"), (5, SPARSE)],
+    "Ministral 3 8B": [(34, SPARSE)],
+    "MiMo-V2-Flash": [(40, "TRITON_ATTN_DIFFKV"), (8, "TRITON_ATTN_DIFFKV")],
     "gpt-oss 20B": [(12, "sliding_window"), (12, SPARSE)],
     "Gemma 3 12B": [(40, "sliding_window"), (8, SPARSE)],
     "Llama 4 Scout": [(36, "local_chunks"), (12, SPARSE)],
@@ -29,8 +42,13 @@ REFUSED = {
     "Mistral 7B 0.1": "has a sliding window of 4096 tokens, must have layers with full attention",
     "DeepSeek V3": "uses multi-head latent attention (MLA), must be a model with GQA or MHA",
 }
-# Billions of parameters that a token is multiplied with, as their publishers say, less embeddings.
-ACTIVE = {"Llama 3.1 8B": 7.0, "Qwen3 30B-A3B": 2.7, "Mistral Small 3": 22.2, "GLM-4.5-Air": 12.2}
+PICTURES = [name for name, config in ARCHITECTURES.items() if "vision_config" in config]
+# Billions of parameters that a token is multiplied with: as their publishers say, less embeddings
+# and encoders of images.
+ACTIVE = {
+    "Llama 3.1 8B": 7.0, "Qwen3 30B-A3B": 2.7, "Mistral Small 3": 22.2, "GLM-4.5-Air": 12.2,
+    "Llama 4 Scout": 15.1, "Qwen3-VL 8B": 6.95, "Gemma 4 26B-A4B": 3.1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -38,14 +56,10 @@ def examined(tmp_path):
     """Return a function that examines a model of that name."""
 
     def examine(name, **options):
-        from vllm.model_executor.models.registry import ModelRegistry
+        from examine import import_here
 
-        config = ARCHITECTURES[name]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        # As vLLM finds it, but not in a process of its own, which takes a quarter of a minute.
-        (architecture,) = config["architectures"]
-        known = ModelRegistry.models[architecture].load_model_cls()
-        ModelRegistry.register_model(architecture, known)
+        (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES[name]))
+        import_here(tmp_path)
         return model_report.examine_model(str(tmp_path), **options)
 
     return examine
@@ -67,15 +81,41 @@ def test_the_documents_table_says_the_same():
     assert found == wanted | dict.fromkeys(REFUSED, "refused")
 
 
-@pytest.mark.parametrize("name", VERDICTS)
-def test_layers_of_models_that_people_serve(examined, name):
-    report = examined(name)
+def check(name, report):
     assert report.refused is None
     found = [(group.count, group.kind or group.reason) for group in report.layers]
     assert found == VERDICTS[name]
     assert (report.share > 0) == any(what is SPARSE for _, what in found)
     if name in ACTIVE:
         assert report.parameters / 1e9 == pytest.approx(ACTIVE[name], abs=0.06)
+
+
+@pytest.mark.parametrize("name", [name for name in VERDICTS if name not in PICTURES])
+def test_layers_of_models_that_people_serve(examined, name):
+    check(name, examined(name))
+
+
+def test_layers_of_vision_language_models(tmp_path):
+    """In a process of its own: without torchvision they are built with a stub of it."""
+    from examine import STUBS
+
+    folders = [tmp_path / str(number) for number in range(len(PICTURES))]
+    for folder, name in zip(folders, PICTURES, strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(ARCHITECTURES[name]))
+    environment = dict(os.environ)
+    if importlib.util.find_spec("torchvision") is None:
+        environment["PYTHONPATH"] = str(STUBS)
+    done = subprocess.run(
+        [sys.executable, str(STUBS.parent / "examine.py"), *map(str, folders)],
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    reports = json.loads(lines[0].removeprefix("FOUND "))
+    for name, report in zip(PICTURES, reports, strict=True):
+        layers = [Layers(**group) for group in report.pop("layers")]
+        check(name, ModelReport(layers=layers, **report))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -125,6 +165,25 @@ def test_the_command_says_it_in_words(examined, tmp_path, monkeypatch, capsys):
     assert "of 100,000 tokens" in text
     assert doctor.main([str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["layers"][1]["reason"] is None
+
+
+def test_a_model_without_a_sparse_layer_is_told_to_stay_stock(examined, tmp_path, capsys):
+    report = examined("MiMo-V2-Flash")
+    assert report.share == 0
+    text = dict(model_report.rows(report))
+    assert text["  prefill"] == "no layer goes sparse: serve it stock"
+    assert "attention by a backend of its own (TRITON_ATTN_DIFFKV)" in text["  layers"]
+
+
+def test_a_config_may_be_named_itself(examined, tmp_path):
+    report = examined("Qwen2.5 1.5B")
+    assert model_report.examine_model(str(tmp_path / "config.json")) == report
+
+
+def test_what_vllm_cannot_build_is_no_refusal_of_s2o(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
+    report = model_report.examine_model(str(tmp_path))
+    assert report.refused.startswith("vLLM cannot build it here: ")
 
 
 def test_a_folder_without_a_config_is_refused_in_a_sentence(tmp_path, capsys):

@@ -26,6 +26,40 @@ def model(architecture: str, model_type: str, sizes: dict, **more: Any) -> dict[
     return {"architectures": [architecture], "model_type": model_type, **sizes, **more}
 
 
+def pictures(architecture: str, model_type: str, text: dict, vision: dict, **more: Any) -> dict:
+    """Return a config of a vision-language model: the text model's part is nested."""
+    return {
+        "architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16",
+        "text_config": text, "vision_config": vision, **more,
+    }  # fmt: skip
+
+
+# Qwen's encoder of images, and the rotary embedding that its positions need.
+QWEN_EYE = {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [],
+}  # fmt: skip
+QWEN_ROPE = {
+    "rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10],
+    "mrope_interleaved": True, "partial_rotary_factor": 0.25,
+}  # fmt: skip
+QWEN_LINEAR = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+}  # fmt: skip
+
+
+def gemma_4(layers: int, sizes: dict, global_kv_heads: int, **more: Any) -> dict[str, Any]:
+    """Return a config of Gemma 4: layers without a window have heads of their own."""
+    return model(
+        "Gemma4ForCausalLM", "gemma4_text", sizes, layer_types=every(6, layers),
+        sliding_window=1024, global_head_dim=512, attention_k_eq_v=True,
+        num_global_key_value_heads=global_kv_heads, hidden_size_per_layer_input=0,
+        hidden_activation="gelu_pytorch_tanh", final_logit_softcapping=30.0, **more,
+    )  # fmt: skip
+
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama 3.1 8B": model(
         "LlamaForCausalLM", "llama", heads(4096, 32, 32, 8, 128, intermediate_size=14336)
@@ -110,6 +144,80 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
         mamba_num_heads=128, mamba_head_dim=64, ssm_state_size=128, n_groups=8, conv_kernel=4,
         chunk_size=128, mlp_hidden_act="relu2", attention_head_dim=128,
+    ),
+    "Qwen3.5 27B": pictures(
+        "Qwen3_5ForConditionalGeneration", "qwen3_5",
+        heads(
+            5120, 64, 24, 4, 256, intermediate_size=17408, model_type="qwen3_5_text",
+            layer_types=every(4, 64, "linear_attention"), linear_num_value_heads=48,
+            rope_parameters=QWEN_ROPE, **QWEN_LINEAR,
+        ),
+        QWEN_EYE | {"out_hidden_size": 5120},
+    ),
+    "Qwen3.5 35B-A3B": pictures(
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe",
+        heads(
+            2048, 40, 16, 2, 256, model_type="qwen3_5_moe_text",
+            layer_types=every(4, 40, "linear_attention"), linear_num_value_heads=32,
+            moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=256,
+            num_experts_per_tok=8, rope_parameters=QWEN_ROPE, **QWEN_LINEAR,
+        ),
+        QWEN_EYE | {"out_hidden_size": 2048},
+    ),
+    "Qwen3-VL 8B": pictures(
+        "Qwen3VLForConditionalGeneration", "qwen3_vl",
+        heads(
+            4096, 36, 32, 8, 128, intermediate_size=12288, model_type="qwen3_vl_text",
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        ),
+        QWEN_EYE | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
+    "Qwen2.5-VL 7B": pictures(
+        "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl",
+        heads(
+            3584, 28, 28, 4, 128, intermediate_size=18944, model_type="qwen2_5_vl_text",
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
+            },
+        ),
+        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+         "patch_size": 14, "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31]},
+    ),
+    "Hy3": model(
+        "HYV3ForCausalLM", "hy_v3",
+        heads(4096, 80, 64, 8, 128, intermediate_size=13312),
+        moe_intermediate_size=1536, expert_hidden_dim=1536, num_experts=192, num_experts_per_tok=8,
+        num_shared_experts=1, first_k_dense_replace=1, route_norm=True,
+    ),
+    "MiMo-V2-Flash": model(
+        "MiMoV2FlashForCausalLM", "mimo_v2_flash",
+        heads(4096, 48, 64, 4, 192, intermediate_size=16384),
+        v_head_dim=128, hybrid_layer_pattern=[int(layer % 6 != 5) for layer in range(48)],
+        sliding_window=128, sliding_window_size=128, swa_num_attention_heads=64,
+        swa_num_key_value_heads=8, swa_head_dim=192, swa_v_head_dim=128,
+        add_swa_attention_sink_bias=True, layernorm_epsilon=1e-5,
+        moe_layer_freq=[0] + [1] * 47, n_routed_experts=256, moe_intermediate_size=2048,
+        num_experts_per_tok=8, n_group=1, topk_group=1, norm_topk_prob=True,
+        scoring_func="sigmoid", topk_method="noaux_tc",
+    ),
+    "Ministral 3 8B": model(
+        "Ministral3ForCausalLM", "ministral3",
+        heads(
+            4096, 34, 32, 8, 128, intermediate_size=14336,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            },
+        ),
+    ),
+    "Gemma 4 31B": gemma_4(60, heads(5376, 60, 32, 16, 256, intermediate_size=21504), 4),
+    "Gemma 4 26B-A4B": gemma_4(
+        30, heads(2816, 30, 16, 8, 256, intermediate_size=2112), 2,
+        enable_moe_block=True, num_experts=128, top_k_experts=8, moe_intermediate_size=704,
     ),
     "Qwen2.5 1.5B": model(
         "Qwen2ForCausalLM", "qwen2", heads(1536, 28, 12, 2, 128, intermediate_size=8960)
