@@ -73,7 +73,7 @@ def test_the_documents_table_says_the_same():
     page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
     lines = page.partition("## Models")[2].partition("## KV connectors")[0].splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("| ")][1:]
-    found = {name.strip(): layers.strip() for name, _, layers in rows}
+    found = {name.strip(): layers.strip() for name, _, layers, _ in rows}
     wanted = {
         name: ", ".join(f"{count} {what or 'sparse'}" for count, what in verdict)
         for name, verdict in VERDICTS.items()
