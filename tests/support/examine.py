@@ -1,7 +1,7 @@
 """Reports on models' layers in a process of their own (run as a script).
 
-Takes folders with configs; prints ``FOUND [...]``, a report each. With ``tests/support/stubs`` on the
-search path vision-language models can be built where torchvision is not installed.
+Takes folders with configs; prints ``FOUND [...]``, a report each. With ``tests/support/stubs`` on
+the search path vision-language models can be built where torchvision is not installed.
 """
 
 import json

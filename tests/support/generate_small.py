@@ -1,9 +1,10 @@
 """Answers of small random models, stock and through S2O (run as a script, on vLLM's CPU build).
 
-Takes a JSON file of model folders by name. Prints a line ``FOUND {...}`` for each name and backend:
-``answers``, new tokens and the log-probabilities of the prompt's, by budget; of S2O also ``visited``,
-the tokens visited and eligible by budget in each layer that goes sparse, and ``dense``, chunks by
-reason. Stock answers come first: by then nothing has asked for S2O in this process.
+Takes a JSON file of model folders by name. Prints ``FOUND {...}`` for each name and backend:
+``answers``, new tokens and the log-probabilities of the prompt's, by budget; of S2O also
+``visited``, the tokens visited and eligible by budget in each layer that goes sparse, and
+``dense``, chunks by reason. Stock answers come first: by then nothing has asked for S2O in this
+process.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import random
 import sys
 import traceback
+from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the layers, in this process
 
@@ -53,7 +55,7 @@ def answer(llm: LLM, **extra: float) -> tuple[list[int], list[float]]:
         temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=0, extra_args=extra
     )
     output = llm.generate(prompt, params, use_tqdm=False)[0]
-    steps = zip(output.prompt_token_ids, output.prompt_logprobs)
+    steps = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
     prompt_logprobs = [step[token].logprob for token, step in steps if step is not None]
     return list(output.outputs[0].token_ids), prompt_logprobs
 
@@ -63,7 +65,7 @@ def counted(llm: LLM) -> torch.Tensor:
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     impls = [getattr(layer, "impl", None) for layer in layers.values()]
     found = torch.zeros(len(impls), 2, dtype=torch.int64)
-    for row, impl in zip(found, impls):
+    for row, impl in zip(found, impls, strict=True):
         if getattr(impl, "_s2o_counters", None) is not None:
             row += impl._s2o_counters[:2]
     return found[[getattr(impl, "s2o_reason", "not ours") is None for impl in impls]]
@@ -71,7 +73,7 @@ def counted(llm: LLM) -> torch.Tensor:
 
 def generate(folder: str, sparse: bool) -> dict:
     """Start a model and ask it, at every budget if it is S2O's."""
-    config = json.load(open(f"{folder}/config.json"))
+    config = json.loads((Path(folder) / "config.json").read_text())
     ours = {"attention_backend": "s2o", "additional_config": {"s2o": SETTINGS}} if sparse else {}
     llm = LLM(
         folder, enforce_eager=True, max_model_len=2048, max_num_batched_tokens=CHUNK,
@@ -103,7 +105,7 @@ def generate(folder: str, sparse: bool) -> dict:
 def main(path: str) -> None:
     """Ask each model of a file."""
     DummyModelLoader.load_weights = load_weights
-    folders = json.load(open(path))
+    folders = json.loads(Path(path).read_text())
     for folder in folders.values():
         import_here(folder)
     for backend in ("stock", "s2o"):

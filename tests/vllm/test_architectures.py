@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from architectures import ARCHITECTURES, FULL, SLIDING, every
@@ -17,7 +18,8 @@ from models import write_model
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
-CHUNKS = 3  # of the prompt of 1,500 tokens: 512, 512 and 476
+PROMPT_TOKENS = 1500
+CHUNKS = 3  # of 512, 512 and 476 tokens
 SMALL = {
     "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512, "max_position_embeddings": 4096,
@@ -120,19 +122,17 @@ def write_processor(folder: Path, model_type: str) -> None:
         (folder / file).write_text(json.dumps(shared | kind))
 
 
-@pytest.fixture(scope="module", params=PROCESSES)
-def answers(request, tmp_path_factory):
-    """What the models of one process answer, by name and backend."""
-    folder = tmp_path_factory.mktemp("models")
-    models = {}
-    for number, (name, (changes, *_)) in enumerate(PROCESSES[request.param].items()):
+def answers(models: dict[str, tuple], folder: Path) -> dict[tuple[str, str], dict]:
+    """Return what models answer, by name and backend: see `generate_small`."""
+    folders = {}
+    for number, (name, (changes, *_)) in enumerate(models.items()):
         own = folder / str(number)
         own.mkdir()
         config = small(name, changes)
-        models[name] = write_model(own, **config)
+        folders[name] = write_model(own, **config)
         if "vision_config" in config:
             write_processor(own, config["model_type"])
-    (folder / "models.json").write_text(json.dumps(models))
+    (folder / "models.json").write_text(json.dumps(folders))
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if importlib.util.find_spec("torchvision") is None:
         environment["PYTHONPATH"] = str(STUBS)
@@ -142,38 +142,29 @@ def answers(request, tmp_path_factory):
     )  # fmt: skip
     found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line[:6] == "FOUND "]
     assert len(found) == 2 * len(models), done.stderr[-3000:]
-    errors = [one["name"] + "\n" + one["error"] for one in found if "error" in one]
+    errors = [f"{one['name']}: {one['error']}" for one in found if "error" in one]
     assert not errors, "\n".join(errors)
-    return PROCESSES[request.param], {(one["name"], one["backend"]): one for one in found}
+    return {(one["name"], one["backend"]): one for one in found}
 
 
-def test_a_budget_of_1_is_stock_to_the_bit(answers):
-    models, found = answers
-    for name in models:
-        stock, ours = found[name, "stock"]["answers"]["stock"], found[name, "s2o"]["answers"]["1.0"]
-        assert len(stock[1]) == 1499
-        assert ours == stock, name
-
-
-def test_layers_are_sparse_below_it_or_counted_by_reason(answers):
-    models, found = answers
-    for name, (_, sparse_layers, reasons) in models.items():
-        visited = found[name, "s2o"]["visited"]["0.1"]
+@pytest.mark.parametrize("process", PROCESSES)
+def test_stock_at_a_budget_of_1_and_counted_below_it(tmp_path, process):
+    found = answers(PROCESSES[process], tmp_path)
+    for name, (_, sparse_layers, reasons) in PROCESSES[process].items():
+        ours, stock = found[name, "s2o"], found[name, "stock"]["answers"]["stock"]
+        assert len(stock[1]) == PROMPT_TOKENS - 1
+        assert ours["answers"]["1.0"] == stock, name
+        visited = ours["visited"]["0.1"]
         assert len(visited) == sparse_layers, name
         assert all(0.1 < tokens / eligible < 0.15 for tokens, eligible in visited), name
-        assert found[name, "s2o"]["dense"]["0.1"] == dict.fromkeys(reasons, CHUNKS), name
+        assert ours["dense"]["0.1"] == dict.fromkeys(reasons, CHUNKS), name
+        few, nearly_all = (
+            difference(ours["answers"][budget][1], stock[1]) for budget in ("0.1", "0.9999")
+        )
+        assert 0 < nearly_all < 0.2 * few, (name, nearly_all, few)
 
 
-def test_a_nearly_full_list_is_nearly_stock(answers):
-    """A tenth of the history changes log-probabilities, 0.9999 of it a small part as much."""
-    models, found = answers
-    for name in models:
-        _, stock = found[name, "stock"]["answers"]["stock"]
-
-        def difference(budget, name=name, stock=stock):
-            _, ours = found[name, "s2o"]["answers"][budget]
-            assert all(map(math.isfinite, ours)), name
-            return sum(abs(one - other) for one, other in zip(ours, stock, strict=True)) / 1499
-
-        few, nearly_all = difference("0.1"), difference("0.9999")
-        assert 0 < nearly_all < 0.2 * few, (name, few, nearly_all)
+def difference(logprobs: list[float], others: list[float]) -> float:
+    """Return how far the log-probabilities of a prompt's tokens are apart, in the mean."""
+    assert all(map(math.isfinite, logprobs))
+    return mean(abs(one - other) for one, other in zip(logprobs, others, strict=True))
