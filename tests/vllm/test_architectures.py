@@ -147,7 +147,13 @@ def answers(models: dict[str, tuple], folder: Path) -> dict[tuple[str, str], dic
     return {(one["name"], one["backend"]): one for one in found}
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "full attention" else [])
+        for name in PROCESSES
+    ],
+)
 def test_stock_at_a_budget_of_1_and_counted_below_it(tmp_path, process):
     found = answers(PROCESSES[process], tmp_path)
     for name, (_, sparse_layers, reasons) in PROCESSES[process].items():
