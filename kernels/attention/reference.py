@@ -166,9 +166,10 @@ def attend(
 
         # Pass 1: dense and causal, from dense_start on.
         positions = torch.arange(dense_start, history + count, device=device)
-        own = load_tokens(kv_cache, physical_slots(positions, block_table[line[ROW]], page), head_dim)
+        slots = physical_slots(positions, block_table[line[ROW]], page)
+        own = list(load_tokens(kv_cache, slots, head_dim))
         if sinks is not None:  # a token before all others, visible to every query, without a value
-            own = tuple(torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in own)
+            own = [torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in own]
 
         # Pass 2: the selected slots, visible to every query, in the list's order.
         beyond = torch.arange(listed, device=device) >= lengths[:, None]

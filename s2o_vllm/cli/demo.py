@@ -113,17 +113,18 @@ def report(url: str) -> None:
     print(f"In the text:         {FACT}")
     print(f"Prompt:              {answer.prompt_tokens:,} tokens")
     print(f"Time to first token: {answer.first_token:.2f} s")
-    print(f"Stock attention:     {compared(answer.first_token, stock.first_token)}")
+    times = answer.first_token, stock.first_token
+    print(f"Stock attention:     {compared(*times, both_dense=share is None)}")
     print(f"Density:             {described(share, chosen)}")
     print(flush=True)
 
 
-def compared(ours: float, stock: float) -> str:
+def compared(ours: float, stock: float, *, both_dense: bool) -> str:
     """Return a sentence about two times to the first token, in seconds."""
-    return (
-        f"{stock:.2f} s for the same prompt on the same server, at a budget of 1: "
-        f"S2O took {ours / stock:.2f} times that"
-    )
+    told = f"{stock:.2f} s for the same prompt on the same server, at a budget of 1"
+    if both_dense:
+        return f"{told}: both times are stock attention's, and differ by chance"
+    return f"{told}: S2O took {ours / stock:.2f} times that"
 
 
 def described(share: float | None, chosen: bool) -> str:
