@@ -10,11 +10,11 @@ import torch
 
 from ..layout import DENSE_START, HISTORY, LOG2E, NUM_QUERIES, ROW
 from ..paging import load_tokens, physical_slots, segment_queries
+from ..tuning import CACHED_TOKENS
 from ..work_list import WorkList
 from . import basis, retrieval
 
 Segment = list[int]  # a line of the work table, by the columns of `layout`
-CACHED_TOKENS = 1024  # that are scored at a time; 512 to 4096; not logged
 
 
 def mean_query_scores(
