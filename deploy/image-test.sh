@@ -110,7 +110,7 @@ for user in 2000:0 54321:54321; do
         --cap-drop ALL --security-opt no-new-privileges --shm-size 1g \
         -e VLLM_CPU_KVCACHE_SPACE=1 -v "$work/model:/model:ro" "$IMAGE" \
         --model /model --load-format dummy --enforce-eager --max-model-len 4096 --port "$PORT" \
-        --attention-backend s2o --s2o-min-context 256 --s2o-segment-size 128 >/dev/null
+        --attention-backend s2o --s2o-min-context 256 --s2o-segment-size 128 --s2o-dense-where-faster false >/dev/null
     started=$SECONDS
     until curl -fsS "$url/health" >/dev/null 2>&1; do
         [ "$(engine inspect --format '{{.State.Running}}' "$server")" = true ] \

@@ -8,6 +8,7 @@ or that none has.
 CHUNK = 4096  # history that one program scores; tokens; a power of two; not logged
 SEGMENTS_TOGETHER = 16  # that `mean_query` scores at a time; segments; >= 1; not logged
 SPAN_LENGTH = 2048  # that share covariances; queries; whole segments; "A mean value that follows"
+CACHED_TOKENS = 1024  # that the reference scores at a time, for a CPU's cache; >= 1; not logged
 CHUNK_SPANS = 4  # of a chunk, which share their bases; spans; >= 1; "A basis of each head"
 PROBE_STEP = 4  # one query row in this many is a probe; >= 1; "Retrieval heads"
 

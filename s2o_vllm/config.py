@@ -43,8 +43,8 @@ class S2OConfig:
             of so short a history.
         stop_threshold: relative gain of softmax mass below which a tile ends; 0 is off.
         min_context: segments with less history than this many tokens stay dense.
-        dense_where_faster: on a GPU, chunks of so few new tokens that ranking costs more than it
-            saves stay dense (see :mod:`cost`), unless decode is sparse.
+        dense_where_faster: chunks of so few new tokens that ranking costs more than it saves stay
+            dense (see :mod:`cost`), unless decode is sparse; on a CPU those are all.
         ranking: how the history is ranked, one of ``RANKINGS``.
         segment_size: queries that are ranked together (S2O's segment); 0 takes what suits the
             ranking.
@@ -175,8 +175,8 @@ HELP = {
     "stop_threshold": "Early stop: a tile ends once no query's softmax mass grows by this "
     "share. 0 switches it off. Default: 0.",
     "min_context": "Prefill with less history than this many tokens stays dense. Default: 8192.",
-    "dense_where_faster": "On a GPU, leave chunks with few new tokens behind a long history dense "
-    "where that is faster (true or false). Default: true.",
+    "dense_where_faster": "Leave chunks with few new tokens behind a long history dense where that "
+    "is faster, on a CPU all chunks (true or false). Default: true.",
     "ranking": "How the history is ranked: low_rank (single queries against low-rank keys) or "
     "mean_query (the paper's). Default: low_rank.",
     "segment_size": "Queries that are ranked together. Default: 64 (mean_query: 512).",

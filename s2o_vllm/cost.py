@@ -4,6 +4,8 @@ Dense attention takes time in proportion to the pairs of a query and a key that 
 takes a fixed time a layer (a dozen launches, fitting the bases), some time for each token of the
 history (projected keys) and little for each query. So a short turn of a long conversation, or a
 chunk that a busy scheduler cut short, is faster dense.
+
+On a CPU sparse prefill is PyTorch, dense attention is vLLM's C++: nothing measured there pays.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ FIXED_PAIRS = 14_000_000
 PAIRS_PER_TOKEN = 170
 HEADS = 32
 SHORTEST = 8192  # history from which on this was measured; tokens
+NEVER = 2**62  # more new tokens than any chunk has
 
 
 def least_new_tokens(history: int, heads: int) -> int:
@@ -33,7 +36,11 @@ def least_new_tokens(history: int, heads: int) -> int:
 
 
 def decision(heads: int, device: torch.device) -> Callable[[int], int]:
-    """Return :func:`least_new_tokens` of a worker; on a CPU, where nothing pays, always 0."""
+    """Return :func:`least_new_tokens` of a worker; on anything but a GPU ``NEVER``.
+
+    A device that was not measured is left dense, and so is a CPU: behind 2K to 30K tokens sparse
+    prefill took CPU_RATIO of dense attention's time (`python -m s2o_vllm.benchmarks.speed.cpu`).
+    """
     if device.type != "cuda":
-        return lambda history: 0
+        return lambda history: NEVER
     return lambda history: least_new_tokens(history, heads)

@@ -20,6 +20,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 # wrong there: see tests/support/cases.py.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # Tests, and the servers that they start, are of the sparse path, which a CPU leaves alone.
+    os.environ.setdefault("S2O_DENSE_WHERE_FASTER", "false")
 
 # A test machine has little memory to give to a KV cache, and no hub.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -153,8 +153,8 @@ def attend(
     group = query.shape[1] // kv_heads
 
     def scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        s = torch.einsum("hgqd,hnd->hgqn", queries, keys) * scale
-        return softcap * torch.tanh(s / softcap) if softcap else s
+        s = ((queries * scale).flatten(1, 2) @ keys.mT).unflatten(1, (group, -1))
+        return s.div_(softcap).tanh_().mul_(softcap) if softcap else s
 
     for number, line in enumerate(work.segments.tolist()):
         start, count = line[QUERY_START], line[NUM_QUERIES]
@@ -166,50 +166,52 @@ def attend(
 
         # Pass 1: dense and causal, from dense_start on.
         positions = torch.arange(dense_start, history + count, device=device)
-        k_own, v_own = load_tokens(
-            kv_cache, physical_slots(positions, block_table[line[ROW]], page), head_dim
-        )
-        s_own = scores(queries, k_own)
-        own = torch.arange(history, history + count, device=device)
-        s_own = s_own.masked_fill(positions > own[:, None], float("-inf"))
+        slots = physical_slots(positions, block_table[line[ROW]], page)
+        own = list(load_tokens(kv_cache, slots, head_dim))
         if sinks is not None:  # a token before all others, visible to every query, without a value
-            s_sink = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, count, -1)
-            s_own = torch.cat([s_sink, s_own], -1)
-            v_own = torch.nn.functional.pad(v_own, (0, 0, 1, 0))
+            own = [torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in own]
 
         # Pass 2: the selected slots, visible to every query, in the list's order.
-        place = torch.arange(listed, device=device)
-        slots = selected.slots[number, :, :listed] * (place < lengths[:, None])
-        k_list, v_list = load_tokens(kv_cache, slots, head_dim)
+        beyond = torch.arange(listed, device=device) >= lengths[:, None]
+        slots = selected.slots[number, :, :listed].masked_fill(beyond, 0)
         # Slot 0 is somebody else's, and may hold NaN.
-        v_list = v_list.masked_fill((place >= lengths[:, None])[..., None], 0.0)
-        s_list = scores(queries, k_list)
+        chosen = [
+            x.masked_fill_(beyond[..., None], 0.0) for x in load_tokens(kv_cache, slots, head_dim)
+        ]
+
+        # Skipped tokens, as summaries of whole regions.
+        means = summaries.means_of(line[SPAN], dense_start).float().split(head_dim, -1)
+        keys, values = (torch.cat(parts, 1) for parts in zip(own, chosen, means, strict=True))
+
+        # One tensor: copies of it would take as long as the products.
+        s = scores(queries, keys)
+        s_own, s_list, s_mean = s.split([x.shape[1] for x in (own[0], chosen[0], means[0])], -1)
+        future = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+        s_own[..., -count:].masked_fill_(future, float("-inf"))
+        if sinks is not None:
+            s_own[..., 0] = sinks.float().view(kv_heads, group, 1)
         # In base 2: how many tokens each stands for.
-        s_list += selected.weights[number, :, None, None, :listed].float() * LN2
-        s_list = s_list.masked_fill(place >= lengths[:, None, None, None], float("-inf"))
+        weights = selected.weights[number, :, :listed].float() * LN2
+        s_list += weights.masked_fill(beyond, float("-inf"))[:, None, None]
         visited = visited_tokens(
             s_own, s_list, lengths, queries_per_tile, stop_threshold, stop_step,
         )  # fmt: skip  # [kv_heads, queries]
-        s_list = s_list.masked_fill(place >= visited[:, None, :, None], float("-inf"))
-
-        # Skipped tokens, as summaries of whole regions.
-        means = summaries.means_of(line[SPAN], dense_start).float()
-        k_mean, v_mean = means[..., :head_dim], means[..., head_dim:]
+        if stop_threshold > 0:
+            place = torch.arange(listed, device=device)
+            s_list.masked_fill_(place >= visited[:, None, :, None], float("-inf"))
         missing = summaries.region_tokens * (1 - visited / max(dense_start, 1))[:, None]
         missing *= 1 - SAMPLE_SHARE
-        if means.shape[1]:
+        if s_mean.shape[-1]:
             key_covariance = summaries.key_covariances[line[SPAN]].float()[:, None]
             missing = missing * region_mass(queries, key_covariance, scale)
-        s_mean = scores(queries, k_mean) + missing.log()[..., None]
+        s_mean += missing.log()[..., None]
 
-        p = torch.softmax(torch.cat([s_own, s_list, s_mean], -1), -1)
-        values = torch.cat([v_own, v_list, v_mean], 1)
-        result = torch.einsum("hgqn,hnd->hgqd", p, values)
-        if means.shape[1]:
-            weights = queries * scale * p[..., p.shape[-1] - means.shape[1] :].sum(-1, keepdim=True)
-            result += torch.einsum(
-                "hgqd,hde->hgqe", weights, summaries.value_covariances[line[SPAN]].float()
-            )
+        p = torch.softmax(s, -1)
+        result = (p.flatten(1, 2) @ values).unflatten(1, (group, -1))
+        if s_mean.shape[-1]:
+            of_means = p[..., p.shape[-1] - s_mean.shape[-1] :].sum(-1, keepdim=True)
+            value_covariance = summaries.value_covariances[line[SPAN]].float()[:, None]
+            result += (queries * scale * of_means) @ value_covariance
         result *= v_scale
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[line[QUERY_START] : start + count] = result.to(out.dtype)
@@ -240,7 +242,7 @@ def attend(
             skipped = (sampled >= visited[..., None]) | (visited[..., None] == 0)
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
             lost += math.log(dense_start / max(len(sample), 1))
-            mass = torch.cat([s_own, s_list, s_mean], -1).logsumexp(-1)
+            mass = s.logsumexp(-1)
             dropped = float((lost - mass).exp().clamp(max=1).nan_to_num(0.0).sum())
             counters[DROPPED] += round(dropped / DROPPED_UNIT)
 

@@ -253,7 +253,7 @@ def exact_scores(
     """
     factors = torch.tensor(LSE_FACTORS, device=projected.device)
     minus_lse = (projected[..., -len(LSE_FACTORS) :] * factors).sum(-1, keepdim=True)
-    return queries @ centred.mT * (scale * LOG2E) + minus_lse
+    return ((queries * (scale * LOG2E)) @ centred.mT).add_(minus_lse)
 
 
 def approximate_exp2(scores: torch.Tensor, most: torch.Tensor) -> torch.Tensor:

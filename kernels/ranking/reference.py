@@ -10,6 +10,7 @@ import torch
 
 from ..layout import DENSE_START, HISTORY, LOG2E, NUM_QUERIES, ROW
 from ..paging import load_tokens, physical_slots, segment_queries
+from ..tuning import CACHED_TOKENS
 from ..work_list import WorkList
 from . import basis, retrieval
 
@@ -231,7 +232,7 @@ def exact_probe_scores(
     """
     heads = len(keys.heads)
     of_mean = basis.sampled_keys(kv_cache, block_table, work.row, work.chunk, heads)
-    mean = of_mean.float().mean(1, keepdim=True)
+    centred = keys.keys - of_mean.float().mean(1, keepdim=True)
     scores = query.new_full(
         (len(sampled), heads, work.max_history), float("-inf"), dtype=torch.float32
     )
@@ -243,7 +244,7 @@ def exact_probe_scores(
         probes = basis.farthest_rows(rows @ keys.bases.a)[:, : retrieval.PROBES]
         projected = project_probes(rows, probes, segment, keys.bases, keys.projected, keys.dtype)
         queries = rows.gather(1, probes[..., None].expand(-1, -1, rows.shape[2]))
-        exact = basis.exact_scores(queries, projected, keys.keys[:, :n] - mean, scale)
+        exact = basis.exact_scores(queries, projected, centred[:, :n], scale)
         scores[number, :, :n] = exact.amax(1)
     return scores
 
@@ -261,7 +262,10 @@ def estimated_scores(
     Arguments are those of :func:`project_probes`.
     """
     projected = project_probes(rows, probes, segment, bases, keys, dtype)
-    return (projected @ keys[:, : segment[DENSE_START]].mT).amax(1)
+    past = keys[:, : segment[DENSE_START]]
+    # In parts whose products stay in a CPU's cache.
+    parts = [(projected @ part.mT).amax(1) for part in past.split(CACHED_TOKENS, 1)]
+    return torch.cat(parts, 1)
 
 
 def project_probes(

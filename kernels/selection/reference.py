@@ -194,8 +194,9 @@ def select_positions(
     sampled = (tier == tiers) & (scores + noise >= priority)
     tier[sampled] = tiers - 1
     start = max(-(-len(scores) // chunk) - 2, 0) * chunk
-    order = (torch.argsort(tier.roll(-start), stable=True) + start) % len(scores)
-    order = order[: min(capacity, int((tier < tiers).sum()))]
+    rolled = tier.roll(-start)  # a tier's tokens by address, without a sort of all
+    order = torch.cat([(rolled == number).nonzero()[:, 0] for number in range(tiers)])
+    order = (order[:capacity] + start) % len(scores)
     gap = (priority - scores[order]).clamp(0, NOISE_LIMIT).masked_fill(~sampled[order], 0)
     return order, (1 + SAMPLE_SHARE * (gap.exp2() - 1)).log2()
 

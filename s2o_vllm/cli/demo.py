@@ -1,4 +1,4 @@
-"""What ``make serve`` runs: the embedded server, and one long prompt through S2O.
+"""What ``make serve`` runs: the embedded server, and one long prompt with S2O and without.
 
 ``python -m s2o_vllm.cli.demo [--once] [--port N] [any flag of s2o serve]``
 """
@@ -14,8 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .server_process import ServerError, launch, measured_density, read, stop, wait_until_healthy
+from .server_process import (
+    ServerError,
+    launch,
+    measured_density,
+    read,
+    samples,
+    stop,
+    wait_until_healthy,
+)
 
+DENSE_ROWS = "s2o:dense_rows_total"
 WHO = "The gardener|My neighbour|A young teacher|The old sailor|Her cousin|The baker|Our guide"
 DID = "repaired|painted|borrowed|described|measured|carried|photographed|remembered|cleaned"
 WHAT = "a wooden boat|the stone bridge|an empty notebook|the kitchen window|a bicycle|two lamps"
@@ -26,6 +35,8 @@ FACT_AT = 0.75  # of the text
 QUESTION = "What is the magic number of the lighthouse?"
 OPENING = "The magic number of the lighthouse is"  # a model this small needs to be led
 SENTENCES = 370  # about 5,000 tokens
+WARM_UP = (20, 8)  # sentences and seed of the prompt that no time is taken of
+STOCK = 1.0  # the budget that is stock attention, to the bit, and shares no cached block
 
 
 class Answer(NamedTuple):
@@ -46,8 +57,14 @@ def long_prompt(sentences: int = SENTENCES, seed: int = 7) -> str:
     return f"{' '.join(lines)}\n\nQuestion: {QUESTION}\nAnswer: {OPENING}"
 
 
-def ask(url: str, prompt: str) -> Answer:
-    """Send one prompt with the official client and time its first token."""
+def ask(url: str, prompt: str, budget: float | None = None) -> Answer:
+    """Send one prompt with the official client and time its first token.
+
+    Args:
+        url: of the server.
+        prompt: the text.
+        budget: sparsity budget; None for the server's.
+    """
     import openai
 
     client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
@@ -63,6 +80,7 @@ def ask(url: str, prompt: str) -> Answer:
         stop=["\n"],
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"vllm_xargs": {} if budget is None else {"s2o_sparsity_budget": budget}},
     )
     for chunk in stream:
         if chunk.usage is not None:
@@ -74,7 +92,7 @@ def ask(url: str, prompt: str) -> Answer:
 
 
 def report(url: str) -> None:
-    """Ask the long question and print what came of it.
+    """Ask the long question, then ask it of stock attention, and print what came of it.
 
     Raises:
         ServerError: if the server refuses it.
@@ -85,19 +103,50 @@ def report(url: str) -> None:
     before = read(f"{url}/metrics") or ""
     print(f"s2o: asking, after a text of {len(prompt.split()):,} words: {QUESTION}", flush=True)
     try:
-        answer = ask(url, prompt)
+        ask(url, long_prompt(*WARM_UP))
+        answer, stock = ask(url, prompt), ask(url, prompt, STOCK)
     except openai.OpenAIError as error:
         raise ServerError(f"The server did not answer the long prompt: {error}") from error
     share = measured_density(url, before)
+    chosen = left_dense(read(f"{url}/metrics") or "") > left_dense(before)
     print(f"\nAnswer:              {OPENING} {answer.text}")
     print(f"In the text:         {FACT}")
     print(f"Prompt:              {answer.prompt_tokens:,} tokens")
     print(f"Time to first token: {answer.first_token:.2f} s")
-    if share is None:
-        print("Density:             no history was attended sparsely: this prompt ran dense")
-    else:
-        print(f"Density:             {share:.3f} (history tokens visited / eligible)")
+    times = answer.first_token, stock.first_token
+    print(f"Stock attention:     {compared(*times, both_dense=share is None)}")
+    print(f"Density:             {described(share, chosen)}")
     print(flush=True)
+
+
+def compared(ours: float, stock: float, *, both_dense: bool) -> str:
+    """Return a sentence about two times to the first token, in seconds."""
+    told = f"{stock:.2f} s for the same prompt on the same server, at a budget of 1"
+    if both_dense:
+        return f"{told}: both times are stock attention's, and differ by chance"
+    return f"{told}: S2O took {ours / stock:.2f} times that"
+
+
+def described(share: float | None, chosen: bool) -> str:
+    """Return a sentence about the share of the history that was visited.
+
+    Args:
+        share: None where all of it was attended densely.
+        chosen: whether chunks stayed dense because that is faster on this device.
+    """
+    if share is not None:
+        return f"{share:.3f} (history tokens visited / eligible)"
+    dense = "no history was attended sparsely: this prompt ran dense"
+    if not chosen:
+        return dense
+    return f"{dense}, which is faster on this device (--s2o-dense-where-faster false ranks it)"
+
+
+def left_dense(page: str) -> float:
+    """Return how many chunks a metrics page counts as dense because sparse would not pay."""
+    reason = 'reason="few_new_tokens"'
+    counts = samples(page).items()
+    return sum(n for name, n in counts if name.startswith(DENSE_ROWS) and reason in name)
 
 
 def run(server: subprocess.Popen, url: str, log: Path, *, once: bool) -> int:

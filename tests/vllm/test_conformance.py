@@ -145,3 +145,13 @@ def test_segments_of_the_size_that_suits_the_ranking(backend, ranking):
     ranked = backend(**options, sparsity_budget=0.1)
     check_alone(ranked, BATCHES["mixed"])
     check_end_of_prompt(ranked, backend(stock_only=True), BATCHES["mixed"])
+
+
+@pytest.mark.parametrize("batch", ["one chunk", "mixed"])
+def test_a_cpu_is_left_dense_unless_asked(backend, batch):
+    """Stock attention to the bit, and the parent's own metadata."""
+    step = backend().step(BATCHES[batch])
+    output, plan = backend(dense_where_faster=True).attend(step)
+    assert plan is None
+    assert torch.equal(output, backend(stock_only=True).attend(step)[0])
+    assert backend().attend(step)[1].sparse_rows, "the tests above ask"

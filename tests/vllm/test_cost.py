@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from s2o_vllm.cost import SHORTEST, decision, least_new_tokens
+from s2o_vllm.cost import NEVER, SHORTEST, decision, least_new_tokens
 
 
 def test_the_longer_the_history_the_fewer_new_tokens_pay():
@@ -20,8 +20,13 @@ def test_a_worker_of_few_heads_needs_more_new_tokens():
     assert least_new_tokens(32768, 4) > 2 * least_new_tokens(32768, 32)
 
 
-def test_short_histories_and_cpus_are_left_alone():
+def test_short_histories_are_left_alone():
     assert least_new_tokens(SHORTEST - 1, 32) == 0
     assert least_new_tokens(0, 1) == 0
-    assert decision(32, torch.device("cpu"))(100_000) == 0
     assert decision(32, torch.device("cuda"))(100_000) == least_new_tokens(100_000, 32)
+
+
+@pytest.mark.parametrize("history", [0, 512, SHORTEST, 100_000, 10**6])
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
+def test_devices_where_nothing_was_measured_faster_are_dense(device, history):
+    assert decision(32, torch.device(device))(history) == NEVER > 10**9

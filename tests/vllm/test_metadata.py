@@ -191,7 +191,8 @@ def group(*dense_layers, rank=0, device="cpu", kind=Builder, **settings):
     """A builder whose group has the layers 0, 1 and 2, on one of two tensor ranks."""
     builder = kind()
     builder.device = torch.device(device)
-    settings = S2OConfig(min_context=100, dense_layers=dense_layers, **settings)
+    asked = {"min_context": 100, "dense_layers": dense_layers, "dense_where_faster": False}
+    settings = S2OConfig(**asked | settings)
     builder.vllm_config = SimpleNamespace(
         additional_config={"s2o": settings.as_dict()},
         model_config=SimpleNamespace(served_model_name="a/model"),
@@ -251,16 +252,16 @@ def test_chunks_with_a_dense_layer_go_sparse_in_the_others_and_are_counted(monke
 
 
 @pytest.mark.parametrize(
-    ("device", "settings", "sparse"),
-    [("cpu", {}, True), ("cuda", {}, False), ("cuda", {"dense_where_faster": False}, True)],
+    ("device", "where_faster", "sparse"),
+    [("cpu", True, False), ("cpu", False, True), ("cuda", True, False), ("cuda", False, True)],
 )
 def test_a_short_turn_behind_a_long_history_is_dense_where_that_is_faster(
-    monkeypatch, device, settings, sparse
+    monkeypatch, device, where_faster, sparse
 ):
     counters = metrics.WorkerCounters()
     monkeypatch.setattr(metrics, "worker", counters)
     monkeypatch.setattr("s2o_vllm.metadata.build_work_lists", lambda *arguments: [])
-    builder = group(device=device, **settings)
+    builder = group(device=device, dense_where_faster=where_faster)
     plan = builder.build(0, common_metadata([130], [20_130], [True])).s2o
     assert (plan is not None) is sparse
     name = ("s2o:sparse_requests", "") if sparse else ("s2o:dense_rows", "few_new_tokens")
