@@ -5,7 +5,7 @@ takes a fixed time a layer (a dozen launches, fitting the bases), some time for 
 history (projected keys) and little for each query. So a short turn of a long conversation, or a
 chunk that a busy scheduler cut short, is faster dense.
 
-On a CPU sparse prefill is PyTorch, dense attention is vLLM's C++: nothing measured there pays.
+On a CPU sparse prefill is PyTorch, dense attention vLLM's C++, and next to nothing pays.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,9 @@ def least_new_tokens(history: int, heads: int) -> int:
 def decision(heads: int, device: torch.device) -> Callable[[int], int]:
     """Return :func:`least_new_tokens` of a worker; on anything but a GPU ``NEVER``.
 
-    A device that was not measured is left dense, and so is a CPU: behind 2K to 30K tokens sparse
-    prefill took CPU_RATIO of dense attention's time (`python -m s2o_vllm.benchmarks.speed.cpu`).
+    A device that was not measured is left dense, and so is a CPU: behind 2K to 30K tokens 30 of 32
+    measured chunks are faster dense, the others by a fifth at most (`benchmarks/results/cpu.json`,
+    made by ``python -m s2o_vllm.benchmarks.speed.cpu``).
     """
     if device.type != "cuda":
         return lambda history: NEVER

@@ -31,6 +31,7 @@ SAID = {
     # Settings and versions; the name of a reason and its fixed meaning.
     ("metadata.py", "logger.warning(uncounted)"),
     ("metadata.py", 'logger.info("S2O on: %s (s2o-vllm %s)", words, __version__)'),
+    ("metadata.py", 'logger.info("%s", self_test.run(self.device))'),
     (
         "metrics.py",
         'logger.info("S2O: first chunk on the stock path for %s: %s", reason, meaning)',
