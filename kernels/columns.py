@@ -10,12 +10,9 @@ NUM_QUERIES = tl.constexpr(layout.NUM_QUERIES)
 HISTORY = tl.constexpr(layout.HISTORY)
 DENSE_START = tl.constexpr(layout.DENSE_START)
 LIST_LENGTH = tl.constexpr(layout.LIST_LENGTH)
-SPAN = tl.constexpr(layout.SPAN)
+SLOT = tl.constexpr(layout.SLOT)
 SEGMENT_COLUMNS = tl.constexpr(layout.SEGMENT_COLUMNS)
 
-SPAN_QUERIES = tl.constexpr(layout.SPAN_QUERIES)
-SPAN_TOKENS = tl.constexpr(layout.SPAN_TOKENS)
-SPAN_COLUMNS = tl.constexpr(layout.SPAN_COLUMNS)
 
 APPEND_ROW = tl.constexpr(layout.APPEND_ROW)
 APPEND_SLOT = tl.constexpr(layout.APPEND_SLOT)

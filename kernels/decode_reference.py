@@ -6,13 +6,18 @@ import torch
 
 from . import paging
 from .attention import reference as attention_reference
-from .attention.summary_table import Summaries
-from .decode_state import DecodeList, DecodeShape, Snapshot
-from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SPAN
+from .decode_state import (
+    DecodeList,
+    DecodeShape,
+    Snapshot,
+    empty_summaries,
+    store_summaries,
+)
+from .layout import APPEND_COUNT, APPEND_FIRST, APPEND_ROW, APPEND_SLOT, DENSE_START, SLOT
 from .ranking import basis
 from .ranking import reference as ranking_reference
 from .selection import reference as selection_reference
-from .tuning import REGION_TOKENS, TIERS_UNORDERED
+from .tuning import CLUSTERS, REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 
@@ -30,6 +35,7 @@ class DecodeReference:
         shape: DecodeShape,
         dtype: torch.dtype,
         device: torch.device,
+        clusters: int = CLUSTERS,
         region: int = REGION_TOKENS,
     ):
         leading = (shape.requests, shape.kv_heads)
@@ -42,15 +48,7 @@ class DecodeReference:
             torch.zeros(*leading, shape.head_dim, basis.RANK, device=device),
             torch.zeros(*leading, basis.RANK, device=device),
         )
-        head_dim, count = shape.head_dim, max(1, shape.max_history // region)
-        self.known = torch.zeros(shape.requests, dtype=torch.int32, device=device)
-        self.summaries = Summaries(
-            torch.zeros(*leading, count, 2 * head_dim, dtype=dtype, device=device),
-            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
-            torch.zeros(*leading, head_dim, head_dim, dtype=dtype, device=device),
-            region,
-            known=self.known,
-        )
+        self.summaries = empty_summaries(shape, dtype, device, clusters, region)
 
     def take(
         self,
@@ -69,14 +67,11 @@ class DecodeReference:
         for own, part in zip(self.basis, fitted, strict=True):
             own[slot] = part
         self.project(kv_cache, block_table[work.row], slot, 0, tokens)
-        held, count = self.summaries, tokens // self.summaries.region_tokens
+        held = self.summaries
         found = attention_reference.summarise(
-            kv_cache, block_table, work, held.means.dtype, held.region_tokens
+            kv_cache, block_table, work, held.means.dtype, held.clusters, held.region_tokens
         )
-        held.means[slot, :, :count] = found.means[:, :count]
-        held.value_covariances[slot] = found.value_covariances[number]
-        held.key_covariances[slot] = found.key_covariances[number]
-        self.known[slot] = count
+        store_summaries(held, found, slot, work.max_seen)
 
     def project(
         self, kv_cache: torch.Tensor, table_row: torch.Tensor, slot: int, first: int, count: int
@@ -142,7 +137,7 @@ def scores(
         (work.num_segments, kv_heads, work.max_history), float("-inf"), dtype=torch.float32
     )
     for number, line in enumerate(work.segments.tolist()):
-        n, slot = line[DENSE_START], line[SPAN]
+        n, slot = line[DENSE_START], line[SLOT]
         if n == 0:
             continue
         rows = paging.segment_queries(query, line, kv_heads)[:, :, 0]
@@ -180,7 +175,9 @@ def decode(
             one[APPEND_COUNT],
         )  # fmt: skip
     found = scores(query, space.projected_keys, space.basis, work)
-    lists = selection_reference.select(found, block_table, work, page, TIERS_UNORDERED)
+    lists = selection_reference.select(
+        found, block_table, work, page, TIERS_UNORDERED, summaries=space.summaries
+    )
     attention_reference.attend(
         query, kv_cache, block_table, work, lists, space.summaries, out,
         counters, scale=scale, v_scale=v_scale, softcap=softcap, sinks=sinks, queries_per_tile=1,

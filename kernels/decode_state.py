@@ -1,7 +1,7 @@
 """The work list of a decode step: one query of each of several requests, and what it may visit.
 
-Made on the host once a step, in the form of that of prefill (:mod:`work_list`); a segment's span is
-the *slot* of its request's state, the snapshot of its prompt's ranking. It stays at one address and
+Made on the host once a step, in the form of that of prefill (:mod:`work_list`); a segment has the
+*slot* of its request's state, the snapshot of its prompt's ranking. It stays at one address and
 is launched as if histories were the longest, so that one CUDA graph serves all steps of as many
 rows (ours).
 """
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from .attention.summary_table import NO_SUMMARY, REGIONS, TENSORS, Summaries
 from .layout import APPEND_COLUMNS, NO_LIMIT, SEGMENT_COLUMNS
-from .tuning import DECODE_RECENT, SNAPSHOT_QUERIES
+from .tuning import CLUSTERS, DECODE_RECENT, REGION_TOKENS, SNAPSHOT_QUERIES
 from .work_list import WorkList, list_capacity, longest_list
 
 
@@ -143,7 +144,7 @@ class DecodeTable:
         self.segments = parts[0].view(-1, SEGMENT_COLUMNS)
         self.appends = parts[1].view(-1, APPEND_COLUMNS)
         self.limits = parts[2]
-        self._none = torch.empty(0, 3, dtype=torch.int32, device=device)
+        self._none = torch.empty(0, 2, dtype=torch.int32, device=device)
 
     def fill(self, rows: Sequence[DecodeRow], segments: int) -> DecodeList:
         """Write a step's work list, without waiting for the device.
@@ -171,7 +172,6 @@ class DecodeTable:
             row=0,
             target_error=0.0,
             first_of_chunk=False,
-            span_table=self._none,
             span_length=1,
             max_seen=0,
             segments=self.segments[:segments],
@@ -181,3 +181,38 @@ class DecodeTable:
             max_queries=1,
         )
         return DecodeList(tuple(rows), work, self.appends[:segments])
+
+
+def empty_summaries(
+    shape: DecodeShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    clusters: int = CLUSTERS,
+    region: int = REGION_TOKENS,
+) -> Summaries:
+    """Return room for a slot of summaries for each request; they stand for no token yet."""
+    rows, head_dim = clusters + REGIONS, shape.head_dim
+
+    def zeros(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape.requests, shape.kv_heads, *size, dtype=dtype, device=device)
+
+    return Summaries(
+        zeros(rows, 2 * head_dim),
+        zeros(rows, dtype=torch.int32),
+        zeros(max(1, shape.max_history), dtype=torch.uint8).fill_(NO_SUMMARY),
+        torch.zeros(shape.requests, dtype=torch.int32, device=device),
+        zeros(head_dim, head_dim),
+        zeros(head_dim, head_dim),
+        clusters,
+        region,
+    )
+
+
+def store_summaries(held: Summaries, found: Summaries, slot: int, seen: int) -> None:
+    """Copy a prompt's summaries, which were made of ``seen`` tokens, into a slot."""
+    for name in TENSORS:
+        if name != "labels":
+            getattr(held, name)[slot].copy_(getattr(found, name)[0])
+    labels = held.labels[slot]
+    labels[:, :seen].copy_(found.labels[0, :, :seen])
+    labels[:, seen:].fill_(NO_SUMMARY)

@@ -14,8 +14,14 @@ import torch
 from .attention import summaries
 from .attention.attend import attend
 from .attention.split_kv import Parts, merge
-from .attention.summary_table import Summaries
-from .decode_state import DecodeList, DecodeShape, Snapshot
+from .attention.summary_table import REGIONS, Summaries
+from .decode_state import (
+    DecodeList,
+    DecodeShape,
+    Snapshot,
+    empty_summaries,
+    store_summaries,
+)
 from .ranking import basis
 from .ranking.fit_basis import find_bases, take_moments
 from .ranking.low_rank import LowRankWorkspace
@@ -25,7 +31,7 @@ from .ranking.row_lse import estimate_row_lse
 from .ranking.score import key_capacity, score_history
 from .selection.select import SelectWorkspace, select
 from .tiles import AttendTile, decode_tile
-from .tuning import CHUNK, DECODE_PARTS, REGION_TOKENS, TIERS_UNORDERED
+from .tuning import CHUNK, CLUSTERS, DECODE_PARTS, REGION_TOKENS, TIERS_UNORDERED
 from .work_list import WorkList
 
 PROBE_BLOCK = 64  # query rows that are projected at a time
@@ -47,6 +53,7 @@ def scratch(
     device: torch.device,
     projection_dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
+    summary_rows: int = CLUSTERS + REGIONS,
 ) -> DecodeScratch:
     """Return scratch for a step of ``shape.requests`` requests."""
     requests, kv_heads = shape.requests, shape.kv_heads
@@ -60,7 +67,9 @@ def scratch(
         empty(group, dtype=torch.float32),
         empty(group, dtype=torch.int32),
         empty(group, basis.WIDTH, dtype=projection),
-        SelectWorkspace(requests, kv_heads, shape.max_history, shape.slots, device, chunk),
+        SelectWorkspace(
+            requests, kv_heads, shape.max_history, shape.slots, device, chunk, summary_rows
+        ),
         Parts(
             empty(DECODE_PARTS, group, shape.head_dim, dtype=torch.float32),
             empty(DECODE_PARTS, group, dtype=torch.float32),
@@ -79,7 +88,6 @@ class RequestStates:
         probe_rows: which of them are probes: all.
         projected_probes: the projected query rows.
         summaries: of the history that the prompt's end saw.
-        known: how many regions of each slot are set.
         probe_step: 1, every row is a probe.
     """
 
@@ -92,6 +100,7 @@ class RequestStates:
         dtype: torch.dtype,
         device: torch.device,
         shared: DecodeScratch,
+        clusters: int = CLUSTERS,
         region: int = REGION_TOKENS,
     ):
         slots, kv_heads, width = shape.requests, shape.kv_heads, basis.WIDTH
@@ -109,33 +118,24 @@ class RequestStates:
         )
         self.distances, self.probe_rows, self.projected_probes = shared[:3]
         self.selection, self.parts = shared.selection, shared.parts
-        head_dim = shape.head_dim
-        self.known = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.summaries = Summaries(
-            zeros(max(1, shape.max_history // region), 2 * head_dim, dtype=dtype),
-            zeros(head_dim, head_dim, dtype=dtype),
-            zeros(head_dim, head_dim, dtype=dtype),
-            region,
-            known=self.known,
-        )
+        self.summaries = empty_summaries(shape, dtype, device, clusters, region)
 
-    def store(self, snapshot: Snapshot, ranked: LowRankWorkspace, summaries: Summaries) -> None:
+    def store(
+        self, snapshot: Snapshot, ranked: LowRankWorkspace, summaries: Summaries, seen: int
+    ) -> None:
         """Copy bases, projected keys and summaries of a prompt's end into a slot.
 
         Args:
             snapshot: which span, and its slot.
             ranked: bases and projected keys, as :func:`project.project_keys` left them.
             summaries: as :func:`summaries.summarise` left them.
+            seen: tokens that these were made of.
         """
-        slot, span, tokens, _ = snapshot
+        slot, _, tokens, _ = snapshot
         self.projected_keys[slot, :, :tokens].copy_(ranked.projected_keys[:, :tokens])
         for name in ("a", "b", "offset"):
             getattr(self.basis, name)[slot].copy_(getattr(ranked.basis, name))
-        own, count = self.summaries, tokens // summaries.region_tokens
-        own.means[slot, :, :count].copy_(summaries.means[:, :count])
-        own.value_covariances[slot].copy_(summaries.value_covariances[span])
-        own.key_covariances[slot].copy_(summaries.key_covariances[span])
-        self.known[slot : slot + 1].fill_(count)
+        store_summaries(self.summaries, summaries, slot, seen)
 
 
 def decode(
@@ -180,7 +180,10 @@ def decode(
         work, selection.scores, selection.bounds, space, group,
         chunk=selection.chunk, shared=False,
     )  # fmt: skip
-    select(block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True)
+    select(
+        block_table, work, kv_cache.shape[2], selection, TIERS_UNORDERED, split=True,
+        summaries=space.summaries,
+    )  # fmt: skip
     attend(
         query, kv_cache, block_table, work, selection.lists(work), space.summaries, out, counters,
         scale=scale, v_scale=v_scale, softcap=softcap, sinks=sinks, parts=parts,
@@ -230,7 +233,7 @@ class DecodeKernels:
         find_bases(ranked.basis, scale=scale)
         project_keys(kv_cache, block_table, work.row, span.tokens, ranked)
         summaries.summarise(kv_cache, block_table, work, means)
-        self.states.store(snapshot, ranked, means)
+        self.states.store(snapshot, ranked, means, work.max_seen)
 
     def attend(
         self,

@@ -11,14 +11,8 @@ NUM_QUERIES = 2
 HISTORY = 3  # tokens of the sequence before the segment
 DENSE_START = 4  # position where the dense pass begins; the tokens before it are ranked
 LIST_LENGTH = 5  # tokens to select, averaged over the heads that share a budget
-SPAN = 6  # row of the span table; in decode the request's slot
+SLOT = 6  # of the request's state; 0 in prefill
 SEGMENT_COLUMNS = 7
-
-# The span table, a row per span of queries that share covariances.
-SPAN_FIRST = 0  # first query in the step's packed queries
-SPAN_QUERIES = 1
-SPAN_TOKENS = 2  # tokens that the last query sees; 0 if no segment is ranked
-SPAN_COLUMNS = 3
 
 # The append table of decode, a row per query: keys that a request's slot lacks.
 APPEND_ROW = 0  # row of the block table

@@ -178,7 +178,7 @@ class SparsePrefill:
         )  # fmt: skip
         select.select(
             block_table, work, kv_cache.shape[2], space.selection, self.tiers,
-            shared=self.shape.limits.shared,
+            shared=self.shape.limits.shared, summaries=space.summaries,
         )  # fmt: skip
 
     def refer(
@@ -196,13 +196,13 @@ class SparsePrefill:
         """Rank, select and attend in plain PyTorch; arguments are those of a call."""
         scale = self.scale * k_scale
         scores = self.reference(query, kv_cache, block_table, work, scale=scale)
+        summaries = attention_reference.summarise(kv_cache, block_table, work, query.dtype)
         lists = selection_reference.select(
             scores, block_table, work, kv_cache.shape[2], self.tiers,
-            shared=self.shape.limits.shared,
+            shared=self.shape.limits.shared, summaries=summaries,
         )  # fmt: skip
         attention_reference.attend(
-            query, kv_cache, block_table, work, lists,
-            attention_reference.summarise(kv_cache, block_table, work, query.dtype), out, counters,
+            query, kv_cache, block_table, work, lists, summaries, out, counters,
             scale=scale, v_scale=v_scale, softcap=self.softcap, stop_threshold=self.stop_threshold,
             sinks=self.sinks,
             queries_per_tile=max(1, 128 * self.shape.kv_heads // self.shape.heads),

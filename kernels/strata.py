@@ -6,9 +6,6 @@ import triton.language as tl
 from . import sampling
 
 FACTOR = tl.constexpr(sampling.FACTOR)
-NOISE_TOKENS = tl.constexpr(sampling.NOISE_TOKENS)
-NOISE_STEP = tl.constexpr(sampling.NOISE_STEP)
-NOISE_QUERIES = tl.constexpr(sampling.NOISE_QUERIES)
 
 
 @triton.jit
@@ -18,13 +15,6 @@ def mixed(number):
     h ^= h >> 15
     h *= FACTOR
     return h ^ (h >> 13)
-
-
-@triton.jit
-def noise_phase(history):
-    """Return where in the priorities' noise a segment begins; see :func:`sampling.noise_phase`."""
-    block = mixed(history // NOISE_QUERIES)
-    return (block % (NOISE_TOKENS // NOISE_STEP) * NOISE_STEP).to(tl.int32)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ class PrefillRow(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A run of a request's queries that share covariances; decode fits a basis to one.
+    """A run of a request's queries; decode fits its basis to one.
 
     Attributes:
         first: the first one in the step's packed queries.
@@ -49,11 +49,6 @@ class Span(NamedTuple):
     first: int
     queries: int
     tokens: int
-
-
-def chunk_end(tokens: int, span: int = SPAN_LENGTH) -> int:
-    """Return where the whole chunk ends that ``tokens`` reach into, of spans of this length."""
-    return -(-tokens // (CHUNK_SPANS * span)) * CHUNK_SPANS * span
 
 
 class Limits(NamedTuple):
@@ -82,7 +77,6 @@ class WorkList:
         row: the request's row in the block table.
         target_error: as of the request's :class:`PrefillRow`.
         first_of_chunk: whether this is the chunk's first list.
-        span_table: int32 ``[spans, SPAN_COLUMNS]`` on the device: the chunk's spans.
         span_length: tokens at whose multiples in the sequence spans are cut.
         max_seen: most tokens that a query of the chunk sees, if any of it is ranked.
         segments: int32 ``[num_segments, SEGMENT_COLUMNS]`` on the device. The longest history comes
@@ -94,13 +88,12 @@ class WorkList:
         max_queries: most queries of any segment.
         dense_segments: segments that visit all of their history; these are the last ones.
         max_dense: longest history of these.
-        spans: ``span_table`` on the host.
+        spans: the chunk's.
     """
 
     row: int
     target_error: float
     first_of_chunk: bool
-    span_table: torch.Tensor
     span_length: int
     max_seen: int
     segments: torch.Tensor
@@ -123,17 +116,9 @@ class WorkList:
         queries = sum(span.queries for span in self.spans)
         return Span(self.spans[0].first, queries, self.max_seen)
 
-    @property
-    def whole_chunk(self) -> int:
-        """Tokens up to the end of the chunk if it were whole.
-
-        How a history is sampled depends on this, and not on how a prompt is cut.
-        """
-        return chunk_end(self.max_seen, self.span_length)
-
 
 def cut_segments(row: PrefillRow, length: int, min_context: int) -> list[tuple[int, ...]]:
-    """Cut one request's chunk into segments: lines of the work table without their span.
+    """Cut one request's chunk into segments: lines of the work table without their slot.
 
     Cuts lie at multiples of ``length`` in the *sequence*, not in the chunk, so that a request meets
     the same segments however its prompt is chunked (ours). A segment with less than ``min_context``
@@ -160,9 +145,9 @@ def cut_segments(row: PrefillRow, length: int, min_context: int) -> list[tuple[i
     return lines
 
 
-def span_queries(segment: int) -> int:
-    """Return the queries of a span: whole segments, one at least."""
-    return segment * max(1, SPAN_LENGTH // segment)
+def span_queries(segment: int, most: int = SPAN_LENGTH) -> int:
+    """Return the queries of a span: whole segments, one at least, ``most`` queries otherwise."""
+    return segment * max(1, most // segment)
 
 
 def list_capacity(length: int) -> int:
@@ -182,6 +167,7 @@ def build_work_lists(
     min_context: int,
     device: torch.device,
     limits: Limits,
+    span_length: int = SPAN_LENGTH,
 ) -> list[WorkList]:
     """Build the work lists of a step.
 
@@ -193,6 +179,7 @@ def build_work_lists(
         min_context: segments with less history are dense.
         device: where the kernels run.
         limits: of one list; more segments make further lists.
+        span_length: most queries of a span, of which a chunk has ``CHUNK_SPANS``.
 
     Returns:
         The lists of each request, one after the other; in a chunk the longest history first.
@@ -202,20 +189,20 @@ def build_work_lists(
     """
     if segment <= 0 or limits.segments <= 0:
         raise ValueError(f"segment {segment} and limit {limits.segments} must be positive")
-    span = span_queries(segment)
+    span = span_queries(segment, span_length)
     lists: list[WorkList] = []
     for row in rows:
         lines = cut_segments(row, segment, min_context)
         for _, chunk in groupby(lines, lambda line: line[HISTORY] // (CHUNK_SPANS * span)):
             parts = [list(part) for _, part in groupby(chunk, lambda line: line[HISTORY] // span)]
-            lists += chunk_lists(row, parts, segment, device, limits)
+            lists += chunk_lists(row, parts, span, device, limits)
     return lists
 
 
 def chunk_lists(
     row: PrefillRow,
     parts: Sequence[Sequence[tuple[int, ...]]],
-    segment: int,
+    span_length: int,
     device: torch.device,
     limits: Limits,
 ) -> list[WorkList]:
@@ -224,8 +211,7 @@ def chunk_lists(
         Span(part[0][QUERY_START], sum(line[NUM_QUERIES] for line in part), seen(part[-1]))
         for part in parts
     ]
-    table = to_device(spans, device)
-    ordered = [(*line, span) for span, part in enumerate(parts) for line in part][::-1]
+    ordered = [(*line, 0) for part in parts for line in part][::-1]
     lists: list[WorkList] = []
     while ordered:
         room = max(1, limits.slots // list_capacity(longest_list(ordered[0], limits.shared)))
@@ -237,8 +223,7 @@ def chunk_lists(
                 row=row.row,
                 target_error=row.target_error,
                 first_of_chunk=not lists,
-                span_table=table,
-                span_length=span_queries(segment),
+                span_length=span_length,
                 max_seen=max(tokens for *_, tokens in spans),
                 segments=to_device(lines, device),
                 groups=to_device(ranked_together(len(lines)), device),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.attention.reference import region_mass
+from s2o_vllm.kernels.attention.reference import summary_mass
 from s2o_vllm.kernels.tuning import STOP_STEP_TOKENS
 
 from .attention import Partial, Segment, attend, merge
@@ -56,7 +56,7 @@ def measure(segment: Segment, selection: Selection) -> Errors:
             mean = selection.summaries[u]
             counts = mean.count
             if mean.key_covariance is not None:
-                counts = counts * region_mass(q[rows], mean.key_covariance, segment.scale)[:, None]
+                counts = counts * summary_mass(q[rows], mean.key_covariance, segment.scale)[:, None]
             summarised = attend(q[rows], mean.k, mean.v, segment.scale, counts.log())
             if mean.value_covariance is not None:
                 summarised = summarised._replace(

@@ -11,11 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from s2o_vllm.kernels.attention.reference import covariance, covariance_positions, region_positions
-from s2o_vllm.kernels.attention.summary_table import covariance_part, region_samples
-from s2o_vllm.kernels.selection.reference import list_lengths
-from s2o_vllm.kernels.tuning import COVARIANCE_WEIGHT, HEADS_SHARED, REGION_TOKENS, SPAN_LENGTH
-from s2o_vllm.kernels.work_list import chunk_end
+from s2o_vllm.kernels.attention.reference import cluster
+from s2o_vllm.kernels.attention.summary_table import history_before_chunk
+from s2o_vllm.kernels.selection.reference import left_out, list_lengths
+from s2o_vllm.kernels.tuning import HEADS_SHARED, SPAN_LENGTH
 
 from .attention import Segment
 from .units import Rows
@@ -25,7 +24,7 @@ TIER_BOUNDS = (2, 4, 8)  # skipped tokens are cut into tiers at these multiples 
 
 @dataclass
 class Summaries:
-    """Summaries of skipped tokens (FlashPrefill V2's mean term; tiers and regions are ours).
+    """Summaries of skipped tokens (FlashPrefill V2's mean term; tiers and clusters are ours).
 
     Attributes:
         k: mean keys [P, D].
@@ -168,8 +167,8 @@ RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mass": counts_mass,
 }
 HEADS = "heads"  # `counts_heads`, for lists of a KV head
-REGIONS = "regions"  # as the kernels do: means of whole regions, of all their tokens
-CORRECTIONS = ("none", "tiers", "blocks", REGIONS)
+CLUSTERS = "clusters"  # as the kernels do, see `kernels.attention.summaries`
+CORRECTIONS = ("none", "tiers", "blocks", CLUSTERS)
 
 
 class Selector:
@@ -208,8 +207,8 @@ class Selector:
     def _summaries(self, unit: int, count: int) -> Summaries:
         """Return the mean terms of what a unit skips."""
         history, kv = self.segment.history, int(self.ranking.rows.kv[unit])
-        if self.correction == REGIONS:
-            return self._regions(kv, 1 - count / history)
+        if self.correction == CLUSTERS:
+            return self._clusters(kv, self.ranking.tokens(unit, self.order[unit, :count], history))
         skipped = self.order[unit, count:]
         if self.correction == "blocks":
             tiers = list(skipped.split(1))
@@ -227,21 +226,15 @@ class Selector:
             torch.tensor([float(len(p)) for p in positions]),
         )
 
-    def _regions(self, kv: int, skipped: float) -> Summaries:
-        """Return the regions of a history of which this share is skipped."""
-        history = self.segment.history
-        samples = region_samples(chunk_end(history + 1))
-        positions = region_positions(history, samples, self.segment.k.device)
-        count = torch.full((len(positions),), REGION_TOKENS * skipped)
-        k, v = (x[kv][positions].mean(1) for x in (self.segment.k, self.segment.v))
-        covariances = self.segment.memo(("covariances", kv), lambda: self._covariances(kv))
+    def _clusters(self, kv: int, tokens: Tensor) -> Summaries:
+        """Return the clusters and regions of a history of which these tokens are visited."""
+        segment, history = self.segment, self.segment.history
+        start = history_before_chunk(history + 1, SPAN_LENGTH)
+        found = segment.memo(
+            ("clusters",),
+            lambda: cluster(segment.k.float(), segment.v.float(), start, torch.float32),
+        )
+        k, v = found.means[0, kv].chunk(2, -1)
+        count = left_out(tokens, found, kv, history).exp2()
+        covariances = found.value_covariances[0, kv], found.key_covariances[0, kv]
         return Summaries(k, v, count, *covariances)
-
-    def _covariances(self, kv: int) -> tuple[Tensor, Tensor]:
-        """Return the value-key and the key covariance that a segment has of its history."""
-        history = self.segment.history
-        known, span = history // SPAN_LENGTH * SPAN_LENGTH, covariance_part(chunk_end(history + 1))
-        positions = covariance_positions(known, span, self.segment.k.device)
-        keys, values = (x[kv][positions][None] for x in (self.segment.k, self.segment.v))
-        of_values, of_keys = (covariance(keys, x, len(positions))[0] for x in (values, keys))
-        return COVARIANCE_WEIGHT * of_values, of_keys

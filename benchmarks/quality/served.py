@@ -11,7 +11,7 @@ from s2o_vllm.kernels.tuning import CHUNK_SPANS, SPAN_LENGTH
 
 from .attention import Segment
 from .ranking import Method
-from .selection import HEADS, REGIONS, Ranking
+from .selection import CLUSTERS, HEADS, Ranking
 from .units import Unit
 
 
@@ -24,12 +24,12 @@ class Served(Method):
     Retrieval heads are found by the last lists of the segment and ranked again, see
     `kernels.ranking.retrieval`. The
     heads of a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised
-    by regions.
+    by clusters of like keys, and regions of the chunk.
     """
 
     unit: str = "64xkv"
     rule: str = HEADS
-    correction: str = REGIONS
+    correction: str = CLUSTERS
 
     name: ClassVar[str] = "served"
 

@@ -72,7 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.0125], metavar="B")
     add("--min-budget-tokens", type=int, default=1024, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
-    add("--summaries", nargs="+", choices=("regions", "clusters"), default=["regions"])
     add("--device", help="default: cuda if there is one")
     add("--out", type=Path, default=Path("benchmarks/results/quality_answers.json"))
     return parser
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(
             f"{row['task']} {row['context']} {row['question']:>5} {row['lists']:>6}"
-            f" {row['ranking']} {row['summaries']} budget "
+            f" {row['ranking']} budget "
             f"{row['budget']:<6} {row['value']:+.3f} nats [{row['low']:+.3f}, {row['high']:+.3f}], "
             f"hit {row['hit']:.3f} of {row['dense_hit']:.3f} ({row['samples']} prompts)"
         )

@@ -26,20 +26,17 @@ from s2o_vllm.kernels.layout import (
     VISITED,
 )
 from s2o_vllm.kernels.prefill import SparsePrefill
-from s2o_vllm.kernels.selection.reference import select
-from s2o_vllm.kernels.selection.selected import SelectedTokens
 from s2o_vllm.kernels.shape import Shape
-from s2o_vllm.kernels.work_list import PrefillRow, WorkList, build_work_lists
+from s2o_vllm.kernels.work_list import PrefillRow, build_work_lists
 
 from ..quality.far_tokens import DENSE_END, find
 from ..quality.intervals import mean_clustered
 from ..quality.windows import library_code, read_text
 from ..result_file import header, save
-from . import clusters, tuned
+from . import tuned
 from .exact_lists import choose_exactly
 
 PAGE = 16  # tokens of a block of the cache that prompts are laid out in
-SUMMARIES = ("regions", "clusters")
 ATTENTION = "s2o_in_process"  # its name in transformers
 
 
@@ -52,7 +49,6 @@ class Setting(NamedTuple):
         budget: the sparsity budget.
         min_tokens: history tokens that a query may visit however small the budget is.
         chunk: tokens of a prefill chunk.
-        summaries: `regions`, as served, or `clusters`; see :mod:`clusters`.
     """
 
     lists: str
@@ -60,7 +56,6 @@ class Setting(NamedTuple):
     budget: float
     min_tokens: int
     chunk: int
-    summaries: str = "regions"
 
 
 class Attention:
@@ -91,19 +86,6 @@ class Attention:
             if self.setting.lists == "exact":
                 choose_exactly(self.operator)
         return self.operator
-
-    def lists(
-        self, operator: SparsePrefill, query: Tensor, cache: Tensor, table: Tensor, work: WorkList
-    ) -> SelectedTokens:
-        """Return the lists that a call of the operator has just made; on a CPU makes them again.
-
-        Arguments are those of the call, shapes included.
-        """
-        if operator.space is not None:
-            return operator.space.selection.lists(work)
-        scores = operator.reference(query, cache, table, work, scale=operator.scale)
-        shared = operator.shape.limits.shared
-        return select(scores, table, work, PAGE, operator.tiers, shared=shared)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any
@@ -142,10 +124,6 @@ class Attention:
             own = out[start : start + setting.chunk]
             for work in build_work_lists([row], operator.shape.segment, 0, key.device, limits):
                 operator(part, cache, table, work, own, self.counters)
-                if setting.summaries == "clusters" and work.max_list > 0:
-                    lists = self.lists(operator, part, cache, table, work)
-                    groups = clusters.cluster(key[:, :start].float(), value[:, :start].float())
-                    clusters.attend(part, key, value, work, lists, groups, own, scale=scale)
         return out
 
 
@@ -256,7 +234,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=float, default=[0.0125], metavar="B")
     add("--min-budget-tokens", type=int, default=1024, metavar="TOKENS")
     add("--chunk", type=int, default=8192, metavar="TOKENS")
-    add("--summaries", nargs="+", choices=SUMMARIES, default=["regions"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("benchmarks/results/quality_exact_lists.json"))
     return parser
@@ -265,16 +242,14 @@ def build_parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Return the settings to compare; exact lists need no ranking but its segment."""
     served = [
-        Setting("served", ranking, budget, args.min_budget_tokens, args.chunk, summaries)
+        Setting("served", ranking, budget, args.min_budget_tokens, args.chunk)
         for ranking in args.rankings
         for budget in args.budgets
-        for summaries in args.summaries
         if "served" in args.lists
     ]
     exact = [
-        Setting("exact", args.rankings[0], budget, args.min_budget_tokens, args.chunk, summaries)
+        Setting("exact", args.rankings[0], budget, args.min_budget_tokens, args.chunk)
         for budget in args.budgets
-        for summaries in args.summaries
         if "exact" in args.lists
     ]
     return served + exact
@@ -303,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"model": args.model.name, "source": text.name, "context": args.context} | row)
         save(args.out, header(), rows)  # each as it comes: exact lists take longer than others
         print(
-            f"{row['lists']:>6} {row['ranking']:13} {row['summaries']} budget {row['budget']:<6} "
+            f"{row['lists']:>6} {row['ranking']:13} budget {row['budget']:<6} "
             f"{row['value']:+.4f} nats [{row['low']:+.4f}, {row['high']:+.4f}] "
             f"({row['samples']} tokens), density {row['density']:.4f}"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from s2o_vllm.kernels.selection.reference import segment_noise, select_positions
+from s2o_vllm.kernels.selection.reference import select_positions
 from s2o_vllm.kernels.tuning import TIERS_UNORDERED
 
 from ..quality.attention import Segment
@@ -33,10 +33,9 @@ def judge(segment: Segment, method: Method, budgets: Sequence[float]) -> list[Ro
     rows: list[Row] = []
     for budget in budgets:
         count = max(1, int(budget * segment.history))
-        noise = segment_noise(segment.history, segment.history, scores.device)
         for step in STEPS:
             tokens = [
-                select_positions(one, noise, count, segment.history, TIERS_UNORDERED, step)[0]
+                select_positions(one, count, segment.history, TIERS_UNORDERED, step)
                 if step
                 else one.topk(count).indices
                 for one in scores

@@ -1,9 +1,7 @@
 """Run a research command with other measured constants than those of ``kernels/tuning.py``.
 
-``python -m s2o_vllm.benchmarks.research.tuned SAMPLE_SHARE=0.35 in_process MODEL`` sets them before
+``python -m s2o_vllm.benchmarks.research.tuned CLUSTERS=248 in_process MODEL`` sets them before
 a kernel is imported, which takes them as they are then. Rows of results say what was ``tuned``.
-Without summaries of regions, the sample stands for all that is skipped:
-``SAMPLE_SHARE=1 REGION_WEIGHT=1e-30 REGION_WEIGHT_LIMIT=1e-30 COVARIANCE_WEIGHT=0``.
 """
 
 import importlib

@@ -3,12 +3,9 @@
 Pass 1 is dense and causal over the segment itself and starts the online softmax from a stable state
 (S2O, section on the two passes). Pass 2 walks a list of physical slots from most to least important
 and may stop on measured softmax mass. The list is a page table of one-token pages: keys and values
-are never copied or moved. A token weighs as many as it stands for: see :mod:`selection.select`.
-Epilogues attend to summaries, for the other share of the skipped tokens, and estimate for some
-segments how much softmax mass was dropped (ours).
+are never copied or moved. Epilogues attend to summaries of the skipped tokens, and estimate for
+some segments how much softmax mass was dropped (ours).
 """
-
-import math
 
 import torch
 import triton
@@ -27,7 +24,7 @@ from ..columns import (
     ROW,
     SAMPLED,
     SEGMENT_COLUMNS,
-    SPAN,
+    SLOT,
     STOPPED,
     TILES,
     VISITED,
@@ -40,12 +37,11 @@ from ..work_list import WorkList
 from .dropped_mass import dropped_mass
 from .split_kv import Parts
 from .summary_pass import add_regression, log_mass_correction, summary_pass
-from .summary_table import Summaries
+from .summary_table import Summaries, slot_stride
 from .tile_ops import cast, gather_attend, load_rows, online_softmax, scores, soft_cap
 
 EVERY = tl.constexpr(tuning.ESTIMATE_EVERY)
 SAMPLES = tl.constexpr(tuning.ESTIMATE_TOKENS)
-LOG_OTHER_SHARE = tl.constexpr(math.log2(max(1 - tuning.SAMPLE_SHARE, 1e-9)))
 
 
 @triton.jit(do_not_specialize=["first_segment"])
@@ -55,7 +51,7 @@ def _attend_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     LIST_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STOP_STEP: tl.constexpr,
     DENSE: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE_STEP: tl.constexpr, PARTS: tl.constexpr,
-    REGION: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    SUMMARIES: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output = softmax(own | selected | summary | sink scores) (own | ... values | 0).
@@ -68,8 +64,8 @@ def _attend_kernel(
     p_q, p_q_e4m3, p_sinks, stride_q_token, stride_q_head = queries
     p_kv, stride_block, stride_head, stride_token = cache
     p_out, p_lse, stride_o_token, stride_o_head = output
-    p_slots, p_weights, p_lengths, p_samples, stride_slots_segment, stride_slots_head = selected
-    p_means, p_value_cov, p_key_cov, p_known, stride_means_span, stride_means_head = summaries
+    p_slots, p_lengths, p_samples, p_left, stride_slots_segment, stride_slots_head = selected
+    p_means, p_value_cov, p_key_cov, stride_means, stride_covariances = summaries
     # Neighbours in the grid are segments of one head: their lists overlap, and meet in L2.
     i_tile, i_head = tl.program_id(0), tl.program_id(2)
     i_segment = (first_segment + tl.program_id(1)).to(tl.int64)
@@ -88,7 +84,7 @@ def _attend_kernel(
         count = tl.load(p_lengths + i_segment * kv_heads + i_head)
         o_list = i_segment * stride_slots_segment + i_head * stride_slots_head
     first = i_tile * QUERIES
-    listed = count
+    rows = tl.where(count < dense_start, SUMMARIES, 0)
     i_part = 0
     if PARTS:
         i_part = i_tile
@@ -96,6 +92,7 @@ def _attend_kernel(
         share = tl.cdiv(count, PARTS * BLOCK_N) * BLOCK_N
         o_list += i_part * share
         count = tl.minimum(tl.maximum(count - i_part * share, 0), share)
+        rows = tl.where(i_part == 0, rows, 0)
     if first >= num_queries:
         return
 
@@ -105,12 +102,8 @@ def _attend_kernel(
     tail = count % BLOCK_N
     o_n = tl.arange(0, BLOCK_N)
     p_list = p_slots + o_list
-    p_list_weights = p_weights
-    if p_weights is not None:
-        p_list_weights += o_list
-    slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
-    o_tail = full * BLOCK_N + o_n
-    tail_slot = tl.load(p_list + o_tail, o_n < tail, 0)
+    list_slot = tl.load(p_list + o_n, o_n < full * BLOCK_N, 0)
+    tail_slot = tl.load(p_list + full * BLOCK_N + o_n, o_n < tail, 0)
 
     o_row = tl.arange(0, BLOCK_M)
     o_query = first + o_row // GROUP
@@ -129,8 +122,9 @@ def _attend_kernel(
 
     # Before anything is visited: registers are free here.
     correction = tl.zeros([BLOCK_M], tl.float32)
-    if (dense_start >= REGION) & (i_part == 0) & (not DENSE):
-        p_key_cov += (tl.load(p_segment + SPAN) * kv_heads + i_head).to(tl.int64) * (D * D)
+    if SUMMARIES > 0 and rows > 0:
+        p_key_cov += tl.load(p_segment + SLOT).to(tl.int64) * stride_covariances
+        p_key_cov += i_head.to(tl.int64) * (D * D)
         correction = log_mass_correction(
             q, p_q, o_q, m_row, p_key_cov, o_d, scale, D, D_PAD, KEY_BLOCK, PRECISION
         )
@@ -177,10 +171,10 @@ def _attend_kernel(
     if FROZEN and full > 0:
         ahead = tl.load(p_list + tl.minimum(1, full - 1) * BLOCK_N + o_n)
         m, mass, acc = gather_attend(
-            q, q_k, p_k, p_v, slot, p_list_weights, o_n, m, mass, acc, o_d, scale, softcap,
+            q, q_k, p_k, p_v, list_slot, m, mass, acc, o_d, scale, softcap,
             stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, False,
         )  # fmt: skip
-        slot = ahead
+        list_slot = ahead
         seen = 1
         mass_before *= tl.exp2(m_before - m)
         m_before = m
@@ -190,11 +184,10 @@ def _attend_kernel(
             for tile in range(seen, stop):
                 ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
                 m, mass, acc = gather_attend(
-                    q, q_k, p_k, p_v, slot, p_list_weights, tile * BLOCK_N + o_n,
-                    m, mass, acc, o_d, scale, softcap,
+                    q, q_k, p_k, p_v, list_slot, m, mass, acc, o_d, scale, softcap,
                     stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, FROZEN,
                 )  # fmt: skip
-                slot = ahead
+                list_slot = ahead
             seen = stop
             # The largest relative gain of any row decides: no row is cut while it gains.
             if not FROZEN:
@@ -211,27 +204,19 @@ def _attend_kernel(
         for tile in range(seen, full):
             ahead = tl.load(p_list + tl.minimum(tile + 1, full - 1) * BLOCK_N + o_n)
             m, mass, acc = gather_attend(
-                q, q_k, p_k, p_v, slot, p_list_weights, tile * BLOCK_N + o_n,
-                m, mass, acc, o_d, scale, softcap,
+                q, q_k, p_k, p_v, list_slot, m, mass, acc, o_d, scale, softcap,
                 stride_block, stride_token, LIST_PAGE, D, D_PAD, SOFTCAP, PRECISION, FROZEN,
             )  # fmt: skip
-            slot = ahead
+            list_slot = ahead
         seen = full
     visited = seen * BLOCK_N + tail
 
-    span = tl.load(p_segment + SPAN).to(tl.int64)
-    p_means += span * stride_means_span + i_head.to(tl.int64) * stride_means_head
-    if not PARTS:
-        listed = visited
-    missing = tl.maximum(1.0 - listed / tl.maximum(dense_start, 1), 0.0)
-    regions = tl.where((listed < dense_start) & (i_part == 0), dense_start // REGION, 0)
-    if PARTS:
-        regions = tl.minimum(regions, tl.load(p_known + span))
-    correction += tl.log2(REGION * missing)
-    if p_weights is not None:
-        correction += LOG_OTHER_SHARE
+    slot = tl.load(p_segment + SLOT).to(tl.int64)
+    p_means += slot * stride_means + i_head.to(tl.int64) * (SUMMARIES * 2 * D)
+    if p_left is not None:
+        p_left += (i_segment * kv_heads + i_head) * SUMMARIES
     m, mass, tokens, acc = summary_pass(
-        q, p_k, p_means, tail_slot, p_list_weights, o_tail, tail, regions, correction, m, mass, acc,
+        q, p_k, p_means, p_left, tail_slot, tail, rows, correction, m, mass, acc,
         o_n, o_d, scale, softcap, stride_block, stride_token, LIST_PAGE, D, D_PAD, BLOCK_N, SOFTCAP,
         PRECISION,
     )  # fmt: skip
@@ -239,9 +224,9 @@ def _attend_kernel(
     if PARTS:
         mass = tl.maximum(mass, 1e-37)  # of a part without tokens
     unit = 1.0 / mass
-    if regions > 0:
-        p_value_cov += (span * kv_heads + i_head) * (D * D)
-        # The regression weight of a row: its share of mass on regions times the natural scale. It
+    if SUMMARIES > 0 and rows > 0:
+        p_value_cov += slot * stride_covariances + i_head.to(tl.int64) * (D * D)
+        # The regression weight of a row: its share of mass on summaries times the natural scale. It
         # divides the other summand, so that queries are multiplied as they are at hand.
         weight = tl.maximum((1.0 - tokens * unit) * (scale * LN2), 1e-20)
         acc *= (unit / weight)[:, None]
@@ -322,9 +307,8 @@ def attend(
         block_table: int32 ``[rows, max_blocks]``.
         work: the segments.
         selected: the tokens that the segments visit of their histories.
-        summaries: of the request's whole regions, at least of those in any history here, and the
-            covariances of its spans. They stand for the tokens that a segment does not visit; they
-            take the soft cap for linear.
+        summaries: of the segments' histories. They stand for the tokens that a list leaves out,
+            if ``selected`` says how many, and take the soft cap for linear.
         out: ``[tokens, heads, head_dim]``; only the rows of the segments are written.
         counters: int64 ``[NUM_COUNTERS]``, added to; see :mod:`layout`.
         scale: softmax scale, times what one unit of the cache's keys stands for.
@@ -351,7 +335,7 @@ def attend(
     contiguous = kv_cache.stride(0) == page * kv_cache.stride(2)
     shares = 0 if parts is None else parts.lse.shape[2]
     pad = triton.next_power_of_2(head_dim)
-    known = summaries.known
+    left, means, covariances = selected.left, summaries.means, summaries.value_covariances
     ranked = work.num_segments - work.dense_segments
     for first, count in ((0, ranked), (ranked, work.dense_segments)):
         if count == 0:
@@ -366,17 +350,18 @@ def attend(
             (query, query_e4m3, sinks, query.stride(0), query.stride(1)),
             (kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)),
             (*((out, None) if parts is None else parts), out.stride(0), out.stride(1)),
-            (slots, None if dense else selected.weights, selected.lengths, selected.samples,
+            (slots, selected.lengths, selected.samples, None if dense else left,
              selected.slots.stride(0), selected.slots.stride(1)),
-            (summaries.means, summaries.value_covariances, summaries.key_covariances, known,
-             0 if known is None else summaries.means.stride(0), summaries.means.stride(-3)),
+            (means, covariances, summaries.key_covariances, slot_stride(means),
+             slot_stride(covariances)),
             work.segments, block_table, block_table.stride(0), counters,
             first, scale * LOG2E, v_scale, softcap * LOG2E, stop_threshold,
             GROUP=group, D=head_dim, D_PAD=pad, PAGE=page, LIST_PAGE=0 if contiguous else page,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             STOP_STEP=max(2, stop_step // tile.block_n) if stops else 0,
             DENSE=dense, SOFTCAP=softcap > 0, SAMPLE_STEP=ESTIMATE_STEP, PARTS=shares,
-            REGION=summaries.region_tokens, KEY_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
+            SUMMARIES=0 if dense or left is None else left.shape[2],
+            KEY_BLOCK=min(pad, 64 if query_e4m3 is None else 32),
             VALUE_BLOCK=pad if pad <= 128 else 8192 // pad, PRECISION=input_precision(query.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
         )  # fmt: skip

@@ -14,25 +14,28 @@ from ..layout import (
     QUERY_START,
     ROW,
     SAMPLED,
-    SPAN,
+    SLOT,
 )
 from ..paging import load_tokens, physical_slots, segment_queries
+from ..sampling import mixed, stratified
 from ..selection.reference import sample_positions
 from ..selection.selected import SelectedTokens
 from ..tuning import (
-    COVARIANCE_GROUP,
+    CACHED_TOKENS,
+    CLUSTER_PASSES,
+    CLUSTER_SAMPLES,
+    CLUSTERS,
+    COVARIANCE_PARTS,
     COVARIANCE_SAMPLES,
     COVARIANCE_WEIGHT,
     ESTIMATE_EVERY,
     REGION_TOKENS,
-    REGION_VARIANCE,
-    REGION_WEIGHT,
-    REGION_WEIGHT_LIMIT,
-    SAMPLE_SHARE,
     STOP_STEP_TOKENS,
+    SUMMARY_VARIANCE,
+    SUMMARY_WEIGHT_LIMIT,
 )
 from ..work_list import WorkList
-from .summary_table import Summaries, covariance_part, region_samples
+from .summary_table import NO_SUMMARY, REGIONS, Summaries, history_before_chunk
 
 
 def summarise(
@@ -40,79 +43,118 @@ def summarise(
     block_table: torch.Tensor,
     work: WorkList,
     dtype: torch.dtype,
+    clusters: int = CLUSTERS,
     region: int = REGION_TOKENS,
 ) -> Summaries:
     """Summarise a request's history in ``dtype``; see :func:`summaries.summarise`."""
-    page, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
-    samples = region_samples(work.whole_chunk, region)
-    positions = region_positions(work.max_seen, samples, kv_cache.device, region)
-    tokens = torch.cat(
-        load_tokens(
-            kv_cache, physical_slots(positions.flatten(), block_table[work.row], page), head_dim
-        ),
-        -1,
+    seen = work.max_seen
+    slots = physical_slots(
+        torch.arange(seen, device=kv_cache.device), block_table[work.row], kv_cache.shape[2]
     )
-    means = tokens.unflatten(1, positions.shape).mean(2)
-    span = covariance_part(work.whole_chunk, region)
-    sampled = covariance_positions(work.max_seen, span, kv_cache.device, region)
-    slots = physical_slots(sampled.flatten(), block_table[work.row], page)
-    keys, values = (x.unflatten(1, sampled.shape) for x in load_tokens(kv_cache, slots, head_dim))
-    cuts = work.span_length
-    starts = [
-        max(tokens - queries, 0) // cuts * cuts for _, queries, tokens in work.span_table.tolist()
-    ]
+    keys, values = load_tokens(kv_cache, slots, kv_cache.shape[3] // 2)
+    start = history_before_chunk(seen, work.span_length)
+    return cluster(keys, values, start, dtype, clusters, region)
+
+
+def cluster(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    dtype: torch.dtype,
+    clusters: int = CLUSTERS,
+    region: int = REGION_TOKENS,
+    passes: int = CLUSTER_PASSES,
+) -> Summaries:
+    """Cluster tokens before ``start`` by their keys, and average regions of those behind it.
+
+    Args:
+        keys: float32 ``[kv_heads, tokens, head_dim]``.
+        values: likewise.
+        start: tokens that are clustered.
+        dtype: of the result.
+        clusters: how many.
+        region: tokens of a region.
+        passes: assignments of tokens to clusters, the last one of all tokens.
+    """
+    (heads, seen, head_dim), device = keys.shape, keys.device
+    rows, both = clusters + REGIONS, torch.cat([keys, values], -1)
+    step = max(1, -(-start // CLUSTER_SAMPLES))
+    sample = stratified(start, step).to(device)
+    means = both.new_zeros(heads, rows, 2 * head_dim)
+    if start > 0:
+        means[:, :clusters] = both[:, spread(start, clusters).to(device)]
+    place = (torch.arange(seen, device=device) - start) // region
+    labels = torch.where(place < REGIONS, clusters + place, NO_SUMMARY).repeat(heads, 1)
+    for number in range(passes):
+        of = torch.arange(start, device=device) if number == passes - 1 else sample
+        labels[:, of] = nearest(keys[:, of], means[:, :clusters, :head_dim])
+        if number == passes - 1:
+            sample = torch.cat([sample, torch.arange(start, seen, device=device)])
+        new, count = means_of(both[:, sample], labels[:, sample], rows)
+        means = torch.where(count[..., None] > 0, new.to(dtype).float(), means)
+    sizes = torch.stack([one.bincount(minlength=NO_SUMMARY + 1)[:rows] for one in labels])
+    sample = stratified(start, max(1, -(-start // (COVARIANCE_PARTS * COVARIANCE_SAMPLES))))
+    sample = sample.to(device)
+    inside = both[:, sample] - means.gather(1, labels[:, sample, None].expand(-1, -1, 2 * head_dim))
+    covariances = inside[..., :head_dim].mT @ inside / max(1, len(sample))
     most = torch.finfo(dtype).max
-    value_covariances, key_covariances = (
-        torch.stack([covariance(keys, others, start // span) * weight for start in starts])
-        for others, weight in ((values, COVARIANCE_WEIGHT), (keys, 1.0))
-    )
+    of_keys, of_values = covariances.clamp(-most, most).split(head_dim, -1)
     return Summaries(
-        means.to(dtype),
-        value_covariances.to(dtype),
-        key_covariances.clamp(-most, most).to(dtype),
+        means.to(dtype)[None],
+        sizes.int()[None],
+        labels.to(torch.uint8)[None],
+        torch.tensor([start], dtype=torch.int32, device=device),
+        (of_values * COVARIANCE_WEIGHT).to(dtype).contiguous()[None],
+        of_keys.to(dtype).contiguous()[None],
+        clusters,
         region,
     )
 
 
-def region_positions(
-    history: int, samples: int, device: torch.device, region: int = REGION_TOKENS
-) -> torch.Tensor:
-    """Return the sampled tokens of every whole region: ``[regions, samples]``."""
-    starts = torch.arange(history // region, device=device)[:, None] * region
-    return starts + (2 * torch.arange(samples, device=device) + 1) * region // (2 * samples)
+def spread(tokens: int, count: int) -> torch.Tensor:
+    """Return positions of the tokens that clusters begin with: int64 ``[count]``, ascending."""
+    number = torch.arange(count)
+    return number * tokens // count + (mixed(number) >> 4) % max(tokens // count, 1)
 
 
-def covariance_positions(
-    history: int, span: int, device: torch.device, region: int = REGION_TOKENS
-) -> torch.Tensor:
-    """Return the sampled tokens of covariance parts ``[parts, groups, samples of a group]``."""
-    samples = min(COVARIANCE_SAMPLES, region)
-    step = span // samples
-    starts = torch.arange(history // span, device=device)[:, None] * span
-    positions = starts + torch.arange(samples, device=device) * step + step // 2
-    return positions.unflatten(1, (-1, min(COVARIANCE_GROUP, samples)))
-
-
-def covariance(keys: torch.Tensor, others: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return the covariance of keys and others inside groups, over the first ``parts``.
+def nearest(keys: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Return the nearest centre of each key.
 
     Args:
-        keys: ``[kv_heads, parts, groups, samples, head_dim]``, see :func:`covariance_positions`.
-        others: keys or values, likewise.
-        parts: how many count; without any the result is 0.
+        keys: float32 ``[kv_heads, tokens, head_dim]``.
+        centres: float32 ``[kv_heads, clusters, head_dim]``.
 
     Returns:
-        ``[kv_heads, head_dim, head_dim]``: the covariance of keys (rows) and others inside
-        groups.
+        int64 ``[kv_heads, tokens]``.
     """
-    keys, others = (x[:, :parts] for x in (keys, others))
-    keys, others = (x - x.mean(3, keepdim=True) for x in (keys, others))
-    total = torch.einsum("hpgsd,hpgse->hde", keys, others)
-    return total / max(1, keys.shape[1:4].numel())
+    half = 0.5 * centres.square().sum(-1)[:, None]
+    parts = keys.split(CACHED_TOKENS, 1)
+    return torch.cat([(part @ centres.mT - half).argmax(-1) for part in parts], 1)
 
 
-def region_mass(queries: torch.Tensor, key_covariance: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return exp(log-mass correction): how many times a region's tokens count for each query.
+def means_of(
+    tokens: torch.Tensor, labels: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each label's mean and number of tokens.
+
+    Args:
+        tokens: float32 ``[kv_heads, tokens, width]``.
+        labels: int64 ``[kv_heads, tokens]``; those of ``rows`` and above count for nothing.
+        rows: of the result.
+
+    Returns:
+        float32 ``[kv_heads, rows, width]`` and ``[kv_heads, rows]``.
+    """
+    labels = labels.clamp(max=rows)
+    sums = tokens.new_zeros(tokens.shape[0], rows + 1, tokens.shape[2])
+    sums.scatter_add_(1, labels[..., None].expand_as(tokens), tokens)
+    count = tokens.new_zeros(sums.shape[:2])
+    count.scatter_add_(1, labels, tokens.new_ones(labels.shape))
+    return (sums / count.clamp(min=1)[..., None])[:, :rows], count[:, :rows]
+
+
+def summary_mass(queries: torch.Tensor, key_covariance: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return exp(log-mass correction): how many times a summary's tokens count for each query.
 
     Args:
         queries: ``[..., n, head_dim]``.
@@ -123,7 +165,7 @@ def region_mass(queries: torch.Tensor, key_covariance: torch.Tensor, scale: floa
         ``[..., n]``.
     """
     variance = ((queries @ key_covariance) * queries).sum(-1).clamp(min=0) * scale**2
-    return (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
+    return (SUMMARY_VARIANCE * variance).exp().clamp(max=SUMMARY_WEIGHT_LIMIT)
 
 
 def attend(
@@ -179,8 +221,11 @@ def attend(
             x.masked_fill_(beyond[..., None], 0.0) for x in load_tokens(kv_cache, slots, head_dim)
         ]
 
-        # Skipped tokens, as summaries of whole regions.
-        means = summaries.means_of(line[SPAN], dense_start).float().split(head_dim, -1)
+        # Skipped tokens, as summaries.
+        held, left = summaries.of(line[SLOT]), selected.left
+        means = held.means[0].float().split(head_dim, -1)
+        if left is None:
+            means = [x[:, :0] for x in means]
         keys, values = (torch.cat(parts, 1) for parts in zip(own, chosen, means, strict=True))
 
         # One tensor: copies of it would take as long as the products.
@@ -190,28 +235,22 @@ def attend(
         s_own[..., -count:].masked_fill_(future, float("-inf"))
         if sinks is not None:
             s_own[..., 0] = sinks.float().view(kv_heads, group, 1)
-        # In base 2: how many tokens each stands for.
-        weights = selected.weights[number, :, :listed].float() * LN2
-        s_list += weights.masked_fill(beyond, float("-inf"))[:, None, None]
+        s_list.masked_fill_(beyond[:, None, None], float("-inf"))
         visited = visited_tokens(
             s_own, s_list, lengths, queries_per_tile, stop_threshold, stop_step,
         )  # fmt: skip  # [kv_heads, queries]
         if stop_threshold > 0:
             place = torch.arange(listed, device=device)
             s_list.masked_fill_(place >= visited[:, None, :, None], float("-inf"))
-        missing = summaries.region_tokens * (1 - visited / max(dense_start, 1))[:, None]
-        missing *= 1 - SAMPLE_SHARE
-        if s_mean.shape[-1]:
-            key_covariance = summaries.key_covariances[line[SPAN]].float()[:, None]
-            missing = missing * region_mass(queries, key_covariance, scale)
-        s_mean += missing.log()[..., None]
+        if left is not None:
+            mass = summary_mass(queries, held.key_covariances[0].float()[:, None], scale)
+            s_mean += mass.log()[..., None] + left[number, :, None, None] * LN2
 
         p = torch.softmax(s, -1)
         result = (p.flatten(1, 2) @ values).unflatten(1, (group, -1))
-        if s_mean.shape[-1]:
+        if left is not None:
             of_means = p[..., p.shape[-1] - s_mean.shape[-1] :].sum(-1, keepdim=True)
-            value_covariance = summaries.value_covariances[line[SPAN]].float()[:, None]
-            result += (queries * scale * of_means) @ value_covariance
+            result += (queries * scale * of_means) @ held.value_covariances[0].float()[:, None]
         result *= v_scale
         result = result.permute(2, 0, 1, 3).reshape(count, kv_heads * group, head_dim)
         out[line[QUERY_START] : start + count] = result.to(out.dtype)

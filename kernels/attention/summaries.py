@@ -1,132 +1,104 @@
-"""Summaries of a history: region means of keys and values, and two covariances.
+"""Summaries of a history: means of clusters and regions, and two covariances (ours).
 
-The attend kernel adds each region's mean key and value as a token that weighs as much as the
-region's skipped tokens (FlashPrefill's mean term, of fixed regions instead of blocks: ours).
+The attend kernel adds each summary's mean key and value as a token that weighs as much as those of
+its tokens that are not listed (FlashPrefill's mean term, of clusters instead of blocks). Clusters
+are of like keys, see :mod:`clusters`: where a text repeats itself, a region of neighbours has
+tokens of many kinds, and its mean key is like none of them.
 
-A softmax does not weigh a region's values alike: values whose keys are like the query count for
+A softmax does not weigh a cluster's values alike: values whose keys are like the query count for
 more. To first order in the query the mean value moves by Cov(value, key) query, as it does exactly
-where keys and values are jointly normal. Likewise a region has more mass than its mean key says, by
-the variance of its scores, query' Cov(key, key) query. One covariance of each serves all
-regions of a history (both ours).
+where keys and values are jointly normal. Likewise a cluster has more mass than its mean key says,
+by the variance of its scores, query' Cov(key, key) query. One covariance of each, of tokens about
+the mean of their cluster, serves all summaries.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..columns import SPAN_COLUMNS, SPAN_QUERIES, SPAN_TOKENS
+from ..strata import stratum_offset
 from ..tiles import input_precision
 from ..tuning import (
-    CHUNK_SPANS,
-    COVARIANCE_GROUP,
+    CLUSTER_PARTS,
+    CLUSTER_PASSES,
+    CLUSTER_SAMPLES,
+    CLUSTERS,
     COVARIANCE_PARTS,
     COVARIANCE_SAMPLES,
     COVARIANCE_WEIGHT,
-    REGION_PIECE,
     REGION_TOKENS,
 )
 from ..work_list import WorkList
-from .summary_table import Summaries, covariance_part, region_samples
+from .clusters import label_kernel, mean_kernel, spread_kernel, sum_kernel, token_rows
+from .summary_table import REGIONS, Scratch, Summaries, history_before_chunk
+from .tile_ops import cast
 
 STRIP_ENTRIES = 16384  # of a covariance that a program sums
+COVARIANCE_TOKENS = 64  # that a program reads at a time
 ROWS = 4  # of a covariance that a program averages
+MEAN_ROWS = 16  # summaries that a program averages
+LABEL_TOKENS = 128  # that a program labels
+LABEL_BLOCK = 64  # clusters that it compares them with at a time
+SUM_TOKENS = 64  # that a program adds at a time
+SUM_STRIP = 64  # columns that it adds
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit(do_not_specialize=["row", "history", "samples"])
-def _region_kernel(
-    p_kv, p_table, p_means, row, history, samples,
-    stride_block, stride_head, stride_token, stride_table, stride_means,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr,
-    REGION: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """Mean = sum of (k, v) / samples over a region's sample, of one KV head."""
-    i_region, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if (i_region + 1) * REGION > history:
-        return
-    p_table += row.to(tl.int64) * stride_table
-    o_w = tl.arange(0, WIDTH_PAD)
-    m_w = o_w < WIDTH
-    total = tl.zeros([WIDTH_PAD], tl.float32)
-    for first in range(0, samples, PIECE):
-        number = first + tl.arange(0, PIECE)
-        position = i_region * REGION + (2 * number + 1) * REGION // (2 * samples)
-        page = tl.load(p_table + position // PAGE).to(tl.int64)
-        o_kv = page * stride_block + (position % PAGE) * stride_token + i_head * stride_head
-        tokens = tl.load(p_kv + o_kv[:, None] + o_w[None, :], m_w[None, :], 0.0)
-        total += tl.sum(tokens.to(tl.float32), 0)
-    mean = total / samples
-    p_means += i_head * stride_means + i_region * WIDTH
-    tl.store(p_means + o_w, mean.to(p_means.dtype.element_ty), m_w)
-
-
-@triton.jit(do_not_specialize=["row", "history", "part"])
+@triton.jit(do_not_specialize=["row", "start", "samples", "step"])
 def _covariance_kernel(
-    p_kv, p_table, p_sums, row, history, part,
-    stride_block, stride_head, stride_token, stride_table,
-    D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr, PAGE: tl.constexpr,
-    SAMPLES: tl.constexpr, GROUP: tl.constexpr,
+    p_kv, p_table, p_means, p_labels, p_sums, row, start, samples, step,
+    stride_block, stride_head, stride_token, stride_table, stride_labels,
+    SUMMARIES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr,
+    PAGE: tl.constexpr, SAMPLES: tl.constexpr, TOKENS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum of (k - mean k)(x - mean x)' over a part's groups; x is a strip of keys or of values."""
-    i_part, i_head = tl.program_id(0), tl.program_id(1)
+    """Sum of (k - mean k)(x - mean x)' over a part's tokens; x is a strip of keys or of values."""
+    i_part, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_half, i_strip = tl.program_id(2) // (D_PAD // STRIP), tl.program_id(2) % (D_PAD // STRIP)
-    if (i_part + 1) * part > history:
-        return
+    p_kv += i_head * stride_head
     p_table += row.to(tl.int64) * stride_table
-    p_kv += i_head.to(tl.int64) * stride_head
+    p_means += i_head * SUMMARIES * (2 * D)
     o_d = tl.arange(0, D_PAD)
     o_x = i_strip * STRIP + tl.arange(0, STRIP)
-    step = part // SAMPLES
     total = tl.zeros([D_PAD, STRIP], tl.float32)
-    for group in range(0, SAMPLES, GROUP):
-        number = group + tl.arange(0, GROUP)
-        position = i_part * part + number * step + step // 2
-        page = tl.load(p_table + position // PAGE).to(tl.int64)
-        p_row = p_kv + page * stride_block + (position % PAGE) * stride_token
-        k = tl.load(p_row[:, None] + o_d[None, :], (o_d < D)[None, :], 0.0).to(tl.float32)
-        p_x = p_row[:, None] + i_half * D + o_x[None, :]
-        x = tl.load(p_x, (o_x < D)[None, :], 0.0).to(tl.float32)
-        k -= (tl.sum(k, 0) / GROUP)[None, :]
-        x -= (tl.sum(x, 0) / GROUP)[None, :]
+    for first in range(i_part * SAMPLES, tl.minimum((i_part + 1) * SAMPLES, samples), TOKENS):
+        number = first + tl.arange(0, TOKENS)
+        m_n = number < samples
+        position = number * step + stratum_offset(number, step)
+        label = tl.load(p_labels + i_head * stride_labels + position, m_n, 0).to(tl.int32)
+        p_row = token_rows(p_kv, p_table, position, m_n, stride_block, stride_token, PAGE)
+        p_mean = p_means + label * (2 * D)
+        m_k = m_n[:, None] & (o_d < D)[None, :]
+        m_x = m_n[:, None] & (o_x < D)[None, :]
+        k = cast(tl.load(p_row[:, None] + o_d[None, :], m_k, 0.0), DTYPE).to(tl.float32)
+        k -= tl.load(p_mean[:, None] + o_d[None, :], m_k, 0.0).to(tl.float32)
+        x = tl.load(p_row[:, None] + (i_half * D + o_x)[None, :], m_x, 0.0)
+        x = cast(x, DTYPE).to(tl.float32)
+        x -= tl.load(p_mean[:, None] + (i_half * D + o_x)[None, :], m_x, 0.0).to(tl.float32)
         total = tl.dot(tl.trans(k.to(DTYPE)), x.to(DTYPE), total, input_precision=PRECISION)
-    p_sums += ((2 * i_part + i_half) * tl.num_programs(1) + i_head).to(tl.int64) * D_PAD * D_PAD
+    p_sums += ((2 * i_part + i_half) * tl.num_programs(1) + i_head) * D_PAD * D_PAD
     tl.store(p_sums + o_d[:, None] * D_PAD + o_x[None, :], total)
 
 
-@triton.jit
-def _span_start(p_span, span_length):
-    """Return the multiple of the span length that a span begins at; 0 if it ranks nothing."""
-    first = tl.load(p_span + SPAN_TOKENS) - tl.load(p_span + SPAN_QUERIES)
-    return tl.maximum(first, 0) // span_length * span_length
-
-
-@triton.jit(do_not_specialize=["part", "spans", "span_length", "samples"])
-def _span_covariance_kernel(
-    p_sums, p_spans, p_value_cov, p_key_cov, part, spans, span_length, samples, value_weight,
+@triton.jit(do_not_specialize=["samples"])
+def _mean_covariance_kernel(
+    p_sums, p_value_cov, p_key_cov, samples, value_weight,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """cov[span] = weight / n * sum of the n parts before the span; ROWS rows of it."""
+    """Cov = weight / samples * sum of all parts; ROWS rows of it."""
     i_strip, i_head, i_half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     o_entry = i_strip * ROWS * D_PAD + tl.arange(0, ROWS * D_PAD)
-    o_part = tl.arange(0, PARTS)
     o_row, o_d = o_entry // D_PAD, o_entry % D_PAD
     # Parts are read at once: one after the other, each read would wait for the one before.
-    start = _span_start(p_spans + SPAN_COLUMNS * (spans - 1), span_length)
-    o_sum = ((2 * o_part + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
-    o_sum += o_entry[None, :]
-    weight = tl.where(i_half == 0, 1.0, value_weight) / samples
+    o_sum = ((2 * tl.arange(0, PARTS) + i_half) * kv_heads + i_head)[:, None] * (D_PAD * D_PAD)
+    total = tl.sum(tl.load(p_sums + o_sum + o_entry[None, :]), 0)
+    total *= tl.where(i_half == 0, 1.0, value_weight) / tl.maximum(samples, 1)
+    total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)  # variances may exceed fp16
     p_cov = p_key_cov if i_half == 0 else p_value_cov
-    sums = tl.load(p_sums + o_sum, (o_part < start // part)[:, None], 0.0)
-    for i_span in range(spans):
-        count = _span_start(p_spans + SPAN_COLUMNS * i_span, span_length) // part
-        total = tl.sum(tl.where((o_part < count)[:, None], sums, 0.0), 0)
-        one = total * (weight / tl.maximum(count, 1))
-        one = tl.minimum(tl.maximum(one, -LIMIT), LIMIT)  # variances may exceed fp16
-        out = p_cov + (i_span * kv_heads + i_head) * (D * D) + o_row * D + o_d
-        tl.store(out, one.to(p_value_cov.dtype.element_ty), (o_row < D) & (o_d < D))
+    out = p_cov + i_head * (D * D) + o_row * D + o_d
+    tl.store(out, total.to(p_value_cov.dtype.element_ty), (o_row < D) & (o_d < D))
 
 
 def workspace(
@@ -135,29 +107,43 @@ def workspace(
     max_history: int,
     dtype: torch.dtype,
     device: torch.device,
+    clusters: int = CLUSTERS,
     region: int = REGION_TOKENS,
 ) -> Summaries:
     """Return room for the summaries of a history; nothing in it is set."""
-    pad = triton.next_power_of_2(head_dim)
-    means = (kv_heads, max(1, max_history // region), 2 * head_dim)
-    covariances = (CHUNK_SPANS, kv_heads, head_dim, head_dim)
+    pad, rows = triton.next_power_of_2(head_dim), clusters + REGIONS
+    rows_pad = max(16, triton.next_power_of_2(rows))
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
     return Summaries(
-        torch.empty(means, dtype=dtype, device=device),
-        torch.empty(covariances, dtype=dtype, device=device),
-        torch.empty(covariances, dtype=dtype, device=device),
+        empty(1, kv_heads, rows, 2 * head_dim),
+        empty(1, kv_heads, rows, dtype=torch.int32),
+        empty(1, kv_heads, max(1, max_history), dtype=torch.uint8),
+        empty(1, dtype=torch.int32),
+        empty(1, kv_heads, head_dim, head_dim),
+        empty(1, kv_heads, head_dim, head_dim),
+        clusters,
         region,
-        torch.empty((COVARIANCE_PARTS, 2, kv_heads, pad, pad), device=device),
+        Scratch(
+            empty(CLUSTER_PARTS, kv_heads, rows_pad, 2 * head_dim, dtype=torch.float32),
+            empty(CLUSTER_PARTS, kv_heads, rows_pad, dtype=torch.int32),
+            empty(kv_heads, rows_pad, dtype=torch.float32),
+            empty(COVARIANCE_PARTS, 2, kv_heads, pad, pad, dtype=torch.float32),
+        ),
     )
 
 
 def summarise(
     kv_cache: torch.Tensor, block_table: torch.Tensor, work: WorkList, summaries: Summaries
 ) -> None:
-    """Average the regions that a work list's chunk sees, and sum its covariances, from samples.
+    """Cluster the history before a work list's chunk, and average the chunk's regions.
 
-    All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. A
-    covariance holds no token behind its span's first query: it reveals nothing of later tokens, and
-    is the same however a prompt is cut.
+    All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. Clusters
+    and covariances hold no token of the chunk, and segments count no region but those that are
+    whole in their history: a summary reveals nothing of later tokens, and is the same however a
+    prompt is cut.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
@@ -165,32 +151,62 @@ def summarise(
         work: segments of one request.
         summaries: written to.
     """
-    count = max(
-        1, work.max_seen // summaries.region_tokens
-    )  # a warm-up compiles it without a region
+    scratch = summaries.scratch
+    assert scratch is not None, "of a workspace"
     kv_heads, page, width = kv_cache.shape[1:]
+    head_dim, seen = width // 2, work.max_seen
+    start = history_before_chunk(seen, work.span_length)
+    rows, rows_pad = summaries.sizes.shape[2], scratch.half_norms.shape[1]
+    pad, width_pad = triton.next_power_of_2(head_dim), triton.next_power_of_2(width)
+    dtype = summaries.means.dtype
+    clusters, region = summaries.clusters, summaries.region_tokens
+    step = max(1, -(-start // CLUSTER_SAMPLES))
+    samples = start // step
     strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
-    _region_kernel[(count, kv_heads)](
-        kv_cache, block_table, summaries.means, work.row, work.max_seen,
-        region_samples(work.whole_chunk, summaries.region_tokens), *strides,
-        summaries.means.stride(0), WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), PAGE=page,
-        REGION=summaries.region_tokens, PIECE=min(REGION_PIECE, summaries.region_tokens),
-        num_warps=8,
+    cache = (kv_cache, block_table)
+    labels = summaries.labels
+    sizes = {"ROWS": rows, "ROWS_PAD": rows_pad, "D": head_dim}
+    precision = input_precision(dtype)
+    averages = (rows_pad // MEAN_ROWS, kv_heads)
+    spread_kernel[averages](
+        *cache, summaries.means, summaries.sizes, summaries.starts, scratch.half_norms,
+        work.row, start, clusters, *strides, BLOCK=MEAN_ROWS, WIDTH=width, WIDTH_PAD=width_pad,
+        PAGE=page, **sizes, num_warps=4,
     )  # fmt: skip
-    head_dim = width // 2
-    pad = triton.next_power_of_2(head_dim)
+    for number in range(CLUSTER_PASSES):
+        last = number == CLUSTER_PASSES - 1
+        tokens = seen if last else samples
+        label_kernel[(max(1, -(-tokens // LABEL_TOKENS)), kv_heads)](
+            *cache, summaries.means, scratch.half_norms, labels, summaries.sizes,
+            work.row, start, seen, samples, step, clusters, region, rows - clusters,
+            *strides, labels.stride(1), SAMPLED=not last, TOKENS=LABEL_TOKENS,
+            BLOCK=min(LABEL_BLOCK, rows_pad), D_PAD=pad, PAGE=page, PRECISION=precision, **sizes,
+            num_warps=4,
+        )  # fmt: skip
+        # A whole chunk, however much of it is there: sums are then of the same parts.
+        total = samples + (region * (rows - clusters) if last else 0)
+        sum_kernel[(CLUSTER_PARTS, triton.cdiv(width_pad, min(SUM_STRIP, width_pad)), kv_heads)](
+            *cache, labels, scratch.sums, scratch.numbers, work.row, start, seen, samples, step,
+            total, -(-total // CLUSTER_PARTS), *strides, labels.stride(1),
+            TOKENS=SUM_TOKENS, ROWS_PAD=rows_pad, WIDTH=width, STRIP=min(SUM_STRIP, width_pad),
+            PAGE=page, DTYPE=TRITON_DTYPES[dtype], PRECISION=precision, num_warps=8,
+        )  # fmt: skip
+        mean_kernel[averages](
+            scratch.sums, scratch.numbers, summaries.means, scratch.half_norms, clusters,
+            PARTS=CLUSTER_PARTS, BLOCK=MEAN_ROWS, WIDTH=width, WIDTH_PAD=width_pad, **sizes,
+            num_warps=4,
+        )  # fmt: skip
+    step = max(1, -(-start // (COVARIANCE_PARTS * COVARIANCE_SAMPLES)))
+    samples = start // step
     strip = min(pad, STRIP_ENTRIES // pad)
-    samples = min(COVARIANCE_SAMPLES, summaries.region_tokens)
-    part = covariance_part(work.whole_chunk, summaries.region_tokens)
-    dtype = summaries.value_covariances.dtype
-    _covariance_kernel[(max(1, work.max_seen // part), kv_heads, 2 * (pad // strip))](
-        kv_cache, block_table, summaries.sums, work.row, work.max_seen, part, *strides,
-        D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page, SAMPLES=samples,
-        GROUP=min(COVARIANCE_GROUP, samples), DTYPE=TRITON_DTYPES[dtype],
-        PRECISION=input_precision(dtype), num_warps=8,
+    _covariance_kernel[(COVARIANCE_PARTS, kv_heads, 2 * (pad // strip))](
+        *cache, summaries.means, labels, scratch.covariances, work.row, start, samples, step,
+        *strides, labels.stride(1), SUMMARIES=rows, D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page,
+        SAMPLES=COVARIANCE_SAMPLES, TOKENS=COVARIANCE_TOKENS, DTYPE=TRITON_DTYPES[dtype],
+        PRECISION=precision, num_warps=8,
     )  # fmt: skip
-    _span_covariance_kernel[(pad // ROWS, kv_heads, 2)](
-        summaries.sums, work.span_table, summaries.value_covariances, summaries.key_covariances,
-        part, work.span_table.shape[0], work.span_length, samples, COVARIANCE_WEIGHT,
-        D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=COVARIANCE_PARTS, LIMIT=torch.finfo(dtype).max,
+    _mean_covariance_kernel[(pad // ROWS, kv_heads, 2)](
+        scratch.covariances, summaries.value_covariances, summaries.key_covariances, samples,
+        COVARIANCE_WEIGHT, D=head_dim, D_PAD=pad, ROWS=ROWS, PARTS=COVARIANCE_PARTS,
+        LIMIT=torch.finfo(dtype).max,
     )  # fmt: skip

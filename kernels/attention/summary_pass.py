@@ -1,9 +1,9 @@
 """Epilogue of the attend kernel: attend to summaries of the tokens that were skipped (ours).
 
-A region of tokens with mean key k, mean value v, key covariance K and value-key covariance C counts
-as one token of score q.k + log(missing tokens) + log_mass_correction and value v + s C'q, where s
-scales q.k: to first order in the query a softmax moves the mean value so, and by the variance of
-its scores q'Kq a region has more mass than its mean key says.
+A summary of tokens with mean key k, mean value v, key covariance K and value-key covariance C
+counts as one token of score q.k + log(tokens left out) + log_mass_correction and value v + s C'q,
+where s scales q.k: to first order in the query a softmax moves the mean value so, and by the
+variance of its scores q'Kq a cluster has more mass than its mean key says.
 """
 
 import math
@@ -15,9 +15,8 @@ from .. import tuning
 from ..columns import LN2
 from .tile_ops import cast, load_rows, slot_offset, soft_cap
 
-LOG_WEIGHT = tl.constexpr(math.log2(tuning.REGION_WEIGHT))
-LOG_LIMIT = tl.constexpr(math.log2(tuning.REGION_WEIGHT_LIMIT))
-VARIANCE = tl.constexpr(tuning.REGION_VARIANCE)
+LOG_LIMIT = tl.constexpr(math.log2(tuning.SUMMARY_WEIGHT_LIMIT))
+VARIANCE = tl.constexpr(tuning.SUMMARY_VARIANCE)
 
 
 @triton.jit
@@ -25,7 +24,7 @@ def log_mass_correction(
     q, p_q, o_q, m_row, p_key_covariances, o_d, scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """min(log2(w) + c log2(e) s^2 q'Kq, log2(limit)) of each row, with the natural scale s.
+    """min(c log2(e) s^2 q'Kq, log2(limit)) of each row, with the natural scale s.
 
     BLOCK columns of the product are held at a time: for each, memory is waited for.
     """
@@ -42,7 +41,7 @@ def log_mass_correction(
             variance += tl.sum(product * part.to(tl.float32), 1)
     # scale is in base 2: with one LN2 the variance is that of natural logarithms.
     exponent = VARIANCE * LN2 * tl.maximum(variance, 0.0) * scale * scale
-    return tl.minimum(LOG_WEIGHT + exponent, LOG_LIMIT)
+    return tl.minimum(exponent, LOG_LIMIT)
 
 
 @triton.jit
@@ -64,18 +63,18 @@ def add_regression(
 
 @triton.jit
 def summary_pass(
-    q, p_k, p_means, slot, p_weights, o_w, tail, regions, correction, m, mass, acc, o_n, o_d,
+    q, p_k, p_means, p_left, slot, tail, rows, correction, m, mass, acc, o_n, o_d,
     scale, softcap, stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold a list's last tile into the softmax, then region means with ``correction`` added.
+    """Fold a list's last tile into the softmax, then summaries: log2 of what is left is at p_left.
 
     One loop for both: loops as short as these are all latency. Also returns the mass of tokens.
     """
     SAME: tl.constexpr = p_k.dtype == p_means.dtype
     tokens = mass
-    end = tail + regions
+    end = tail + rows
     # A quantised cache goes by registers: one stage, as Triton 3.6 sets no fence in a pipeline.
     for first in tl.range(0, end, BLOCK_N, num_stages=None if SAME else 1):
         number = first + o_n
@@ -98,11 +97,10 @@ def summary_pass(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if SOFTCAP:
             s = soft_cap(s, softcap)
-        if p_weights is not None:
-            s += tl.load(p_weights + o_w, is_token, 0.0).to(tl.float32)[None, :]
-        s = tl.where(
-            m_n[None, :], tl.where(is_token[None, :], s, s + correction[:, None]), float("-inf")
-        )
+        if p_left is not None:
+            left = tl.load(p_left + number - tail, m_n & (number >= tail), 0.0)
+            s = tl.where(is_token[None, :], s, s + correction[:, None] + left[None, :])
+        s = tl.where(m_n[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)

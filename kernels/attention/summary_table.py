@@ -1,62 +1,78 @@
-"""Summaries of a history's regions as tensors, and how many tokens they are sampled from."""
+"""Summaries of skipped tokens as tensors (ours)."""
 
 from typing import NamedTuple
 
 import torch
 
-from ..tuning import (
-    COVARIANCE_PARTS,
-    REGION_PIECE,
-    REGION_SAMPLES,
-    REGION_TOKENS,
-    REGIONS_SAMPLES,
-)
+from ..tuning import CHUNK_SPANS, REGION_TOKENS, SPAN_LENGTH
+
+REGIONS = CHUNK_SPANS * SPAN_LENGTH // REGION_TOKENS  # of a whole chunk
+NO_SUMMARY = 255  # label of a token that none stands for
 
 
 class Summaries(NamedTuple):
-    """Region means of a request's history, from its first token on, and its covariances.
+    """Clusters of like keys of a request's history, regions of its chunk, and two covariances.
 
-    All are in units of the cache and in the queries' dtype.
+    A slot is a request's; in prefill there is one. Keys and values are in units of the cache.
 
     Attributes:
-        means: ``[kv_heads, regions, 2 * head_dim]``: a mean value follows its mean key.
-        value_covariances: ``[spans, kv_heads, head_dim, head_dim]``: for every row of the span
-            table the covariance of keys (rows) and values in the history before the multiple of
-            the span length that the span begins at or behind.
-        key_covariances: likewise, the covariance of keys.
+        means: ``[slots, kv_heads, summaries, 2 * head_dim]``, in the queries' dtype: a mean value
+            follows its mean key. Clusters come first, then regions; all are finite.
+        sizes: int32 ``[slots, kv_heads, summaries]``, tokens of each.
+        labels: uint8 ``[slots, kv_heads, tokens]``: each token's summary, or ``NO_SUMMARY``.
+        starts: int32 ``[slots]``: tokens before the chunk, which are clustered; the first region
+            begins there.
+        value_covariances: ``[slots, kv_heads, head_dim, head_dim]``, in the queries' dtype: the
+            covariance of keys (rows) and values inside clusters.
+        key_covariances: likewise, of keys.
+        clusters: how many.
         region_tokens: tokens of a region.
-        sums: scratch of the kernels, float32 ``[COVARIANCE_PARTS, 2, kv_heads, pad, pad]``.
-        known: None in prefill. In decode int32 ``[slots]``, how many regions of each slot are set:
-            then every span is another request's slot, and ``means`` has a leading dimension of
-            slots.
+        scratch: of the kernels.
     """
 
     means: torch.Tensor
+    sizes: torch.Tensor
+    labels: torch.Tensor
+    starts: torch.Tensor
     value_covariances: torch.Tensor
     key_covariances: torch.Tensor
+    clusters: int
     region_tokens: int
-    sums: torch.Tensor | None = None
-    known: torch.Tensor | None = None
+    scratch: "Scratch | None" = None
 
-    def means_of(self, span: int, history: int) -> torch.Tensor:
-        """Return the means of a history of this length: ``[kv_heads, regions, 2 * head_dim]``."""
-        count = history // self.region_tokens
-        if self.known is None:
-            return self.means[:, :count]
-        return self.means[span, :, : min(count, int(self.known[span]))]
+    def of(self, slot: int) -> "Summaries":
+        """Return the summaries of a slot, with a leading dimension of one."""
+        if len(self.means) == 1:
+            return self
+        return self._replace(**{name: getattr(self, name)[slot : slot + 1] for name in TENSORS})
 
 
-def region_samples(history: int, region: int = REGION_TOKENS) -> int:
-    """Return the evenly spaced tokens that a region's mean is taken over."""
-    piece = min(REGION_PIECE, region)
-    most = min(REGION_SAMPLES, region, REGIONS_SAMPLES // max(1, history // region))
-    return piece * max(1, most // piece)
+TENSORS = ("means", "sizes", "labels", "starts", "value_covariances", "key_covariances")
 
 
-def covariance_part(history: int, region: int = REGION_TOKENS) -> int:
-    """Return the tokens of a covariance part.
+class Scratch(NamedTuple):
+    """What the kernels of :mod:`clusters` and :mod:`summaries` hand to one another.
 
-    Parts are whole regions, at most ``COVARIANCE_PARTS``; tokens behind the last whole part count
-    in none.
+    Attributes:
+        sums: float32 ``[CLUSTER_PARTS, kv_heads, pad, 2 * head_dim]``, sums of keys and values.
+        numbers: int32 ``[CLUSTER_PARTS, kv_heads, pad]``, tokens of these.
+        half_norms: float32 ``[kv_heads, pad]``: half of a mean key's squared length, infinite
+            where there is no cluster.
+        covariances: float32 ``[COVARIANCE_PARTS, 2, kv_heads, head_dim pad, head_dim pad]``.
     """
-    return region * max(1, -(-(history // region) // COVARIANCE_PARTS))
+
+    sums: torch.Tensor
+    numbers: torch.Tensor
+    half_norms: torch.Tensor
+    covariances: torch.Tensor
+
+
+def slot_stride(tensor: torch.Tensor) -> int:
+    """Return the stride of slots; 0 where all segments have one."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def history_before_chunk(tokens: int, span_length: int) -> int:
+    """Return how many of the tokens lie before the chunk that the last of them is in."""
+    chunk = CHUNK_SPANS * span_length
+    return max(tokens - 1, 0) // chunk * chunk

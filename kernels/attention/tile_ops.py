@@ -93,12 +93,11 @@ def scores(q, q_k, k, PRECISION: tl.constexpr):
 
 @triton.jit
 def gather_attend(
-    q, q_k, p_k, p_v, slot, p_weights, o_w, m, mass, acc, o_d, scale, softcap,
-    stride_block, stride_token,
+    q, q_k, p_k, p_v, slot, m, mass, acc, o_d, scale, softcap, stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tokens of a whole tile of slots into the softmax, with their log-weights if any.
+    """Fold the tokens of a whole tile of slots into the softmax.
 
     With FROZEN the running maximum m stays as it is. Nothing is rescaled then, so that the product
     of probabilities and values of one tile overlaps with the scores of the next.
@@ -109,9 +108,6 @@ def gather_attend(
     s = scores(q, q_k, k, PRECISION)
     if SOFTCAP:
         s = soft_cap(s * scale, softcap)
-        scale = 1.0
-    if p_weights is not None:
-        s = s * scale + tl.load(p_weights + o_w).to(tl.float32)[None, :]
         scale = 1.0
     if FROZEN:
         p = tl.exp2(tl.minimum(s * scale - m[:, None], HIGHEST))

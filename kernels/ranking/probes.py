@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..columns import DENSE_START, NUM_QUERIES, QUERY_START, SEGMENT_COLUMNS, SPAN
+from ..columns import DENSE_START, NUM_QUERIES, QUERY_START, SEGMENT_COLUMNS, SLOT
 from ..tiles import input_precision
 from ..work_list import WorkList
 from .workspace import RankingWorkspace, kernel_constants
@@ -134,7 +134,7 @@ def _project_probes_kernel(
         return
     o_basis = i_head.to(tl.int64) * D
     if BY_SLOT:
-        o_basis += tl.load(p_segment + SPAN).to(tl.int64) * bases * D
+        o_basis += tl.load(p_segment + SLOT).to(tl.int64) * bases * D
     o_b = tl.arange(0, BLOCK)
     o_r = tl.arange(0, WIDTH)
     p_q += start * stride_q_token + i_head.to(tl.int64) * GROUP * stride_q_head

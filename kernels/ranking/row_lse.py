@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..columns import DENSE_START, HISTORY, NUM_QUERIES, SEGMENT_COLUMNS, SPAN
+from ..columns import DENSE_START, HISTORY, NUM_QUERIES, SEGMENT_COLUMNS, SLOT
 from ..strata import stratum_offset
 from ..work_list import WorkList
 from . import basis
@@ -123,7 +123,7 @@ def _row_lse_kernel(
     query = tl.load(p_probe_rows + o_list, m_row, 0) // GROUP
     p_keys += i_head.to(tl.int64) * stride_keys_basis
     if BY_SLOT:
-        slot = tl.load(p_segments + first * SEGMENT_COLUMNS + SPAN)
+        slot = tl.load(p_segments + first * SEGMENT_COLUMNS + SLOT)
         p_keys += slot.to(tl.int64) * stride_keys_slot
     # Where the row log-sum-exp goes there are zeros, which meet the factors of a projected key.
     o_r = tl.arange(0, WIDTH)

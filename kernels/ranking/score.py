@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..columns import DENSE_START, NUM_QUERIES, SEGMENT_COLUMNS, SPAN
+from ..columns import DENSE_START, NUM_QUERIES, SEGMENT_COLUMNS, SLOT
 from ..tuning import CHUNK
 from ..work_list import WorkList
 from . import basis
@@ -106,7 +106,7 @@ def _score_kernel(
     segment = tl.minimum(first_segment + o_i, last_segment).to(tl.int64)
     n = tl.load(p_segments + segment * SEGMENT_COLUMNS + DENSE_START)
     if BY_SLOT:
-        i_slot = tl.load(p_segments + first_segment * SEGMENT_COLUMNS + SPAN).to(tl.int64)
+        i_slot = tl.load(p_segments + first_segment * SEGMENT_COLUMNS + SLOT).to(tl.int64)
         p_keys += i_slot * stride_keys_slot
     p_scores += i_head * stride_scores_head + segment * stride_scores_segment
     best = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float16)

@@ -3,13 +3,10 @@
 import triton
 import triton.language as tl
 
-from .. import tuning
 from ..columns import DENSE_START, LIST_LENGTH, SEGMENT_COLUMNS
 
 LEVELS = tl.constexpr(16)
 ROUNDS = tl.constexpr(7)  # of four bits each: more than a float32 tells apart
-NOISE_LIMIT = tl.constexpr(tuning.NOISE_LIMIT)
-SCORED_EIGHTHS = tl.constexpr(tuning.SCORED_EIGHTHS)
 
 
 @triton.jit
@@ -19,30 +16,21 @@ def _lengths_above(level, total, edge, least):
 
 
 @triton.jit
-def _priority(lengths, scored, total, unscored, best, worst, score):
-    """Return the lowest priority whose lists are no longer than they should be, as is expected.
-
-    ``scored`` tokens are listed by their score. Each other one, of which buckets hold ``unscored``,
-    is with the probability 2^(score - priority), if that is above 2^-NOISE_LIMIT. Scores are those
-    of the middle of their bucket. LEVELS priorities are tried at a time.
-    """
-    above, below = best + NOISE_LIMIT, worst - 1.0
-    o_l = tl.arange(1, LEVELS + 1).to(tl.float32) / LEVELS
-    for _ in range(ROUNDS):
-        level = below[:, None] + (above - below)[:, None] * o_l[None, :]
-        gap = tl.maximum(level[:, None, :] - score[:, :, None], 0.0)
-        chance = tl.where(gap <= NOISE_LIMIT, tl.exp2(-gap), 0.0)
-        taken = tl.sum(unscored[:, :, None] * chance, 1)
-        fits = taken <= (lengths - scored).to(tl.float32)[:, None]
-        above = tl.min(tl.where(fits, level, above[:, None]), 1)
-        below = tl.max(tl.where(fits, below[:, None], level), 1)
-    return tl.where(lengths >= tl.sum(total, 1), float("-inf"), above)
+def _threshold(cumulative, total, goal, best, width, o_b):
+    """Return the score that about ``goal`` tokens of each list reach: linear inside a bucket."""
+    bucket = tl.sum((cumulative < goal[:, None]).to(tl.int32), 1)
+    this = o_b[None, :] == bucket[:, None]
+    inside = tl.sum(tl.where(this, total, 0), 1)
+    wanted = goal - tl.sum(tl.where(this, cumulative - total, 0), 1)
+    share = tl.div_rn(wanted.to(tl.float32), tl.maximum(inside, 1).to(tl.float32))
+    all_of_them = goal >= tl.max(cumulative, 1)
+    return tl.where(all_of_them, float("-inf"), best - (bucket.to(tl.float32) + share) * width)
 
 
 @triton.jit
 def plan_kernel(
     p_segments, p_counts, p_ranges, p_lengths, p_thresholds, target_error, heads,
-    BUCKETS: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
+    BUCKETS: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, SHARED_PAD: tl.constexpr,
     MEAN_OF_MAX: tl.constexpr, TIERS: tl.constexpr,
 ):  # fmt: skip
     """length[h] = max(half the budget, tokens above the lowest level that fits); and thresholds.
@@ -100,18 +88,13 @@ def plan_kernel(
         part = tl.ceil(tl.minimum(tl.maximum(part, 0.0), 1.0) * tokens).to(tl.int32)
         before = tl.sum(tl.where(o_b[None, :] < needed, total, 0), 1)
         lengths = tl.minimum(lengths, before + part)
-    tl.store(p_lengths + i_list, lengths, m_h)
+    # Counts of a sample are uncertain by some root of themselves, and of like scores all reach a
+    # threshold or none: what is more than this is cut off.
+    unsure = tl.sqrt_rn(4.0 * lengths.to(tl.float32) * (tl.cdiv(n, COUNTED) - 1).to(tl.float32))
+    most = lengths + tl.minimum(lengths // 16 + unsure.to(tl.int32), lengths // 4)
+    tl.store(p_lengths + i_list, most, m_h)
 
-    # By their score whole buckets are listed: of like scores a sample decides.
-    by_score = lengths * SCORED_EIGHTHS // 8
-    scored = tl.zeros_like(lengths)
-    for p in tl.static_range(TIERS):  # the last one: all that is listed by its score
-        whole = cumulative <= (by_score >> (TIERS - 1 - p))[:, None]
-        buckets = tl.sum(whole.to(tl.int32), 1)
-        scored = tl.sum(tl.where(whole, total, 0), 1)
-        score = best - buckets.to(tl.float32) * width
-        tl.store(p_thresholds + i_list * (TIERS + 1) + p, score, m_h)
-    unscored = tl.where(cumulative <= by_score[:, None], 0, total).to(tl.float32)
-    middle = edge + 0.5 * width[:, None]
-    priority = _priority(lengths, scored, total, unscored, best, worst, middle)
-    tl.store(p_thresholds + i_list * (TIERS + 1) + TIERS, priority, m_h)
+    for t in tl.static_range(TIERS):
+        goal = tl.maximum(lengths >> (TIERS - 1 - t), 1)
+        score = _threshold(cumulative, total, goal, best, width, o_b)
+        tl.store(p_thresholds + i_list * TIERS + t, score, m_h)

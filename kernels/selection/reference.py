@@ -1,12 +1,14 @@
 """What the kernels of the selection compute, in plain PyTorch; see :mod:`ranking.reference`."""
 
+import math
 from bisect import bisect_right
 
 import torch
 
-from ..layout import DENSE_START, HISTORY, LIST_LENGTH, NOT_LISTED, ROW
+from ..attention.summary_table import Summaries
+from ..layout import DENSE_START, LIST_LENGTH, NOT_LISTED, ROW, SLOT
 from ..paging import physical_slots
-from ..sampling import NOISE_TOKENS, noise_phase, priority_noise, stratified
+from ..sampling import stratified
 from ..tuning import (
     BUCKETS,
     CHUNK,
@@ -16,16 +18,12 @@ from ..tuning import (
     ESTIMATE_TOKENS,
     HEADS_SHARED,
     MEAN_OF_MAX,
-    NOISE_LIMIT,
-    SAMPLE_SHARE,
-    SCORED_EIGHTHS,
     TIERS,
 )
 from ..work_list import WorkList, list_capacity
 from .selected import SelectedTokens
 
 LOWEST = torch.finfo(torch.half).min  # the worst score that a ranking gives
-LEVELS, ROUNDS = 16, 7  # of the search for a priority
 
 
 def select(
@@ -37,6 +35,7 @@ def select(
     counted: int = COUNTED,
     chunk: int = CHUNK,
     shared: int = HEADS_SHARED,
+    summaries: Summaries | None = None,
 ) -> SelectedTokens:
     """Turn scores into lists; see :func:`select.select`."""
     segments, heads = scores.shape[:2]
@@ -46,11 +45,15 @@ def select(
     def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=scores.device)
 
+    left = None
+    if summaries is not None:
+        rows = summaries.sizes.shape[2]
+        left = zeros(segments, heads, rows, dtype=torch.float32).fill_(float("-inf"))
     lists = SelectedTokens(
         zeros(segments, heads, capacity),
-        zeros(segments, heads, capacity, dtype=torch.float16),
         zeros(segments, heads),
         zeros(sampled, heads, ESTIMATE_TOKENS),
+        left,
     )
     for number, line in enumerate(work.segments.tolist()):
         n = line[DENSE_START]
@@ -60,31 +63,43 @@ def select(
         table_row = block_table[line[ROW]]
         # NaN is the worst score of all: a request with NaN keys harms itself alone.
         own = scores[number, :, :n].float().nan_to_num(LOWEST, LOWEST, LOWEST)
-        noise = segment_noise(line[HISTORY], n, scores.device)
         pairs = own.split(shared)
         lengths = torch.cat(
             [list_lengths(pair, line[LIST_LENGTH], work.target_error, step) for pair in pairs]
         )
         for head, length in enumerate(lengths.tolist()):
-            positions, weights = select_positions(
-                own[head], noise, length, capacity, tiers, step, chunk
-            )
+            positions = select_positions(own[head], length, capacity, tiers, step, chunk)
             count = len(positions)
             lists.lengths[number, head] = count
             lists.slots[number, head, :count] = physical_slots(positions, table_row, page)
-            lists.weights[number, head, :count] = weights
             if number % ESTIMATE_EVERY == 0:
                 place = torch.full((n,), NOT_LISTED, dtype=torch.int32, device=scores.device)
                 place[positions] = torch.arange(count, dtype=torch.int32, device=scores.device)
                 sample = sample_positions(n, scores.device)
                 lists.samples[number // ESTIMATE_EVERY, head, : len(sample)] = place[sample]
+            if left is not None and summaries is not None:
+                left[number, head] = left_out(positions, summaries.of(line[SLOT]), head, n)
     return lists
 
 
-def segment_noise(history: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Return what makes priorities of a segment's scores: float32 ``[tokens]``."""
-    place = torch.arange(tokens) + noise_phase(torch.tensor(history))
-    return priority_noise(device)[(place % NOISE_TOKENS).to(device)].float()
+def left_out(positions: torch.Tensor, own: Summaries, head: int, history: int) -> torch.Tensor:
+    """Return the base-2 logarithm of how many tokens of each summary a list leaves out.
+
+    Args:
+        positions: int64 ``[listed]``.
+        own: the request's, with a leading dimension of one.
+        head: KV head of the list.
+        history: tokens that the list is chosen from; a region counts if it is whole in these.
+
+    Returns:
+        float32 ``[summaries]``.
+    """
+    sizes = own.sizes[0, head]
+    rows = len(sizes)
+    listed = torch.bincount(own.labels[0, head, positions].long(), minlength=rows)[:rows]
+    region = torch.arange(rows, device=sizes.device) - own.clusters
+    whole = (region < 0) | (int(own.starts) + (region + 1) * own.region_tokens <= history)
+    return ((sizes - listed).clamp(min=0) * whole).float().log2()
 
 
 def sample_positions(history: int, device: torch.device) -> torch.Tensor:
@@ -152,30 +167,29 @@ def list_lengths(
 
 def select_positions(
     scores: torch.Tensor,
-    noise: torch.Tensor,
     length: int,
     capacity: int,
     tiers: int = TIERS,
     step: int = 1,
     chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the best three quarters of about ``length`` tokens by score, the others by priority.
+) -> torch.Tensor:
+    """Return the positions of about the ``length`` best scores, in order of visiting.
 
-    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst. A tier takes
-    whole ones, as many as fit. The order is by tier and by address inside a tier, the last two
-    chunks first. Tokens past ``capacity`` are cut off.
+    Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
+    they are taken to be spread evenly, which gives the score that so many reach. The order is by
+    tier and by address inside a tier, the last two chunks first. Tokens past ``capacity`` are cut
+    off, or more than counts of a sample are uncertain by.
 
     Args:
         scores: float32 ``[n]``, log2-probabilities.
-        noise: float32 ``[n]``, which makes priorities of them.
         length: tokens to choose.
         capacity: most tokens to choose.
-        tiers: of those by score: up to 1/2 of them, to 1/4 before that, and so on, and the rest.
+        tiers: up to 1/2 of them, to 1/4 before that, and so on, and the rest.
         step: one token in ``step`` is counted.
         chunk: tokens that are listed at a time.
 
     Returns:
-        their positions, int64, and float32 base-2 logarithms of their weights.
+        int64 ``[listed]``.
     """
     best, worst = scores.max(), scores.min()
     counted = stratified(len(scores), step).to(scores.device)
@@ -183,56 +197,18 @@ def select_positions(
     cumulative = total.cumsum(0)
     width = torch.clamp(best - worst, min=1e-20) / BUCKETS
     tier = torch.zeros_like(scores, dtype=torch.long)
-    scored = length * SCORED_EIGHTHS // 8
     for number in range(tiers):
-        whole = cumulative <= scored >> (tiers - 1 - number)  # of like scores a sample decides
-        tier += scores <= best - int(whole.sum()) * width
-    unscored = total.masked_fill(whole, 0).float()
-    middle = best - torch.arange(1, BUCKETS + 1, device=scores.device) * width + 0.5 * width
-    room = length - int(total[whole].sum())
-    priority = priority_threshold(room, unscored, middle, best, worst)
-    sampled = (tier == tiers) & (scores + noise >= priority)
-    tier[sampled] = tiers - 1
+        goal = max(length >> (tiers - 1 - number), 1)
+        if goal < cumulative[-1]:
+            at = int((cumulative < goal).sum())
+            share = (goal - cumulative[at] + total[at]).float() / total[at].float()
+            tier += scores < best - (at + share) * width
     start = max(-(-len(scores) // chunk) - 2, 0) * chunk
     rolled = tier.roll(-start)  # a tier's tokens by address, without a sort of all
     order = torch.cat([(rolled == number).nonzero()[:, 0] for number in range(tiers)])
-    order = (order[:capacity] + start) % len(scores)
-    gap = (priority - scores[order]).clamp(0, NOISE_LIMIT).masked_fill(~sampled[order], 0)
-    return order, (1 + SAMPLE_SHARE * (gap.exp2() - 1)).log2()
-
-
-def priority_threshold(
-    room: int,
-    unscored: torch.Tensor,
-    middle: torch.Tensor,
-    best: torch.Tensor,
-    worst: torch.Tensor,
-) -> torch.Tensor:
-    """Return the lowest priority that no more than ``room`` tokens are expected to reach.
-
-    Args:
-        room: tokens that a list has room for beside those that are listed by their score.
-        unscored: float32 ``[BUCKETS]``, other tokens of a bucket.
-        middle: float32 ``[BUCKETS]``, the score in the middle of a bucket.
-        best: the best score.
-        worst: the worst score.
-
-    Returns:
-        float32, without a dimension.
-    """
-    if room >= unscored.sum():
-        return torch.full_like(best, float("-inf"))
-    above, below = best + NOISE_LIMIT, worst - 1
-    for _ in range(ROUNDS):
-        levels = below + (above - below) * torch.arange(1, LEVELS + 1, device=best.device) / LEVELS
-        gap = (levels - middle[:, None]).clamp(min=0)
-        chance = (-gap).exp2().masked_fill(gap > NOISE_LIMIT, 0)
-        fits = (unscored[:, None] * chance).sum(0) <= room
-        above, below = (
-            torch.where(fits, levels, above).min(),
-            torch.where(fits, below, levels).max(),
-        )
-    return above
+    unsure = int(math.sqrt(4 * length * (step - 1)))
+    most = length + min(length // 16 + unsure, length // 4)
+    return (order[: min(capacity, most)] + start) % len(scores)
 
 
 def bucket_of(scores: torch.Tensor, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,11 @@
 """Select: from scores to lists of physical slots, without a sort.
 
-Three quarters of a list are the tokens of the best scores. The others are a priority sample of the
-rest (Duffield, Lund and Thorup, J. ACM 54(6), 2007; in attention: ours). A token's priority is its
-score s, a log2-probability, plus log2(1 / u) of a uniform u; it is listed if that reaches a
-threshold t. So it is with the probability 2^(s - t), and stands for 2^(t - s) tokens: without bias,
-but with a large variance. Summaries have none, but a bias (:mod:`attention.summaries`). So each
-stands for a share of what is skipped: a sampled token weighs 1 + SAMPLE_SHARE (2^(t - s) - 1).
-
-Three launches. The first counts each list's scores by bucket, from a sample in long histories. The
-second shares a segment's budget among its lists and finds each list's thresholds: the score that
-the best tokens reach, and the priority that makes up the list. The third walks the scores in
-order of address, the last chunks first, and writes slots and weights of those that reach one.
-Importance orders the tiers, address orders a tier, so the gather that follows reads memory in runs.
-Ours; the paper sorts.
+Four launches. The first counts each list's scores by bucket, from a sample in long histories. The
+second shares a segment's budget among its lists and finds each list's thresholds: the scores that
+as many tokens reach. The third walks the scores in order of address, the last chunks first, and
+writes the slots of those that reach a threshold. Importance orders the tiers, address orders a
+tier, so the gather that follows reads memory in runs. Ours; the paper sorts. The last one counts
+how many tokens of each summary a list leaves out, for these stand for no more than that.
 
 Half of the budget is dealt equally, half by one level of probability for all lists that share it.
 A list ends earlier where its skipped tokens hold less softmax mass than the request's target error.
@@ -22,14 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import tuning
-from ..columns import DENSE_START, HISTORY, LIST_LENGTH, ROW, SEGMENT_COLUMNS
+from ..attention.summary_table import REGIONS, Summaries, slot_stride
+from ..columns import DENSE_START, LIST_LENGTH, ROW, SEGMENT_COLUMNS, SLOT
 from ..layout import NOT_LISTED
-from ..sampling import NOISE_STEP, priority_noise
-from ..strata import NOISE_TOKENS, noise_phase, stratum_offset
+from ..strata import stratum_offset
 from ..tuning import (
     BUCKETS,
     CHUNK,
+    CLUSTERS,
     COUNTED,
     ESTIMATE_EVERY,
     ESTIMATE_STEP,
@@ -42,10 +35,8 @@ from ..work_list import WorkList, list_capacity
 from .plan import plan_kernel
 from .selected import SelectedTokens
 
-NOISE_LIMIT = tl.constexpr(tuning.NOISE_LIMIT)
-SAMPLE_SHARE = tl.constexpr(tuning.SAMPLE_SHARE)
 RUN = 2 * ESTIMATE_STEP  # neighbouring tokens that are handled as one
-assert RUN == NOISE_STEP
+COUNT_BLOCK = 1024  # listed tokens that are counted by summary at a time
 
 
 @triton.jit
@@ -101,50 +92,47 @@ def _ones(bits):
 
 
 @triton.jit
-def _bits(scores, p_noise, least, priority, below, o_in, BOUNDED: tl.constexpr, LAST: tl.constexpr):
-    """Return which of the scores [N, M] reach a threshold: N numbers of M bits.
-
-    In the last tier scores above ``least``, or those that reach ``priority`` with their noise.
-    """
+def _bits(scores, least, below, o_in, BOUNDED: tl.constexpr):
+    """Return which of the scores [N, M] reach a threshold: N numbers of M bits."""
     scores = scores.to(tl.float32)
-    listed = scores > least
-    if LAST:
-        listed |= scores + tl.load(p_noise).to(tl.float32) >= priority
+    listed = scores >= least
     if BOUNDED:
-        listed &= scores <= below
+        listed &= scores < below
     return tl.sum(tl.where(listed, 1 << o_in[None, :], 0), 1)
 
 
 @triton.jit
 def _emit_kernel(
-    p_scores, p_noise, p_segments, p_lengths, p_thresholds, p_table, p_slots, p_weights, p_samples,
+    p_scores, p_segments, p_lengths, p_thresholds, p_table, p_slots, p_samples, p_labels, p_listed,
     stride_segment, stride_head, stride_table, stride_slots_segment, stride_slots_head,
+    stride_labels_slot, stride_labels_head,
     PAGE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr, TIERS: tl.constexpr,
     EVERY: tl.constexpr, SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     NOT_LISTED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """slots[place] = table[n / PAGE] PAGE + n % PAGE of the tokens n that reach a tier's threshold.
 
-    And weights[place] = log2(1 + SHARE (2^d - 1)), d = min(priority's threshold - score, LIMIT),
-    of those that are listed by their priority; 0 of others.
-    RUN neighbouring tokens lie on one page, and are the bits of one number, so that little is done
-    for each token. CHUNK tokens are handled at a time. With SPLIT the programs of the last
-    dimension share a list, which has one tier then.
+    And listed[place] = labels[n], which summary the token belongs to. RUN neighbouring tokens lie
+    on one page, and are the bits of one number, so that little is done for each token. CHUNK tokens
+    are handled at a time. With SPLIT the programs of the last dimension share a list, which has one
+    tier then.
     """
     i_head = tl.program_id(0)
     i_segment = tl.program_id(1).to(tl.int64)
     row = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + ROW).to(tl.int64)
     n = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
     i_list = i_segment * tl.num_programs(0) + i_head
-    if tl.load(p_lengths + i_list) == 0:
+    length = tl.load(p_lengths + i_list)
+    if length == 0:
         return
-    room = stride_slots_head
-    p_thresholds += i_list * (TIERS + 1)
-    scored, priority = tl.load(p_thresholds + TIERS - 1), tl.load(p_thresholds + TIERS)
+    room = tl.minimum(stride_slots_head, length)
+    p_thresholds += i_list * TIERS
     p_scores += i_segment * stride_segment + i_head * stride_head
-    phase = noise_phase(tl.load(p_segments + i_segment * SEGMENT_COLUMNS + HISTORY))
     p_slots += i_segment * stride_slots_segment + i_head * stride_slots_head
-    p_weights += i_segment * stride_slots_segment + i_head * stride_slots_head
+    if p_labels is not None:
+        i_slot = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + SLOT).to(tl.int64)
+        p_labels += i_slot * stride_labels_slot + i_head * stride_labels_head
+        p_listed += i_segment * stride_slots_segment + i_head * stride_slots_head
     p_table += row * stride_table
     p_samples += (i_segment // EVERY * tl.num_programs(0) + i_head) * SAMPLES
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
@@ -169,9 +157,7 @@ def _emit_kernel(
             for i in range(origin, origin + begin):
                 start = tl.where(i < chunks, i, i - chunks) * CHUNK
                 s = tl.load(p_scores + start + o_n).to(tl.float32)
-                noise = tl.load(p_noise + (start + o_n + phase) % NOISE_TOKENS).to(tl.float32)
-                reach = (s > least) | (s + noise >= priority)
-                others += (reach & (start + o_n < n)).to(tl.int32)
+                others += ((s >= least) & (start + o_n < n)).to(tl.int32)
             before = tl.sum(others)
         # Rows of scores hold whole chunks: loads without a mask are wide. The next chunk is on its
         # way while one is listed.
@@ -180,13 +166,8 @@ def _emit_kernel(
         low, high = tl.load(p_run), tl.load(p_run + RUN // 2)
         for i in range(origin + begin, origin + end):
             start = tl.where(i < chunks, i, i - chunks) * CHUNK + o_run
-            p_run = p_noise + tl.multiple_of((start + phase) % NOISE_TOKENS, RUN)[:, None]
-            p_run += o_in[None, :]
-            bits = _bits(low, p_run, least, priority, below, o_in, t > 0, t == TIERS - 1)
-            more = _bits(
-                high, p_run + RUN // 2, least, priority, below, o_in, t > 0, t == TIERS - 1
-            )
-            bits |= more << (RUN // 2)
+            bits = _bits(low, least, below, o_in, t > 0)
+            bits |= _bits(high, least, below, o_in, t > 0) << (RUN // 2)
             next = tl.where(i + 1 < chunks, i + 1, i + 1 - chunks) * CHUNK
             p_run = p_scores + (next + o_run)[:, None] + o_in[None, :]
             low, high = tl.load(p_run), tl.load(p_run + RUN // 2)
@@ -202,12 +183,9 @@ def _emit_kernel(
                 number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
                 m_token = (lowest != 0) & (place + i_token < room)
                 tl.store(p_slots + place + i_token, slot + number, m_token)
-                weight = tl.zeros_like(slot).to(tl.float32)
-                if t == TIERS - 1:
-                    s = tl.load(p_scores + start + number, m_token, 0.0).to(tl.float32)
-                    gap = tl.where(s > scored, 0.0, tl.minimum(priority - s, NOISE_LIMIT))
-                    weight = tl.log2(1.0 + (tl.exp2(tl.maximum(gap, 0.0)) - 1.0) * SAMPLE_SHARE)
-                tl.store(p_weights + place + i_token, weight.to(tl.float16), m_token)
+                if p_labels is not None:
+                    label = tl.load(p_labels + start + number, m_token)
+                    tl.store(p_listed + place + i_token, label, m_token)
             if i_segment % EVERY == 0:
                 # Half of a run has one sample at most: that of the stratum it begins in, or of the
                 # next one.
@@ -230,6 +208,35 @@ def _emit_kernel(
         tl.store(p_lengths + i_list, tl.minimum(before, room))
 
 
+@triton.jit
+def _left_kernel(
+    p_segments, p_lengths, p_listed, p_sizes, p_starts, p_left,
+    stride_slots_segment, stride_slots_head, stride_sizes_slot, stride_starts, clusters, region,
+    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """left[s] = log2(max(tokens of summary s - how many of them are listed, 0)).
+
+    A region counts if it is whole, and before the segment's dense pass.
+    """
+    i_head, i_segment = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    kv_heads = tl.num_programs(0)
+    i_list = i_segment * kv_heads + i_head
+    o_s = tl.arange(0, ROWS_PAD)
+    dense_start = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + DENSE_START)
+    slot = tl.load(p_segments + i_segment * SEGMENT_COLUMNS + SLOT).to(tl.int64)
+    length = tl.load(p_lengths + i_list)
+    p_listed += i_segment * stride_slots_segment + i_head * stride_slots_head
+    listed = tl.zeros([ROWS_PAD], tl.int32)
+    for first in range(0, length, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        label = tl.load(p_listed + place, place < length, 0).to(tl.int32)
+        listed += tl.histogram(label, ROWS_PAD, mask=(place < length) & (label < ROWS))
+    sizes = tl.load(p_sizes + slot * stride_sizes_slot + i_head * ROWS + o_s, o_s < ROWS, 0)
+    end = tl.load(p_starts + slot * stride_starts) + (o_s - clusters + 1) * region
+    left = tl.where((o_s < clusters) | (end <= dense_start), tl.maximum(sizes - listed, 0), 0)
+    tl.store(p_left + i_list * ROWS + o_s, tl.log2(left.to(tl.float32)), o_s < ROWS)
+
+
 class SelectWorkspace:
     """Scratch of :func:`select` for up to ``segments`` segments of ``heads`` lists each.
 
@@ -246,6 +253,7 @@ class SelectWorkspace:
         slots: int,
         device: torch.device,
         chunk: int = CHUNK,
+        summary_rows: int = CLUSTERS + REGIONS,
     ):
         self.chunk = chunk
         self.chunks = max(1, -(-max_history // chunk))
@@ -256,24 +264,22 @@ class SelectWorkspace:
 
         self.scores = empty(segments, heads, self.chunks * chunk, dtype=torch.float16)
         self.slots = empty(heads * slots, dtype=torch.int32)
-        self.weights = empty(heads * slots, dtype=torch.float16)
-        self.noise = priority_noise(device)
+        self.listed = empty(heads * slots, dtype=torch.uint8)
+        self.left = empty(segments, heads, summary_rows, dtype=torch.float32)
         self.lengths = empty(segments, heads, dtype=torch.int32)
         sampled = -(-segments // ESTIMATE_EVERY)
         self.samples = empty(sampled, heads, ESTIMATE_TOKENS, dtype=torch.int32)
         self.bounds = empty(lists, self.chunks, 2, dtype=torch.float32)
         self.counts = empty(lists, BUCKETS, dtype=torch.int32)
         self.ranges = empty(lists, 2, dtype=torch.float32)
-        self.thresholds = empty(lists, TIERS + 1, dtype=torch.float32)
+        self.thresholds = empty(lists, TIERS, dtype=torch.float32)
 
     def lists(self, work: WorkList) -> SelectedTokens:
         """Return the lists of a work list: views of the scratch."""
         heads, capacity = self.scores.shape[1], list_capacity(work.max_list)
-        slots, weights = (
-            part[: work.num_segments * heads * capacity].view(-1, heads, capacity)
-            for part in (self.slots, self.weights)
-        )
-        return SelectedTokens(slots, weights, self.lengths[: work.num_segments], self.samples)
+        count = work.num_segments
+        slots = self.slots[: count * heads * capacity].view(-1, heads, capacity)
+        return SelectedTokens(slots, self.lengths[:count], self.samples, self.left[:count])
 
 
 def select(
@@ -285,6 +291,7 @@ def select(
     counted: int = COUNTED,
     split: bool = False,
     shared: int = HEADS_SHARED,
+    summaries: Summaries | None = None,
 ) -> None:
     """Select the best history tokens of every list.
 
@@ -298,12 +305,15 @@ def select(
         counted: most scores of a list that are counted.
         split: give every chunk of a list its program, where lists are few; for one tier alone.
         shared: neighbouring lists of a segment that share its budget.
+        summaries: of the segments' histories: what lists leave out of each is counted then.
 
     :mod:`selection.reference` says exactly how many are selected, which and in which order.
     """
-    heads, (slots, weights, lengths, samples) = space.scores.shape[1], space.lists(work)
+    heads, (slots, lengths, samples, left) = space.scores.shape[1], space.lists(work)
     if work.max_list == 0:
         lengths.zero_()
+        if left is not None:
+            left.fill_(float("-inf"))
         return
     strides = (space.scores.stride(0), space.scores.stride(1))
     shape = {"CHUNK": space.chunk, "TIERS": tiers}
@@ -318,16 +328,26 @@ def select(
     pad = triton.next_power_of_2(shared)
     plan_kernel[(triton.cdiv(heads, shared), work.num_segments)](
         work.segments, space.counts, space.ranges, lengths, space.thresholds, work.target_error,
-        heads, BUCKETS=BUCKETS, SHARED=shared, SHARED_PAD=pad,
+        heads, BUCKETS=BUCKETS, COUNTED=counted, SHARED=shared, SHARED_PAD=pad,
         MEAN_OF_MAX=MEAN_OF_MAX, TIERS=tiers,
         num_warps=min(max(4, pad), 32), enable_fp_fusion=False,  # levels of all lists in registers
     )  # fmt: skip
     programs = triton.cdiv(work.max_history, space.chunk) if split else 1
+    labels = None if summaries is None else summaries.labels
+    label_strides = (0, 0) if labels is None else (slot_stride(labels), labels.stride(1))
     _emit_kernel[(heads, work.num_segments, programs)](
-        space.scores, space.noise, work.segments, lengths, space.thresholds, block_table, slots,
-        weights, samples,
-        *strides, block_table.stride(0), slots.stride(0), slots.stride(1), PAGE=page,
-        RUN=RUN, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
+        space.scores, work.segments, lengths, space.thresholds, block_table, slots, samples,
+        labels, space.listed,
+        *strides, block_table.stride(0), slots.stride(0), slots.stride(1), *label_strides,
+        PAGE=page, RUN=RUN, EVERY=ESTIMATE_EVERY, SAMPLES=ESTIMATE_TOKENS,
         SAMPLE_STEP=ESTIMATE_STEP, NOT_LISTED=NOT_LISTED, SPLIT=split,
         num_warps=8 if split else 4, **shape,
     )  # fmt: skip
+    if summaries is not None:
+        sizes, rows = summaries.sizes, summaries.sizes.shape[2]
+        _left_kernel[(heads, work.num_segments)](
+            work.segments, lengths, space.listed, sizes, summaries.starts, left,
+            slots.stride(0), slots.stride(1), slot_stride(sizes), slot_stride(summaries.starts),
+            summaries.clusters, summaries.region_tokens,
+            ROWS=rows, ROWS_PAD=triton.next_power_of_2(rows), BLOCK=COUNT_BLOCK, num_warps=4,
+        )  # fmt: skip

@@ -7,10 +7,12 @@ import torch
 
 from cases import (
     CACHES,
+    CLUSTERS,
     DTYPES,
     FP8_CARD,
     LARGE_CARD,
     ON_GPU,
+    SUMMARIES,
     TOLERANCE,
     dense_attention,
     far_away,
@@ -28,6 +30,7 @@ from s2o_vllm.kernels.decode_state import (
     DecodeTable,
     choose_snapshot,
     decode_line,
+    store_summaries,
 )
 from s2o_vllm.kernels.layout import DENSE_START, ELIGIBLE, NUM_COUNTERS, STOPPED, VISITED
 from s2o_vllm.kernels.ranking import basis
@@ -39,7 +42,7 @@ from s2o_vllm.kernels.work_list import PrefillRow
 LONGEST = 768
 CONTEXTS = (333, 600, 65)  # of requests in decode; the last has no history before its dense part
 PROMPTS = (300, 598, 40)  # tokens that its prompt's last sparse chunk saw
-REGION = 64
+REGION, SPAN = 64, 128  # tokens; queries of a span, so that prompts have clusters
 CHUNK = 128  # of histories, for several programs a list
 SIZES = [
     # heads, kv_heads, head_dim, page, head_major, an fp8 cache
@@ -70,7 +73,7 @@ def prompt_of(batch, number):
     prompt = PROMPTS[number]
     row = PrefillRow(number, 0, 32, prompt - 32, 0.25)
     batch.rows, rows = [row], batch.rows
-    (work,) = batch.work(segment=32)
+    (work,) = batch.work(segment=32, span=SPAN)
     batch.rows = rows
     generator = torch.Generator().manual_seed(number)
     query = torch.randn(32, *batch.query.shape[1:], generator=generator)
@@ -83,9 +86,8 @@ def snapshots(batch, budget=0.25, slots=(3, 0, 1), by=None):
     ``by`` fills one: by default the references do, which take less time than the kernels.
     """
     shape, device = shape_of(batch, budget), batch.query.device
-    space = decode_step.RequestStates(
-        shape, batch.query.dtype, device, decode_step.scratch(shape, device, chunk=CHUNK), REGION
-    )
+    scratch = decode_step.scratch(shape, device, chunk=CHUNK, summary_rows=SUMMARIES)
+    space = decode_step.RequestStates(shape, batch.query.dtype, device, scratch, CLUSTERS, REGION)
     kind = torch.uint8 if ON_GPU else torch.int16
     space.projected_keys.view(kind).fill_(0x7F if ON_GPU else 0x7E00)  # NaN
     for number, slot in enumerate(slots):
@@ -113,11 +115,8 @@ def by_references(batch, space, one, query, work):
         keys, basis.Basis(*(part[slot] for part in basis_of(space))), space.projected_keys.dtype
     )
     space.projected_keys[slot, :, : one.tokens] = projected.to(space.projected_keys.dtype)
-    averaged = attention_reference.summarise(cache, table, work, query.dtype, REGION)
-    space.known[slot] = one.tokens // REGION
-    space.summaries.means[slot, :, : one.tokens // REGION] = averaged.means
-    space.summaries.value_covariances[slot] = averaged.value_covariances[one.span]
-    space.summaries.key_covariances[slot] = averaged.key_covariances[one.span]
+    found = attention_reference.summarise(cache, table, work, query.dtype, CLUSTERS, REGION)
+    store_summaries(space.summaries, found, slot, work.max_seen)
 
 
 def by_kernels(batch, space, one, query, work):
@@ -126,7 +125,7 @@ def by_kernels(batch, space, one, query, work):
     backend = decode_step.DecodeKernels(shape, dtype, device)
     ranked, _ = decode_step.basis_scratch(shape, dtype, device)
     sizes = (shape.kv_heads, shape.head_dim, LONGEST)
-    averaged = summaries.workspace(*sizes, dtype, device, REGION)
+    averaged = summaries.workspace(*sizes, dtype, device, CLUSTERS, REGION)
     backend.states, backend.basis_scratch = space, (ranked, averaged)
     operator = SparseDecode(shape, dtype, device, scale=batch.softmax_scale)
     operator.backend = backend
@@ -209,7 +208,8 @@ def test_lists_and_outputs_are_the_references(device, size, softcap, sinks):
     got = space.selection.lists(work)
     scores = space.selection.scores[: work.num_segments, :, : work.max_history]
     lists = selection_reference.select(
-        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK
+        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK,
+            summaries=space.summaries,
     )
     assert torch.equal(got.lengths, lists.lengths)
     for number, head in itertools.product(range(work.num_segments), range(scores.shape[1])):

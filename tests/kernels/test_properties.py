@@ -9,6 +9,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from cases import (
+    CLUSTERS,
     DTYPES,
     SEGMENT,
     TOLERANCE,
@@ -28,7 +29,7 @@ from s2o_vllm.kernels.layout import (
     NUM_COUNTERS,
     NUM_QUERIES,
     QUERY_START,
-    SPAN,
+    SLOT,
 )
 from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
@@ -94,7 +95,6 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
         assert one.dense_segments == sum(item[DENSE_START] == 0 for item in table)
         assert all(item[DENSE_START] == 0 for item in table[len(table) - one.dense_segments :])
         assert sum(count for _, count in one.groups.tolist()) == len(table)
-        assert one.span_table.tolist() == [list(span) for span in one.spans]
         assert len(one.spans) <= tuning.CHUNK_SPANS
         for item in table:
             history, queries = item[HISTORY], item[NUM_QUERIES]
@@ -112,7 +112,8 @@ def test_work_lists_hold_every_query_once_and_keep_to_their_limits(
                 assert item[LIST_LENGTH] == max(int(row.budget * history), row.min_tokens)
             else:
                 assert history < max(min_context, 1) or history <= row.min_tokens
-            span = one.spans[item[SPAN]]
+            assert item[SLOT] == 0
+            span = [span for span in one.spans if span.first <= item[QUERY_START]][-1]
             assert span.first <= item[QUERY_START]
             assert item[QUERY_START] + queries <= span.first + span.queries
             assert not item[DENSE_START] or history + queries <= span.tokens
@@ -195,7 +196,7 @@ def select_both(batch, work, scores, tiers, counted, shared, chunk=64):
             for place, part in enumerate(parts):
                 bound = space.bounds[number * heads + head, place]
                 bound[0], bound[1] = part.max(), part.min()
-    for part in (space.slots, space.weights, space.lengths, space.samples):
+    for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
     select.select(batch.block_table, work, page, space, tiers, counted, shared=shared)
     wanted = selection_reference.select(
@@ -267,8 +268,6 @@ def test_a_selection_is_sound_and_that_of_the_reference(
 
 # -- attention -------------------------------------------------------------------------------
 
-REGION = 2**20  # tokens, more than any history: none has a mean
-
 
 @st.composite
 def batches(draw, device):
@@ -315,11 +314,11 @@ def run_both(batch, lists, softcap):
         out = nan_like(batch.query)
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
         for work, own in lists:
-            regions = attention_reference.summarise(
-                batch.kv_cache, batch.block_table, work, batch.query.dtype, REGION
+            means = attention_reference.summarise(
+                batch.kv_cache, batch.block_table, work, batch.query.dtype, CLUSTERS, 32
             )
             function(
-                batch.query, batch.kv_cache, batch.block_table, work, own, regions, out, counters,
+                batch.query, batch.kv_cache, batch.block_table, work, own, means, out, counters,
                 scale=batch.scale, softcap=softcap, **shape,
             )  # fmt: skip
         results.append((out, counters))

@@ -55,20 +55,23 @@ def test_each_request_has_its_lists_longest_history_first():
     assert histories == list(range(39 * 32, -1, -32))
     assert one.groups.tolist() == [[0, 16], [16, 16], [32, 8]]
     assert (one.max_history, one.max_list, one.max_queries) == (39 * 32, 39 * 16 * 3 // 2, 32)
-    assert (one.row, one.span_table.tolist()) == (4, [[0, 1280, 40 * 32]])
-    assert (other.row, other.span_table.tolist()) == (1, [[1280, 32, 352]])
+    assert (one.row, one.spans) == (4, ((0, 1280, 40 * 32),))
+    assert (other.row, other.spans) == (1, ((1280, 32, 352),))
 
 
 def test_a_chunk_is_one_list_with_a_fit_per_2048_queries():
     rows = [PrefillRow(0, 5, 2176, 1984, 0.5)]  # up to 4,160: fits end at 2,048 and 4,096
     (one,) = build_work_lists(rows, 32, 0, CPU, MANY)
-    assert int(one.span_table[0, 0]) == 5
-    assert one.span_table.tolist() == [[5, 64, 2048], [69, 2048, 4096], [2117, 64, 4160]]
+    assert one.spans == ((5, 64, 2048), (69, 2048, 4096), (2117, 64, 4160))
     assert (max(span.queries for span in one.spans), one.max_seen) == (2048, 4160)
     for item in one.segments.tolist():
-        first, queries, tokens = one.span_table[item[layout.SPAN]].tolist()
-        assert first <= item[layout.QUERY_START] < first + queries
+        (tokens,) = (
+            tokens
+            for first, queries, tokens in one.spans
+            if first <= item[layout.QUERY_START] < first + queries
+        )
         assert item[layout.HISTORY] + item[layout.NUM_QUERIES] <= tokens
+        assert item[layout.SLOT] == 0
     starts = [item[layout.QUERY_START] for item in one.segments.tolist()]
     assert starts == list(range(5 + 2176 - 32, 4, -32)), "the longest history first"
 
@@ -83,7 +86,7 @@ def test_what_exceeds_the_limits_makes_further_lists_of_the_chunk():
     assert by_slots[0].num_segments == 2
     for lists in (by_items, by_slots):
         assert [one.first_of_chunk for one in lists] == [True] + [False] * (len(lists) - 1)
-        assert all(one.span_table is lists[0].span_table for one in lists)
+        assert all(one.spans == lists[0].spans for one in lists)
         starts = [item[layout.QUERY_START] for one in lists for item in one.segments.tolist()]
         assert starts == list(range(9 * 32, -1, -32))
     for one in by_slots:
@@ -129,9 +132,17 @@ def test_what_a_list_tells_of_its_items():
 def test_chunks_are_cut_at_multiples_in_the_sequence():
     span = tuning.CHUNK_SPANS * tuning.SPAN_LENGTH
     lists = build_work_lists([PrefillRow(0, 0, span + 64, 32, 0.5)], 64, 0, CPU, MANY)
-    assert [int(one.span_table[0, 0]) for one in lists] == [0, span - 32]
+    assert [one.spans[0].first for one in lists] == [0, span - 32]
     assert all(one.first_of_chunk for one in lists)
-    assert all(one.span_table.shape[0] <= tuning.CHUNK_SPANS for one in lists)
+    assert all(len(one.spans) <= tuning.CHUNK_SPANS for one in lists)
+
+
+def test_chunks_of_smaller_spans():
+    rows = [PrefillRow(0, 0, 600, 100, 0.5)]
+    lists = build_work_lists(rows, 32, 0, CPU, MANY, 64)
+    assert [one.spans[0].first for one in lists] == [0, 156, 412]
+    assert [one.max_seen for one in lists] == [256, 512, 700]
+    assert {one.span_length for one in lists} == {64}
 
 
 @pytest.mark.parametrize(("segment", "items"), [(0, 1), (-1, 1), (32, 0)])

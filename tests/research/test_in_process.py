@@ -27,8 +27,8 @@ def windows(number=2, tokens=900):
     return drawn.tolist()
 
 
-def setting(lists="served", budget=0.1, summaries="regions"):
-    return in_process.Setting(lists, "low_rank", budget, 0, 256, summaries)
+def setting(lists="served", budget=0.1):
+    return in_process.Setting(lists, "low_rank", budget, 0, 256)
 
 
 def test_exact_scores_are_the_largest_probability_of_any_row():
@@ -60,12 +60,10 @@ def every_token_is_far(monkeypatch):
 
 def test_a_full_budget_loses_nothing_and_a_small_one_something(model):
     settings = [setting(budget=1.0), setting("exact", 1.0), setting(budget=0.02)]
-    settings.append(setting("served", 1.0, "clusters"))
-    full, exact, small, clusters = in_process.judge(model, windows(), 128, 200, settings)
+    full, exact, small = in_process.judge(model, windows(), 128, 200, settings)
     assert full["samples"] > 0
     assert abs(full["value"]) < 0.02
     assert abs(exact["value"]) < 0.02
-    assert abs(clusters["value"]) < 0.02
     assert abs(small["value"]) > 0.02
     assert full["density"] == 1.0
     assert small["density"] < 0.03

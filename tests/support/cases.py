@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from s2o_vllm.kernels.layout import NOT_LISTED
+from s2o_vllm.kernels.attention.summary_table import REGIONS
+from s2o_vllm.kernels.layout import DENSE_START, NOT_LISTED
 from s2o_vllm.kernels.selection.reference import sample_positions
 from s2o_vllm.kernels.selection.selected import SelectedTokens
 from s2o_vllm.kernels.tiles import head_dims
-from s2o_vllm.kernels.tuning import ESTIMATE_EVERY, ESTIMATE_TOKENS
+from s2o_vllm.kernels.tuning import ESTIMATE_EVERY, ESTIMATE_TOKENS, SPAN_LENGTH
 from s2o_vllm.kernels.work_list import Limits, PrefillRow, WorkList, build_work_lists
 
 SEGMENT = 32
+CLUSTERS = 8  # for histories of a hundred tokens
+SUMMARIES = CLUSTERS + REGIONS
 LIMITS = Limits(1000, 10**7)
 ON_GPU = torch.cuda.is_available()
 # bf16 dots are silently wrong in the interpreter; fp32 tiles do not fit a GPU's shared memory.
@@ -52,11 +55,14 @@ class Batch:
 
     def work(
         self, *, min_context: int = 0, segment: int = SEGMENT, shared: int = LIMITS.shared,
-        segments: int = LIMITS.segments,
+        segments: int = LIMITS.segments, span: int = SPAN_LENGTH,
     ) -> list[WorkList]:  # fmt: skip
-        """One list per request, of up to ``segments``; ``shared`` KV heads share a budget."""
+        """One list per request, of up to ``segments``; ``shared`` KV heads share a budget.
+
+        Chunks have ``CHUNK_SPANS`` spans of ``span`` queries.
+        """
         limits = LIMITS._replace(shared=shared, segments=segments)
-        return build_work_lists(self.rows, segment, min_context, self.query.device, limits)
+        return build_work_lists(self.rows, segment, min_context, self.query.device, limits, span)
 
 
 def make_batch(
@@ -185,20 +191,20 @@ def make_sinks(heads: int, dtype: torch.dtype, device) -> torch.Tensor:
     return torch.linspace(-2, 8, heads).to(device, dtype)
 
 
-def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, SelectedTokens]]:
+def full_lists(
+    batch: Batch, *, uneven: bool = False, summaries: bool = False, **cut
+) -> list[tuple[WorkList, SelectedTokens]]:
     """Each request's work with lists of random history tokens, as many as its budget allows.
 
-    ``uneven`` shortens the lists of all heads but the first, each by a random share, and gives
-    their tokens weights.
+    ``uneven`` shortens the lists of all heads but the first, each by a random share. With
+    ``summaries`` a random number of tokens is left over of each. ``cut`` is of :meth:`Batch.work`.
     """
     page, kv_heads = batch.kv_cache.shape[2], batch.kv_cache.shape[1]
     lists = []
-    for work in batch.work():
+    for work in batch.work(**cut):
         sampled = -(-work.num_segments // ESTIMATE_EVERY)
         slots = torch.zeros(work.num_segments, kv_heads, max(work.max_list, 1), dtype=torch.int32)
         lengths = torch.zeros(work.num_segments, kv_heads, dtype=torch.int32)
-        weights = 4 * torch.rand(slots.shape) if uneven else torch.zeros(slots.shape)
-        weights = weights.half()
         samples = torch.full((sampled, kv_heads, ESTIMATE_TOKENS), -7, dtype=torch.int32)
         table = batch.block_table[work.row].cpu()
         for number, item in enumerate(work.segments.tolist()):
@@ -216,13 +222,19 @@ def full_lists(batch: Batch, *, uneven: bool = False) -> list[tuple[WorkList, Se
                     places = places[sample_positions(item[4], places.device)]
                     samples[number // ESTIMATE_EVERY, head, : len(places)] = places
         device = batch.query.device
-        lists.append(
-            (
-                work,
-                SelectedTokens(*(part.to(device) for part in (slots, weights, lengths, samples))),
-            )
-        )
+        own = SelectedTokens(*(part.to(device) for part in (slots, lengths, samples)))
+        if summaries:
+            own = own._replace(left=some_left(work, lengths, device))
+        lists.append((work, own))
     return lists
+
+
+def some_left(work: WorkList, lengths: torch.Tensor, device) -> torch.Tensor:
+    """Logarithms of random numbers of tokens, none for a quarter, where a list leaves any out."""
+    left = torch.randint(0, 40, (*lengths.shape, SUMMARIES)).float()
+    left[..., ::4] = 0.0
+    left[lengths == work.segments[:, DENSE_START, None].cpu()] = 0.0
+    return left.log2().to(device)
 
 
 def nan_like(tensor: torch.Tensor) -> torch.Tensor:

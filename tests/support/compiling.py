@@ -22,6 +22,7 @@ DTYPES = {
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int16: "i16",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -200,10 +201,10 @@ def compile_ranking(capability: int, head_dim: int, kv_dtype: torch.dtype) -> li
     with compiling_for(capability) as compiled:
         mean_query.mean_query_scores(q, kv, table, work, *results, ranking, scale=0.1)
         low_rank.low_rank_scores(q, kv, table, work, *results, space, scale=0.1)
-        for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
-            select.select(table, work, 16, selection, tiers)
         means = summaries.workspace(KV_HEADS, head_dim, MAX_HISTORY, q.dtype, meta)
         summaries.summarise(kv, table, work, means)
+        for tiers in (tuning.TIERS, tuning.TIERS_UNORDERED):
+            select.select(table, work, 16, selection, tiers, summaries=means)
     return compiled
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from cases import (
     CACHES,
     CHUNKS,
+    CLUSTERS,
     DTYPES,
     LARGE_CARD,
     ON_GPU,
@@ -59,12 +60,11 @@ def stop_step(batch):
     return 2 * attend_tile(batch.query.shape[2], batch.query.device).block_n
 
 
-REGION = 32  # tokens
-NO_REGION = 2**20  # longer than any history
+REGION, SPAN = 32, 32  # tokens; queries, so that a history has clusters
 LONG = 8 if ON_GPU else 1  # histories of many steps, whatever a tile's size
 
 
-def run(batch, lists, function=attend.attend, region=NO_REGION, **options):
+def run(batch, lists, function=attend.attend, **options):
     """Attend to every request; ``lists`` pairs each work list with its lists."""
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=out.device)
@@ -78,12 +78,16 @@ def run(batch, lists, function=attend.attend, region=NO_REGION, **options):
         function(
             batch.query, batch.kv_cache, batch.block_table, work, own,
             attention_reference.summarise(
-                batch.kv_cache, batch.block_table, work, batch.query.dtype, region
+                batch.kv_cache, batch.block_table, work, batch.query.dtype, CLUSTERS, REGION
             ),
             out, counters, scale=batch.scale, v_scale=batch.v_scale, sinks=batch.sinks,
             **options,
         )  # fmt: skip
     return out, counters
+
+
+def summarised_lists(batch, uneven=False):
+    return full_lists(batch, uneven=uneven, summaries=True, span=SPAN)
 
 
 def assert_same_counters(counters, wanted):
@@ -107,7 +111,7 @@ def test_full_list_is_dense_attention(
     )  # fmt: skip
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
-    out, counters = run(batch, full_lists(batch), region=REGION)
+    out, counters = run(batch, summarised_lists(batch))
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
     assert counters[VISITED] == counters[ELIGIBLE], "a full list visits all that is eligible"
     assert counters[DROPPED] == 0, "nothing is left out"
@@ -124,7 +128,7 @@ def test_a_full_list_with_sinks_is_dense_attention(
     )  # fmt: skip
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, dtype), truth)
-    out, _ = run(batch, full_lists(batch), region=REGION)
+    out, _ = run(batch, summarised_lists(batch))
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
     assert relative_error(dense_attention(replace(batch, sinks=None)), truth) > 0.1
 
@@ -144,7 +148,7 @@ def test_queries_in_fp8_are_multiplied_as_they_are(
     given = {"query_e4m3": quantised} if ON_GPU else {}  # no such products in the interpreter
     truth = dense_attention(batch)
     same_dtype = relative_error(dense_attention(batch, batch.query.dtype), truth)
-    out, _ = run(batch, full_lists(batch), region=REGION, **given)
+    out, _ = run(batch, summarised_lists(batch), **given)
     assert relative_error(out, truth) <= 2 * max(same_dtype, 1e-7)
 
 
@@ -190,7 +194,7 @@ def test_a_score_far_above_all_before_it(device, dtype, stop_threshold):
 STOP_MARGIN = 1e-3
 
 
-def stopping_case(device, stop_threshold, softcap=0.0, uneven=False, region=NO_REGION, **shape):
+def stopping_case(device, stop_threshold, softcap=0.0, summaries=False, **shape):
     """A batch whose tiles stop where the reference says, whatever is rounded.
 
     The higher the threshold, the earlier every tile stops: if as much is visited a little
@@ -198,8 +202,8 @@ def stopping_case(device, stop_threshold, softcap=0.0, uneven=False, region=NO_R
     """
     for _ in range(20):
         batch = make_batch(device, spread=3.0, **shape)
-        lists = full_lists(batch, uneven=uneven)
-        options = {"stop_step": stop_step(batch), "softcap": softcap, "region": region}
+        lists = summarised_lists(batch, uneven=True) if summaries else full_lists(batch)
+        options = {"stop_step": stop_step(batch), "softcap": softcap}
         (_, under), (wanted, over) = (
             run(
                 batch,
@@ -222,7 +226,7 @@ def stopping_case(device, stop_threshold, softcap=0.0, uneven=False, region=NO_R
 def test_matches_the_reference(device, stop_threshold, softcap, fp8, sinks):
     chunks = ((400 * LONG, 40), (0, 10), (129 * LONG, 3))
     case = stopping_case(
-        device, stop_threshold, softcap, uneven=True, region=REGION, chunks=chunks,
+        device, stop_threshold, softcap, summaries=True, chunks=chunks,
         fp8=fp8, sinks=sinks,
     )  # fmt: skip
     batch, lists, options, wanted, wanted_counters = case

@@ -1,13 +1,15 @@
-"""Means of regions: what they are, what they weigh, and that no segment sees a later token's."""
+"""Clusters and regions: what they hold, what they weigh, and that no segment sees a later token."""
 
 import pytest
 import torch
 
 from cases import (
     CACHES,
+    CLUSTERS,
     DTYPE,
     DTYPES,
     LARGE_CARD,
+    SUMMARIES,
     TOLERANCE,
     make_batch,
     nan_like,
@@ -16,171 +18,183 @@ from cases import (
 )
 from s2o_vllm.kernels.attention import attend, summaries
 from s2o_vllm.kernels.attention import reference as attention_reference
-from s2o_vllm.kernels.attention.summary_table import Summaries, covariance_part, region_samples
+from s2o_vllm.kernels.attention.summary_table import TENSORS, history_before_chunk
 from s2o_vllm.kernels.layout import NUM_COUNTERS
 from s2o_vllm.kernels.prefill import SparsePrefill
+from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection.selected import SelectedTokens
 from s2o_vllm.kernels.shape import Shape
 from s2o_vllm.kernels.tiles import attend_tile
 from s2o_vllm.kernels.tuning import (
-    COVARIANCE_GROUP,
     COVARIANCE_WEIGHT,
     REGION_TOKENS,
-    REGION_VARIANCE,
-    REGION_WEIGHT,
-    REGION_WEIGHT_LIMIT,
-    SAMPLE_SHARE,
+    SUMMARY_VARIANCE,
+    SUMMARY_WEIGHT_LIMIT,
 )
 
 NONE_LISTED = 1e-9  # a budget of no token at all
+REGION, SPAN = 32, 64  # tokens of a region; queries of a span: chunks of eight regions
 
 
-def averaged(batch, work, region):
-    """The kernel's means, over room that held NaN."""
+def summarised(batch, work, clusters=CLUSTERS, region=REGION):
+    """The kernels' summaries, over room that held NaN and 77."""
     kv_heads, _, width = batch.kv_cache.shape[1:]
     device = batch.kv_cache.device
     space = summaries.workspace(
-        kv_heads, width // 2, 2 * work.max_history, batch.query.dtype, device, region
+        kv_heads, width // 2, work.max_seen + 9, batch.query.dtype, device, clusters, region
     )
-    for part in (space.means, space.value_covariances, space.key_covariances, space.sums):
-        part.fill_(float("nan"))
+    for part in (*(getattr(space, name) for name in TENSORS), *space.scratch):
+        part.fill_(float("nan") if part.is_floating_point() else 77)
     summaries.summarise(batch.kv_cache, batch.block_table, work, space)
     return space
 
 
+def refer(batch, work, clusters=CLUSTERS, region=REGION):
+    return attention_reference.summarise(
+        batch.kv_cache, batch.block_table, work, batch.query.dtype, clusters, region
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("head_dim", "page", "region"),
-    [(64, 16, 32), (96, 48, 128), pytest.param(512, 16, 128, marks=LARGE_CARD)],
+    ("context", "queries", "head_dim", "page", "clusters"),
+    [
+        (300, 50, 64, 16, 8),
+        (520, 20, 96, 48, 40),
+        (90, 10, 64, 16, 8),
+        (256, 256, 64, 16, 1),
+        pytest.param(260, 20, 512, 16, 8, marks=LARGE_CARD),
+    ],
 )
 @pytest.mark.parametrize("fp8", CACHES)
-def test_means_are_those_of_evenly_spaced_tokens(device, dtype, head_dim, page, region, fp8):
+def test_the_kernels_cluster_as_the_reference_does(
+    device, dtype, context, queries, head_dim, page, clusters, fp8
+):
     batch = make_batch(
-        device, chunks=((300, 20),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
+        device, chunks=((context, queries),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
     )
-    (work,) = batch.work()
-    means = averaged(batch, work, region).means
-    count = work.max_seen // region
-    assert torch.isnan(means[:, count:]).all(), "no region that is not whole"
-    keys, values = tokens_of(batch, batch.rows[0])
-    tokens = torch.cat([keys / batch.k_scale, values / batch.v_scale], -1)
-    tokens = tokens[:, : count * region].double()  # in units of the cache
-    samples = region_samples(work.whole_chunk, region)
-    places = (torch.arange(samples, device=device) + 0.5) * region / samples
-    wanted = tokens.unflatten(1, (count, region))[:, :, places.long()].mean(2)
-    rounding = 4 * torch.finfo(dtype).eps
-    assert relative_error(means[:, :count], wanted) < rounding
-    own = attention_reference.summarise(
-        batch.kv_cache, batch.block_table, work, dtype, region
-    ).means
-    assert relative_error(means[:, :count], own) < rounding
+    (work,) = batch.work(span=SPAN)
+    got, wanted = summarised(batch, work, clusters), refer(batch, work, clusters)
+    assert got.starts.tolist() == wanted.starts.tolist() == [context // 256 * 256]
+    # Rounding decides between centres that are equally near; one token in a hundred at the most.
+    labels = got.labels[..., : work.max_seen]
+    differ = float((labels != wanted.labels).float().mean())
+    assert differ <= (0.01 if dtype == torch.bfloat16 else 0)
+    assert (got.labels[..., work.max_seen :] == 77).all(), "nothing is written behind"
+    assert int((got.sizes - wanted.sizes).abs().sum()) <= 2 * differ * labels.numel() + 0.5
+    assert got.means.isfinite().all()
+    rounding = (4 if differ == 0 else 40) * torch.finfo(dtype).eps
+    assert relative_error(got.means, wanted.means) < rounding
+    for name in ("value_covariances", "key_covariances"):
+        one, other = getattr(got, name), getattr(wanted, name)
+        assert one.isfinite().all()
+        assert (one - other).norm() <= 40 * torch.finfo(dtype).eps * other.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "page"), [(64, 16), (96, 48)])
-@pytest.mark.parametrize("fp8", CACHES)
-def test_slopes_are_covariances_of_what_comes_before_a_fit(device, dtype, head_dim, page, fp8):
-    """Two fits of a chunk, the first begun before it; four samples of a part lie side by side."""
-    region, cuts = 128, (2048, 4096)
-    batch = make_batch(
-        device, chunks=((4064, 64),), head_dim=head_dim, page=page, dtype=dtype, fp8=fp8
-    )
-    (work,) = batch.work(segment=32)
-    assert work.span_table.shape[0] == 2
-    span = covariance_part(work.whole_chunk, region)
-    assert span == 4 * region
-    got = averaged(batch, work, region)
-    for covariances in (got.value_covariances, got.key_covariances):
-        assert torch.isnan(covariances[2:]).all(), "no more than there are spans"
-    keys, values = tokens_of(batch, batch.rows[0])
-    keys, values = keys.double() / batch.k_scale, values.double() / batch.v_scale
-    for number, cut in enumerate(cuts):
-        groups = [x[:, 2:cut:4].unflatten(1, (-1, COVARIANCE_GROUP)) for x in (keys, values)]
-        k, v = (x - x.mean(2, keepdim=True) for x in groups)
-        of_values = COVARIANCE_WEIGHT * torch.einsum("hgsd,hgse->hde", k, v) / (cut / 4)
-        of_keys = torch.einsum("hgsd,hgse->hde", k, k) / (cut / 4)
-        pairs = ((got.value_covariances, of_values), (got.key_covariances, of_keys))
-        for covariances, wanted in pairs:
-            assert relative_error(covariances[number], wanted) < 40 * torch.finfo(dtype).eps
-    own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, dtype, region)
-    for one, other in (
-        (got.value_covariances, own.value_covariances),
-        (got.key_covariances, own.key_covariances),
-    ):
-        assert relative_error(one[:2], other) < 40 * torch.finfo(dtype).eps
+def test_clusters_are_those_of_k_means(device):
+    """By hand, in fp64, from the very tokens that the clusters begin with."""
+    batch = make_batch(device, chunks=((300, 50),))
+    (work,) = batch.work(span=SPAN)
+    own = refer(batch, work)
+    keys, values = (x.double()[:, :256] for x in tokens_of(batch, batch.rows[0]))
+    for head in range(len(keys)):
+        centres = keys[head, attention_reference.spread(256, CLUSTERS)]
+        for _ in range(2):
+            label = torch.cdist(keys[head], centres).argmin(1)
+            centres = torch.stack([keys[head, label == i].mean(0) for i in range(CLUSTERS)])
+        assert (own.labels[0, head, :256] == label).float().mean() > 0.99
+        of_values = torch.stack([values[head, label == i].mean(0) for i in range(CLUSTERS)])
+        wanted = torch.cat([centres, of_values], 1)
+        assert relative_error(own.means[0, head, :CLUSTERS], wanted) < 0.02
+        k, v = keys[head] - centres[label], values[head] - of_values[label]
+        covariance = COVARIANCE_WEIGHT * k.T @ v / 256
+        assert relative_error(own.value_covariances[0, head], covariance) < 0.05
+        assert relative_error(own.key_covariances[0, head], k.T @ k / 256) < 0.05
+
+
+def test_regions_are_means_of_neighbours(device):
+    batch = make_batch(device, chunks=((300, 180),))
+    (work,) = batch.work(span=SPAN)
+    own = summarised(batch, work)
+    tokens = torch.cat(tokens_of(batch, batch.rows[0]), -1)[:, 256:480]
+    wanted = tokens.double().unflatten(1, (7, REGION)).mean(2)
+    found = own.means[0, :, CLUSTERS : CLUSTERS + 7]
+    assert relative_error(found, wanted) < 4 * torch.finfo(DTYPE).eps
+    assert (own.sizes[0, :, CLUSTERS:] == torch.tensor([REGION] * 7 + [0], device=device)).all()
+    assert int(own.sizes.sum()) == 2 * 480, "every token of either head belongs to one"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start"), [(0, 0), (1, 0), (8192, 0), (8193, 8192), (100_000, 98_304)]
+)
+def test_a_chunk_begins_at_a_multiple(tokens, start):
+    assert history_before_chunk(tokens, 2048) == start
 
 
 def test_keys_may_spread_further_than_their_dtype(device):
     """Of fp16 keys of some hundreds: what is too much counts as the most that there is."""
-    batch = make_batch(device, chunks=((2048, 32),), dtype=torch.float16)
+    batch = make_batch(device, chunks=((512, 32),), dtype=torch.float16)
     batch.kv_cache *= 400
-    (work,) = batch.work(segment=32)
-    own = attention_reference.summarise(batch.kv_cache, batch.block_table, work, torch.float16, 128)
-    got = averaged(batch, work, 128)
-    for one in (got, own):
-        assert one.key_covariances[0].isfinite().all()
+    (work,) = batch.work(span=SPAN)
+    for one in (summarised(batch, work, 1), refer(batch, work, 1)):
+        assert one.key_covariances.isfinite().all()
         assert (one.key_covariances[0].diagonal(dim1=1, dim2=2) == 65504).all()
 
 
-def test_a_history_shorter_than_a_part_has_no_slope(device):
-    """And nothing is read behind it: the sums keep what they held."""
+def test_a_chunk_without_a_history_has_no_covariance(device):
     batch = make_batch(device, chunks=((90, 10),))
-    (work,) = batch.work()
-    own = averaged(batch, work, 128)
-    assert torch.isnan(own.sums).all()
-    wanted = attention_reference.summarise(batch.kv_cache, batch.block_table, work, DTYPE, 128)
-    for one in (own, wanted):
-        assert (one.value_covariances[0] == 0).all()
-        assert (one.key_covariances[0] == 0).all()
+    (work,) = batch.work(span=SPAN)
+    for one in (summarised(batch, work), refer(batch, work)):
+        assert (one.value_covariances == 0).all()
+        assert (one.key_covariances == 0).all()
+        assert (one.sizes[..., :CLUSTERS] == 0).all()
 
 
-@pytest.mark.parametrize(("history", "span"), [(100, 32), (16 * 32 + 31, 32), (17 * 32, 64)])
-def test_a_slope_has_at_most_so_many_parts_of_whole_regions(history, span):
-    assert covariance_part(history, 32) == span
-
-
-def test_pieces_of_a_history_do_not_depend_on_how_a_prompt_is_cut(device):
-    """Whichever part of a chunk comes, its means and covariances are those of the whole chunk."""
-    batch = make_batch(device, chunks=((4000, 400),))
+def test_summaries_do_not_depend_on_how_a_prompt_is_cut(device):
+    """Whichever part of a chunk comes, its summaries are those of the whole chunk, to the bit."""
+    batch = make_batch(device, chunks=((256, 250),))
     (row,) = batch.rows
-    (whole,) = batch.work(segment=32)
-    own = averaged(batch, whole, 128)
-    for start, count in ((0, 90), (96, 304), (390, 10)):
+    (whole,) = batch.work(span=SPAN)
+    own = summarised(batch, whole)
+    for start, count in ((0, 90), (96, 104), (230, 20)):
         batch.rows = [
             row._replace(query_start=start, num_queries=count, context=row.context + start)
         ]
-        (part,) = batch.work(segment=32)
-        cut = averaged(batch, part, 128)
-        seen = part.max_seen // 128
-        assert torch.equal(cut.means[:, :seen], own.means[:, :seen])
-        fits = part.span_table.shape[0]
-        of_whole = slice(2 - fits, 2) if start else slice(0, 1)
-        assert torch.equal(cut.value_covariances[:fits], own.value_covariances[of_whole])
-        assert torch.equal(cut.key_covariances[:fits], own.key_covariances[of_whole])
+        (part,) = batch.work(span=SPAN)
+        cut = summarised(batch, part)
+        seen = part.max_seen
+        rows = CLUSTERS + (seen - 256) // REGION
+        assert torch.equal(cut.means[:, :, :rows], own.means[:, :, :rows])
+        assert torch.equal(cut.sizes[:, :, :rows], own.sizes[:, :, :rows])
+        assert torch.equal(cut.labels[..., :seen], own.labels[..., :seen])
+        assert torch.equal(cut.value_covariances, own.value_covariances)
+        assert torch.equal(cut.key_covariances, own.key_covariances)
 
 
-@pytest.mark.parametrize(("regions", "samples"), [(1, 256), (64, 256), (100, 128), (128, 128),
-                                                  (256, 128), (2000, 128)])  # fmt: skip
-def test_means_of_long_histories_are_told_by_fewer_tokens(regions, samples):
-    assert region_samples(regions * REGION_TOKENS + 5) == samples
-    assert region_samples(regions * 32, 32) == 32, "all, where a region has no more"
-
-
-def attended(batch, work, own):
-    """Attend without any listed token."""
-    device, kv_heads = batch.query.device, batch.kv_cache.shape[1]
+def attended(batch, work, own, summarise=True):
+    """Attend without any listed token; without summaries, too, if asked."""
+    device, kv_heads, n = batch.query.device, batch.kv_cache.shape[1], work.num_segments
     slots, lengths, samples = (
         torch.zeros(shape, dtype=torch.int32, device=device)
-        for shape in (
-            (work.num_segments, kv_heads, 1),
-            (work.num_segments, kv_heads),
-            (1, kv_heads, 256),
-        )
+        for shape in ((n, kv_heads, 1), (n, kv_heads), (1, kv_heads, 256))
     )
-    weights = torch.zeros(slots.shape, dtype=torch.float16, device=device)
+    left = None
+    if summarise:
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        left = torch.stack(
+            [
+                torch.stack(
+                    [
+                        selection_reference.left_out(nothing, own, head, line[4])
+                        for head in range(kv_heads)
+                    ]
+                )
+                for line in work.segments.tolist()
+            ]
+        )
     out = nan_like(batch.query)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    selected = SelectedTokens(slots, weights, lengths, samples)
+    selected = SelectedTokens(slots, lengths, samples, left)
     attend.attend(
         batch.query, batch.kv_cache, batch.block_table, work, selected, own, out, counters,
         scale=batch.scale, tile=attend_tile(batch.query.shape[2], device),
@@ -188,56 +202,50 @@ def attended(batch, work, own):
     return out
 
 
-def test_a_region_of_one_key_counts_as_its_tokens_and_more(device):
-    """Where all keys of a region are alike, its mean key gives the very mass of its tokens."""
-    region, own_tokens = 32, 7
+@pytest.mark.parametrize("context", [3 * REGION, 8 * REGION])
+def test_summaries_of_one_key_count_as_their_tokens(device, context):
+    """Where the tokens of a summary have one key, its mean gives the very mass of all of them."""
+    own_tokens = 7
     batch = make_batch(
-        device, chunks=((3 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2, page=region
+        device, chunks=((context, own_tokens),), budget=NONE_LISTED, kv_heads=2, page=REGION
     )
     head_dim = batch.query.shape[2]
     batch.kv_cache[..., :head_dim] = batch.kv_cache[:, :, :1, :head_dim].clone()  # one key a page
-    (work,) = batch.work(segment=region)
-    out = attended(batch, work, averaged(batch, work, region))
+    (work,) = batch.work(segment=REGION, span=SPAN)
+    own = summarised(batch, work)
+    assert (own.key_covariances.abs() < 1e-3).all(), "a page is a cluster"
+    out = attended(batch, work, own)
     keys, values = (x.double().repeat_interleave(2, 0) for x in tokens_of(batch, batch.rows[0]))
     queries = batch.query.double().transpose(0, 1)
     scores = queries @ keys.mT * batch.scale
-    scores[..., : 3 * region] += torch.tensor(REGION_WEIGHT * (1 - SAMPLE_SHARE)).log()
     future = torch.ones(own_tokens, own_tokens, device=device).triu(1).bool()
-    scores[..., 3 * region :].masked_fill_(future, float("-inf"))
+    scores[..., context:].masked_fill_(future, float("-inf"))
     wanted = (scores.softmax(-1) @ values).transpose(0, 1)
     assert relative_error(out, wanted) < TOLERANCE
-    empty = torch.empty(2, 1, 2 * head_dim, device=device, dtype=DTYPE)
-    none = Summaries(empty, empty, empty, 2**20)
-    assert relative_error(attended(batch, work, none), wanted) > 0.1
+    assert relative_error(attended(batch, work, own, summarise=False), wanted) > 0.1
 
 
 def test_a_mean_value_follows_the_query(device):
     """Values that are linear in their keys: their covariance has most of what a mean lacks."""
-    region, own_tokens, heads = 256, 1, 4
-    batch = make_batch(device, chunks=((9 * region, own_tokens),), budget=NONE_LISTED, kv_heads=2)
+    heads = 4
+    batch = make_batch(device, chunks=((2048, 1),), budget=NONE_LISTED, kv_heads=2)
     head_dim = batch.query.shape[2]
     keys = batch.kv_cache[..., :head_dim]
     batch.kv_cache[..., head_dim:] = keys.flip(-1)  # of covariance one, a permutation
-    (work,) = batch.work(segment=64)
-    own = averaged(batch, work, region)
+    (work,) = batch.work(segment=64, span=SPAN)
+    own = summarised(batch, work)
     k, v = (x.double().repeat_interleave(heads // 2, 0) for x in tokens_of(batch, batch.rows[0]))
     queries = batch.query.double().transpose(0, 1)
     wanted = ((queries @ k.mT * batch.scale).softmax(-1) @ v).transpose(0, 1)
-    errors = [
-        float(relative_error(attended(batch, work, regions), wanted))
-        for regions in (
-            own,
-            own._replace(value_covariances=torch.zeros_like(own.value_covariances)),
-        )
-    ]
+    without = own._replace(value_covariances=torch.zeros_like(own.value_covariances))
+    errors = [float(relative_error(attended(batch, work, one), wanted)) for one in (own, without)]
     assert errors[0] < 0.6 * errors[1], errors
 
 
 @pytest.mark.parametrize("size", [0.2, 1.0, 30.0])
-def test_a_region_counts_more_where_scores_spread(device, size):
+def test_a_cluster_counts_more_where_scores_spread(device, size):
     """By the variance of each query's scores, up to a bound: the own token's share falls."""
-    region, regions_of = 128, 16
-    batch = make_batch(device, chunks=((regions_of * region, 1),), budget=NONE_LISTED, kv_heads=2)
+    batch = make_batch(device, chunks=((2048, 1),), budget=NONE_LISTED, kv_heads=2)
     head_dim, page = batch.query.shape[2], batch.kv_cache.shape[2]
     batch.query *= size
     (row,) = batch.rows
@@ -246,39 +254,38 @@ def test_a_region_counts_more_where_scores_spread(device, size):
         batch.block_table[row.row, row.context // page], :, row.context % page
     ]
     own_token[:, :head_dim], own_token[:, head_dim:] = 0.0, 1.0
-    (work,) = batch.work(segment=64)
-    own = averaged(batch, work, region)
-    own.means[..., :head_dim] = 0.0  # a score of zero, as the own token has it
-    out = attended(
-        batch, work, own._replace(value_covariances=torch.zeros_like(own.value_covariances))
-    )
+    (work,) = batch.work(segment=64, span=SPAN)
+    own = summarised(batch, work)
     keys, _ = tokens_of(batch, row)
-    groups = keys[:, : row.context].double().unflatten(1, (-1, region))
-    centred = (groups - groups.mean(2, keepdim=True)).flatten(1, 2).repeat_interleave(2, 0)
+    label = own.labels[0, :, :2048].long()
+    means = own.means[0, ..., :head_dim].double()
+    centred = keys[:, :2048].double() - means.gather(1, label[..., None].expand(-1, -1, head_dim))
+    own.means[..., :head_dim] = 0.0  # a score of zero, as the own token has it
+    own = own._replace(value_covariances=torch.zeros_like(own.value_covariances))
+    out = attended(batch, work, own)
     queries = batch.query.double().transpose(0, 1)
-    variance = (queries @ centred.mT * batch.scale).square().mean(-1)
-    weight = (REGION_WEIGHT * (REGION_VARIANCE * variance).exp()).clamp(max=REGION_WEIGHT_LIMIT)
-    wanted = 1 / (1 + regions_of * region * weight * (1 - SAMPLE_SHARE))
+    variance = (queries @ centred.repeat_interleave(2, 0).mT * batch.scale).square().mean(-1)
+    weight = (SUMMARY_VARIANCE * variance).exp().clamp(max=SUMMARY_WEIGHT_LIMIT)
     found = out.double().transpose(0, 1)[..., 0]
-    assert (found / wanted).log().abs().max() < 0.3, "a sample tells the covariance"
-    assert (weight == REGION_WEIGHT_LIMIT).all() == (size == 30.0)
+    assert (found * (1 + 2048 * weight)).log().abs().max() < 0.05
+    assert (weight == SUMMARY_WEIGHT_LIMIT).all() == (size == 30.0)
 
 
 def test_no_segment_sees_a_mean_of_later_tokens(device):
     """Two segments of one chunk: the first one's output is that of a chunk that ends with it."""
-    region, segment = 32, 16
-    batch = make_batch(device, chunks=((80, 48),), budget=NONE_LISTED)
-    (work,) = batch.work(segment=segment)
-    assert work.max_history // region > 80 // region, "the chunk itself fills a region"
-    out = attended(batch, work, averaged(batch, work, region))
+    segment = 16
+    batch = make_batch(device, chunks=((336, 48),), budget=NONE_LISTED)
+    (work,) = batch.work(segment=segment, span=SPAN)
+    assert work.max_history // REGION > 336 // REGION, "the chunk itself fills a region"
+    out = attended(batch, work, summarised(batch, work))
     batch.rows = [batch.rows[0]._replace(num_queries=segment)]
-    (alone,) = batch.work(segment=segment)
-    first = attended(batch, alone, averaged(batch, alone, region))
+    (alone,) = batch.work(segment=segment, span=SPAN)
+    first = attended(batch, alone, summarised(batch, alone))
     assert torch.equal(out[:segment], first[:segment])
 
 
 @pytest.mark.parametrize("ranking", ["low_rank", "mean_query"])
-def test_the_operator_attends_to_regions(device, ranking):
+def test_the_operator_attends_to_summaries(device, ranking):
     """Like values in all the history: an output without a mean would hold little of them."""
     heads, kv_heads, head_dim, queries = 4, 2, 64, 8
     batch = make_batch(device, chunks=((REGION_TOKENS, queries),), budget=0.01)
@@ -287,8 +294,13 @@ def test_the_operator_attends_to_regions(device, ranking):
     batch.kv_cache[own, :, :, head_dim:] = -1.0
     shape = Shape(heads, kv_heads, head_dim, 2048, queries, 64, ranking)
     operator = SparsePrefill(shape, DTYPE, device, scale=batch.scale)
-    out = nan_like(batch.query)
-    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
-    (work,) = batch.work(segment=64)
-    operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
-    assert (out > 0.7).all(), "1,024 tokens outweigh eight, though ten of them are visited"
+    for span in (2048, 64):  # the history is a region, or clusters
+        out = nan_like(batch.query)
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+        (work,) = batch.work(segment=64, span=span)
+        operator(batch.query, batch.kv_cache, batch.block_table, work, out, counters)
+        assert (out > 0.7).all(), "1,024 tokens outweigh eight, though ten of them are visited"
+
+
+def test_summaries_have_rows_for_a_chunk_of_regions():
+    assert SUMMARIES == CLUSTERS + 8

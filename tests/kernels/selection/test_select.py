@@ -1,9 +1,8 @@
-import math
-
 import pytest
 import torch
 
 from cases import make_batch
+from s2o_vllm.kernels.attention.summary_table import NO_SUMMARY, REGIONS, Summaries
 from s2o_vllm.kernels.layout import DENSE_START, LIST_LENGTH
 from s2o_vllm.kernels.selection import reference as selection_reference
 from s2o_vllm.kernels.selection import select
@@ -13,8 +12,6 @@ from s2o_vllm.kernels.tuning import (
     ESTIMATE_EVERY,
     HEADS_SHARED,
     MEAN_OF_MAX,
-    NOISE_LIMIT,
-    SAMPLE_SHARE,
     TIERS,
     TIERS_UNORDERED,
 )
@@ -22,7 +19,7 @@ from s2o_vllm.kernels.work_list import list_capacity, longest_list
 
 
 def select_with_kernel(
-    batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED, shared=HEADS_SHARED
+    batch, work, scores, chunk=64, tiers=TIERS, counted=COUNTED, shared=HEADS_SHARED, summaries=None
 ):
     space = select.SelectWorkspace(
         work.num_segments,
@@ -31,14 +28,16 @@ def select_with_kernel(
         work.num_segments * list_capacity(work.max_list),
         scores.device,
         chunk,
+        12 if summaries is None else summaries.sizes.shape[2],
     )
     space.scores[:, :, : scores.shape[2]] = scores
     set_bounds(space, work, scores)
-    for part in (space.slots, space.weights, space.lengths, space.samples):
+    for part in (space.slots, space.lengths, space.samples):
         part.fill_(-7)
     select.select(
-        batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted, shared=shared
-    )
+        batch.block_table, work, batch.kv_cache.shape[2], space, tiers, counted, shared=shared,
+        summaries=summaries,
+    )  # fmt: skip
     return space.lists(work)
 
 
@@ -87,10 +86,6 @@ def assert_same_lists(work, got, wanted):
             slots = got.slots[number, head]
             assert slots[:count].tolist() == wanted.slots[number, head, :count].tolist()
             assert (slots[count:] == -7).all(), "wrote beyond the list"
-            weights = got.weights[number, head]
-            far = (weights[:count] - wanted.weights[number, head, :count]).float().abs()
-            assert count == 0 or far.max() < 8e-3, "a rounding of float16"
-            assert (weights[count:] == -7).all(), "wrote beyond the list"
             if count and number % ESTIMATE_EVERY == 0:
                 history = int(work.segments[number, DENSE_START])
                 samples = len(selection_reference.sample_positions(history, "cpu"))
@@ -202,8 +197,8 @@ def test_a_target_error_takes_as_many_of_equal_tokens_as_it_needs():
 
 def test_neither_the_first_nor_the_last_tokens_are_cut_off():
     """Of equal scores a sample is listed: what has no room lies before the last two chunks."""
-    listed = sorted(positions(torch.zeros(1000), 700, chunk=10, history=64).tolist())
-    taken = positions(torch.zeros(1000), 700, capacity=500, chunk=10, history=64).tolist()
+    listed = sorted(positions(torch.zeros(1000), 700, chunk=10).tolist())
+    taken = positions(torch.zeros(1000), 700, capacity=500, chunk=10).tolist()
     assert len(listed) == pytest.approx(700, abs=60)
     last = [token for token in listed if token >= 980]
     assert sorted(taken) == listed[: 500 - len(last)] + last
@@ -266,7 +261,7 @@ def test_page_table_is_the_only_indirection(device):
     page = batch.kv_cache.shape[2]
     position = {}
     for name, one in (("a", batch), ("b", moved)):
-        slots, _, lengths, _ = select_with_kernel(one, work, scores)
+        slots, lengths, *_ = select_with_kernel(one, work, scores)
         table = one.block_table[0].tolist()
         position[name] = [
             table.index(slot // page) * page + slot % page
@@ -276,92 +271,105 @@ def test_page_table_is_the_only_indirection(device):
     assert position["a"] == position["b"]
 
 
-def positions(scores, length, tiers=TIERS, step=1, capacity=None, chunk=CHUNK, history=None):
-    """What the reference lists; without a history to draw by, priorities are scores."""
-    n = len(scores)
-    noise = torch.zeros(n) if history is None else selection_reference.segment_noise(
-        history, n, torch.device("cpu")
-    )  # fmt: skip
+def positions(scores, length, tiers=TIERS, step=1, capacity=None, chunk=CHUNK):
+    """What the reference lists."""
     return selection_reference.select_positions(
-        scores, noise, length, capacity or n, tiers, step, chunk
-    )[0]
+        scores, length, capacity or len(scores), tiers, step, chunk
+    )
 
 
 @pytest.mark.parametrize("step", [1, 4, 16])
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_a_list_is_as_long_as_planned_on_average(step, tiers):
     torch.manual_seed(0)
-    lengths = [
-        len(positions(torch.randn(20000), 1000, tiers, step, history=64 * number))
-        for number in range(50)
-    ]
+    lengths = [len(positions(torch.randn(20000), 1000, tiers, step)) for _ in range(50)]
     assert sum(lengths) / 50 == pytest.approx(1000, rel=0.02)
     unsure = (1000 * step) ** 0.5
     assert max(abs(length - 1000) for length in lengths) < 5 * unsure
+    assert max(lengths) <= 1250
 
 
 def test_a_list_of_nearly_all_tokens_leaves_out_hardly_any():
     torch.manual_seed(0)
     for tiers in (TIERS, TIERS_UNORDERED):
-        assert len(positions(torch.randn(1400), 1399, tiers, history=1408)) >= 1390
-        assert len(positions(torch.randn(1400), 1400, tiers, history=1408)) == 1400
+        assert len(positions(torch.randn(1400), 1399, tiers)) >= 1390
+        assert len(positions(torch.randn(1400), 1400, tiers)) == 1400
 
 
 @pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
 def test_selection_keeps_the_best(tiers):
     torch.manual_seed(0)
     scores = torch.randn(5000)
-    taken = positions(scores, 500, tiers, history=5056).tolist()
+    taken = positions(scores, 500, tiers).tolist()
     assert 450 <= len(taken) == len(set(taken)) <= 550
-    assert set(scores.topk(360).indices.tolist()) < set(taken), "the best are all listed"
+    assert set(scores.topk(len(taken)).indices.tolist()) == set(taken), "all others are worse"
 
 
-def test_a_sampled_token_stands_for_as_many_as_it_was_drawn_from():
-    """Weights of a list add up to its history, for all tokens within the noise's reach."""
-    torch.manual_seed(0)
-    scores = 2 * torch.rand(20000) - 12
-    totals, counts = [], []
-    for number in range(40):
-        noise = selection_reference.segment_noise(64 * number, 20000, torch.device("cpu"))
-        listed, weights = selection_reference.select_positions(scores, noise, 2000, 4000)
-        stands_for = 1 + (weights.exp2() - 1) / SAMPLE_SHARE
-        mass = scores[listed].exp2()
-        totals.append(float((mass * stands_for).sum() / scores.exp2().sum()))
-        counts.append(float(mass.sum() / scores.exp2().sum()))
-        best = scores[listed].topk(1350).indices
-        assert (weights[best] == 0).all(), "what is listed by its score stands for itself"
-        assert weights.max() <= math.log2(1 + SAMPLE_SHARE * (2**NOISE_LIMIT - 1))
-    # All segments share NOISE_TOKENS numbers: as good as 1,600 draws, 0.025.
-    assert sum(totals) / 40 == pytest.approx(1, abs=0.05)
-    assert max(counts) < 0.3, "without weights most of the mass is lost"
+def summarised(device, tokens, head_count, start, rows=12, region=32):
+    """Summaries of a history: random labels of clusters up to a start, then regions."""
+    clusters = rows - REGIONS
+    place = (torch.arange(tokens) - start) // region
+    labels = torch.randint(0, clusters, (head_count, tokens))
+    labels = torch.where(place < 0, labels, clusters + place)
+    sizes = torch.stack([one.bincount(minlength=rows)[:rows] for one in labels])
+    empty = torch.empty(0, device=device)
+    labels[labels >= rows] = NO_SUMMARY
+    return Summaries(
+        empty, sizes[None].int().to(device), labels[None].to(device, torch.uint8),
+        torch.tensor([start], dtype=torch.int32, device=device), empty, empty, clusters, region,
+    )  # fmt: skip
 
 
-def test_a_segment_draws_its_own_sample():
-    """By its place in the sequence alone: not by the head, the chunk or the list it came with."""
-    cpu = torch.device("cpu")
-    one, same, other = (
-        selection_reference.segment_noise(history, 4096, cpu) for history in (8192, 8192, 8256)
+@pytest.mark.parametrize("tiers", [TIERS, TIERS_UNORDERED])
+@pytest.mark.parametrize(("budget", "start"), [(0.05, 128), (0.4, 256), (1.0, 0)])
+def test_what_a_list_leaves_out_of_each_summary_is_counted(device, tiers, budget, start):
+    batch = make_batch(device, budget=budget, chunks=((400, 40),))
+    (work,) = batch.work()
+    own = summarised(device, 440, 2, start)
+    scores = random_scores(work, 2, device, "normal")
+    got = select_with_kernel(batch, work, scores, tiers=tiers, summaries=own)
+    wanted = selection_reference.select(
+        scores, batch.block_table, work, 16, tiers, chunk=64, summaries=own
     )
-    assert torch.equal(one, same)
-    assert (one != other).float().mean() > 0.9
-    assert one.min() >= 0
-    assert one.max() <= NOISE_LIMIT
-    assert float((one >= 1).float().mean()) == pytest.approx(0.5, abs=0.03)
-    assert float((one >= 5).float().mean()) == pytest.approx(1 / 32, abs=0.01)
+    assert_same_lists(work, got, wanted)
+    torch.testing.assert_close(got.left, wanted.left)
+    page, table = 16, batch.block_table[0].tolist()
+    for number, item in enumerate(work.segments.tolist()):
+        n = item[DENSE_START]
+        for head in range(2):
+            count = int(got.lengths[number, head])
+            listed = {
+                table.index(slot // page) * page + slot % page
+                for slot in got.slots[number, head, :count].tolist()
+            }
+            labels = own.labels[0, head, :n].tolist()
+            left = [0] * 12
+            for position in set(range(n)) - listed:
+                whole = position < start or (labels[position] - 3) * 32 + start <= n
+                if labels[position] != NO_SUMMARY and whole:
+                    left[labels[position]] += 1
+            assert got.left[number, head].exp2().round().tolist() == left
+
+
+def test_without_summaries_nothing_is_counted(device):
+    batch = make_batch(device, budget=0.2, chunks=((400, 40),))
+    (work,) = batch.work()
+    scores = random_scores(work, 2, device, "normal")
+    assert selection_reference.select(scores, batch.block_table, work, 16).left is None
 
 
 def test_order_is_by_tier_and_by_address_inside_one():
     scores = torch.tensor([0.0, 9.0, 1.0, 10.0, 2.0, 8.0, 3.0, 9.5] + [-9.0] * 24)
     taken = positions(scores, 8).tolist()
     assert set(taken) >= {1, 3, 5, 7}
-    assert taken[0] == 3, "the best comes first"
-    assert taken[1:3] == [1, 7], "then the second tier"
+    assert taken[:2] == [3, 7], "the best come first"
+    assert taken[2:4] == [1, 5], "then the second tier"
 
 
 def test_lists_are_nearly_full_and_without_repeats(device):
     batch = make_batch(device, budget=0.3, chunks=((400, 64),))
     (work,) = batch.work()
-    slots, _, lengths, _ = select_with_kernel(
+    slots, lengths, *_ = select_with_kernel(
         batch, work, random_scores(work, 2, device, "few values")
     )
     for number, of_item in enumerate(lengths.tolist()):
@@ -370,30 +378,3 @@ def test_lists_are_nearly_full_and_without_repeats(device):
         for head, count in enumerate(of_item):
             chosen = slots[number, head, :count].tolist()
             assert len(set(chosen)) == count
-
-
-def test_a_sample_stands_for_like_tokens_that_a_list_has_no_room_for(monkeypatch):
-    """A haystack of like lines: one token in 25 counts, each as much as any other.
-
-    Attention to the best tokens alone sees a few of 160 values; that to a sample has their mean.
-    """
-    monkeypatch.setattr(selection_reference, "SAMPLE_SHARE", 1.0)
-    torch.manual_seed(0)
-    tokens, length = 4000, 64
-    logits = torch.randn(tokens) * 0.1
-    logits[7::25] += 6
-    values = torch.randn(tokens, 64)
-    values[7::25] = 1 + 2 * torch.randn(160, 64)
-    p = logits.softmax(0)
-    dense, scores = p @ values, p.log2()
-    sampled = []
-    for number in range(60):
-        noise = selection_reference.segment_noise(64 * number, tokens, torch.device("cpu"))
-        listed, weights = selection_reference.select_positions(scores, noise, length, 200)
-        share = (logits[listed] + weights * math.log(2)).softmax(0)
-        sampled.append(share @ values[listed])
-    best = scores.topk(length).indices
-    alone = logits[best].softmax(0) @ values[best]
-    error = (torch.stack(sampled).mean(0) - dense).norm() / dense.norm()
-    assert error < 0.08
-    assert (alone - dense).norm() / dense.norm() > 0.15
