@@ -38,9 +38,9 @@ def least_new_tokens(history: int, heads: int) -> int:
 def decision(heads: int, device: torch.device) -> Callable[[int], int]:
     """Return :func:`least_new_tokens` of a worker; on anything but a GPU ``NEVER``.
 
-    A device that was not measured is left dense, and so is a CPU: behind 2K to 30K tokens nearly all
-    measured chunks are faster dense, no other by more than a fifth (`benchmarks/results/cpu.json`,
-    made by ``python -m s2o_vllm.benchmarks.speed.cpu``).
+    A device that was not measured is left dense, and so is a CPU: of the chunks measured behind 2K
+    to 30K tokens nearly all are faster dense, and none is slower by more than a fifth
+    (`benchmarks/results/cpu.json`, made by ``python -m s2o_vllm.benchmarks.speed.cpu``).
     """
     if device.type != "cuda":
         return lambda history: NEVER

@@ -3,9 +3,9 @@
     python -m s2o_vllm.benchmarks.speed.cpu
 
 One layer, bf16, random numbers, shuffled pages of vLLM's CPU layout, all cores. Both are timed in
-turn; the shortest counts. `sparse_s` includes reading the packed cache back, as a server does. `s2o_vllm/cost.py`
-decides by these rows. No time is reported unless the operator that visits everything agrees with
-vLLM's attention.
+turn; the shortest counts. `sparse_s` includes reading the packed cache back, as a server does.
+`s2o_vllm/cost.py` decides by these rows. No time is reported unless the operator that visits
+everything agrees with vLLM's attention.
 """
 
 import argparse

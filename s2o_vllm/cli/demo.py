@@ -121,10 +121,10 @@ def report(url: str) -> None:
 
 def compared(ours: float, stock: float, *, both_dense: bool) -> str:
     """Return a sentence about two times to the first token, in seconds."""
-    told = f"{stock:.2f} s for the same prompt on the same server, at a budget of 1"
+    same = f"{stock:.2f} s for the same prompt on the same server, at a budget of 1"
     if both_dense:
-        return f"{told}: both times are stock attention's, and differ by chance"
-    return f"{told}: S2O took {ours / stock:.2f} times that"
+        return f"{same}: both times are stock attention's, and differ by chance"
+    return f"{same}: S2O took {ours / stock:.2f} times that"
 
 
 def described(share: float | None, chosen: bool) -> str:
