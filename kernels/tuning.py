@@ -42,12 +42,12 @@ REGION_TOKENS = 1024  # of a chunk's own neighbours that one summary stands for;
 # A summary's tokens count exp(SUMMARY_VARIANCE * variance of their scores) times, at most
 # SUMMARY_WEIGHT_LIMIT times. A normal distribution has exp(variance / 2), of which lists hold the
 # best tokens.
-SUMMARY_VARIANCE = 0.3
+SUMMARY_VARIANCE = 0.35
 SUMMARY_WEIGHT_LIMIT = 16.0
 # Covariances of keys with values and with keys: "A mean value that follows the query".
 COVARIANCE_PARTS = 16  # of a history, a program each; parts
 COVARIANCE_SAMPLES = 256  # of a part; tokens
-COVARIANCE_WEIGHT = 0.9  # of the value-key covariance, as lists hold what has most of it; 0 to 1
+COVARIANCE_WEIGHT = 0.8  # of the value-key covariance, as lists hold what has most of it; 0 to 1
 
 # Decode: "Decode by the basis of a prompt's end".
 DECODE_RECENT = 64  # the dense pass covers this many to twice as many recent tokens; tokens

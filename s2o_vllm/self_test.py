@@ -17,7 +17,8 @@ from .kernels.shape import Shape
 from .kernels.work_list import PrefillRow, WorkList, build_work_lists
 
 HEADS, KV_HEADS, PAGE = 4, 2, 16
-CONTEXT, QUERIES, SEGMENT = 4096, 128, 64  # tokens; four regions of summaries, two segments
+CONTEXT, QUERIES, SEGMENT = 4096, 128, 64  # tokens; two segments
+SPAN = 512  # queries: chunks of 2,048 tokens, so that the history has clusters
 MAX_QUERIES = 8 * QUERIES  # so that two whole lists fit a launch
 NEEDLE = 1234  # position of the token that every query wants
 NEEDLE_LENGTH = 40.0  # of its key and of what is added to each query: all mass is on it
@@ -97,7 +98,7 @@ def dense(inputs: Inputs) -> torch.Tensor:
 def work_at(budget: float, shape: Shape, device: torch.device) -> WorkList:
     """Return the work list of the queries at a budget."""
     rows = [PrefillRow(0, 0, QUERIES, CONTEXT, budget)]
-    (work,) = build_work_lists(rows, SEGMENT, 0, device, shape.limits)
+    (work,) = build_work_lists(rows, SEGMENT, 0, device, shape.limits, SPAN)
     return work
 
 

@@ -103,7 +103,8 @@ def operator(
     for part in (space.basis.a, space.basis.b):
         part[..., : basis.RANK].normal_(std=head_dim**-0.5)
     space.basis.offset[..., basis.RANK :] = -torch.tensor(basis.LSE_FACTORS, device=device)
-    space.known.fill_(batch.context // space.summaries.region_tokens)
+    sizes = space.summaries.sizes
+    sizes.fill_(batch.context // sizes.shape[2])
     table = DecodeTable(shape, size, device)
     rows = [DecodeRow(number, number, batch.context - 1, number, 0) for number in range(size)]
     append_keys(batch.kv_cache, batch.block_table, table.fill(rows, size), space)

@@ -77,11 +77,11 @@ def row(name: str, heads: Heads, context: int) -> dict[str, Any]:
     shape = Shape(*heads[:3], context, CHUNK, RANKINGS[RANKING], RANKING)
     segments, slots, _ = shape.limits
     selection = SelectWorkspace(segments, heads.kv_heads, context, slots, meta)
-    regions = summaries.workspace(heads.kv_heads, heads.head_dim, context, torch.bfloat16, meta)
+    means = summaries.workspace(heads.kv_heads, heads.head_dim, context, torch.bfloat16, meta)
     parts = {
         "ranking_mib": make_ranking(shape, torch.bfloat16, meta),
         "selection_mib": selection,
-        "summaries_mib": regions,
+        "summaries_mib": means,
     }
     sizes = {key: round(size(part) / MIB, 1) for key, part in parts.items()}
     cache = 2 * 2 * heads.kv_heads * heads.head_dim * heads.layers * context

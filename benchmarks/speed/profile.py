@@ -42,8 +42,8 @@ PARTS = tuple(
             "rank",
             r"^_(mean|mean_score|score|moment|basis|project_\w+|row_lse|append|far_mass|pick)_kernel$",
         ),
-        ("rank", r"^_(region|covariance|span_covariance)_kernel$"),
-        ("select", r"^_(plan|emit|count)_kernel$"),
+        ("rank", r"^_?(spread|label|sum|mean|covariance|mean_covariance)_kernel$"),
+        ("select", r"^_?(plan|emit|count|left)_kernel$"),
         ("attend", r"^_(attend|merge)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"
         ("dense attention", r"flash::|flash_?attn|fmha|batch(prefill|decode)|unified_attention"),

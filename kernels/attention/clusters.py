@@ -1,9 +1,10 @@
-"""Clusters of like keys: k-means over a request's history, by a sample of its tokens (ours).
+"""Clusters of like tokens: k-means over a request's history, by a sample of its tokens (ours).
 
-Tokens before a chunk are clustered by their keys, wherever they are; those of the chunk itself
-belong to regions of neighbours. Centres begin as evenly spread keys. A pass labels tokens with the
-centre nearest to their key and averages keys and values by label; the last pass labels all tokens.
-Means are taken over a sample, one token of each stratum, and over all tokens of the chunk.
+Tokens before a chunk are clustered by their keys and values, wherever they are; those of the chunk
+itself belong to regions of neighbours. Both count alike: a value's squared distance weighs as many
+times as keys vary more than values. Centres begin as evenly spread tokens. A pass labels tokens by
+the nearest centre and averages them by label; the last pass labels all tokens. Means are taken over
+a sample, one token of each stratum, and over all tokens of the chunk.
 
 Nothing depends on tokens behind the chunk's start but the regions, and each of these on its own
 tokens alone: however a prompt is cut, its segments meet the same summaries.
@@ -35,23 +36,24 @@ def token_rows(p_kv, p_table, position, mask, stride_block, stride_token, PAGE: 
 
 
 @triton.jit
-def _half_norms(mean, o_s, o_w, D: tl.constexpr, clusters):
-    """Return half of each mean key's squared length, infinite for what is no cluster."""
-    key = tl.where((o_w < D)[None, :], mean.to(tl.float32), 0.0)
-    return tl.where(o_s < clusters, 0.5 * tl.sum(key * key, 1), float("inf"))
+def _centre(mean, weight, LIMIT: tl.constexpr):
+    """Return what tokens are multiplied with: keys as they are, values times their weight."""
+    return tl.minimum(tl.maximum(mean * weight, -LIMIT), LIMIT)
 
 
 @triton.jit(do_not_specialize=["row", "start", "clusters"])
 def spread_kernel(
-    p_kv, p_table, p_means, p_sizes, p_starts, p_half_norms, row, start, clusters,
-    stride_block, stride_head, stride_token, stride_table,
-    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr,
+    p_kv, p_table, p_means, p_sizes, p_starts, p_centres, p_half_norms, p_weights,
+    row, start, clusters, stride_block, stride_head, stride_token, stride_table,
+    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    STRIP: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Means = evenly spread tokens of the history, 0 for regions; sizes = 0."""
-    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_s = i_block * BLOCK + tl.arange(0, BLOCK)
-    o_w = tl.arange(0, WIDTH_PAD)
+    """Means = evenly spread tokens of a head's history, 0 for regions; sizes = 0.
+
+    And the weight of values: the keys' variance over the values', 0 where values hardly vary.
+    """
+    i_head = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, ROWS_PAD)
     begin = (o_s.to(tl.int64) * start // clusters).to(tl.int32)
     position = begin + stratum_offset(o_s, tl.maximum(start // clusters, 1))
     m_s = o_s < tl.where(start > 0, clusters, 0)
@@ -59,26 +61,48 @@ def spread_kernel(
         p_kv + i_head * stride_head, p_table + row.to(tl.int64) * stride_table, position, m_s,
         stride_block, stride_token, PAGE,
     )  # fmt: skip
-    mean = tl.load(p_row[:, None] + o_w[None, :], m_s[:, None] & (o_w < WIDTH)[None, :], 0.0)
-    mean = cast(mean, p_means.dtype.element_ty)
-    p_mean = p_means + (i_head * ROWS + o_s)[:, None] * WIDTH + o_w[None, :]
-    tl.store(p_mean, mean, (o_s < ROWS)[:, None] & (o_w < WIDTH)[None, :])
-    tl.store(p_half_norms + i_head * ROWS_PAD + o_s, _half_norms(mean, o_s, o_w, D, clusters))
+    of_keys = 0.0
+    of_values = 0.0
+    squares = 0.0
+    for first in range(0, WIDTH, STRIP):
+        o_w = first + tl.arange(0, STRIP)
+        x = tl.load(p_row[:, None] + o_w[None, :], m_s[:, None], 0.0).to(tl.float32)
+        centred = tl.where(m_s[:, None], x - (tl.sum(x, 0) / clusters)[None, :], 0.0)
+        varies = tl.sum(centred * centred)
+        of_keys += tl.where(first < D, varies, 0.0)
+        of_values += tl.where(first < D, 0.0, varies)
+        squares += tl.where(first < D, 0.0, tl.sum(x * x))
+    weight = tl.where(of_values > 1e-4 * squares, of_keys / tl.maximum(of_values, 1e-30), 0.0)
+    tl.store(p_weights + i_head, weight)
+    half = tl.zeros([ROWS_PAD], tl.float32)
+    for first in range(0, WIDTH, STRIP):
+        o_w = first + tl.arange(0, STRIP)
+        x = tl.load(p_row[:, None] + o_w[None, :], m_s[:, None], 0.0)
+        x = cast(x, p_means.dtype.element_ty)
+        p_mean = p_means + (i_head * ROWS + o_s)[:, None] * WIDTH + o_w[None, :]
+        tl.store(p_mean, x, (o_s < ROWS)[:, None])
+        own = tl.where(first < D, 1.0, weight)
+        p_centre = p_centres + (i_head * ROWS_PAD + o_s)[:, None] * WIDTH + o_w[None, :]
+        x = x.to(tl.float32)
+        tl.store(p_centre, _centre(x, own, LIMIT).to(p_centres.dtype.element_ty))
+        half += 0.5 * own * tl.sum(x * x, 1)
+    half = tl.where(o_s < clusters, half, float("inf"))
+    tl.store(p_half_norms + i_head * ROWS_PAD + o_s, half)
     tl.store(p_sizes + i_head * ROWS + o_s, tl.zeros_like(o_s), o_s < ROWS)
-    if (i_block == 0) & (i_head == 0):
+    if i_head == 0:
         tl.store(p_starts, start)
 
 
 @triton.jit(do_not_specialize=["row", "start", "seen", "samples", "step", "clusters", "regions"])
 def label_kernel(
-    p_kv, p_table, p_means, p_half_norms, p_labels, p_sizes, row, start, seen, samples, step,
+    p_kv, p_table, p_centres, p_half_norms, p_labels, p_sizes, row, start, seen, samples, step,
     clusters, region, regions,
     stride_block, stride_head, stride_token, stride_table, stride_labels,
     SAMPLED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """labels[n] = the s with the largest k[n] . mean[s] - |mean[s]|^2 / 2; or n's region.
+    """labels[n] = the s with the largest (k | v)[n] . centre[s] - half_norm[s]; or n's region.
 
     With SAMPLED only the sample is labelled; otherwise all tokens are, and counted.
     """
@@ -93,20 +117,21 @@ def label_kernel(
     place = (position - start) // region
     label = tl.where(place < regions, clusters + place, NO_SUMMARY)
     if tl.min(position) < start:
-        o_d = tl.arange(0, D_PAD)
+        o_w = tl.arange(0, WIDTH_PAD)
         p_row = token_rows(
             p_kv + i_head * stride_head, p_table + row.to(tl.int64) * stride_table, position, m_n,
             stride_block, stride_token, PAGE,
         )  # fmt: skip
-        k = tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
-        k = cast(k, p_means.dtype.element_ty)
+        x = tl.load(p_row[:, None] + o_w[None, :], m_n[:, None] & (o_w < WIDTH)[None, :], 0.0)
+        x = cast(x, p_centres.dtype.element_ty)
         best = tl.full([TOKENS], float("-inf"), tl.float32)
         nearest = tl.zeros([TOKENS], tl.int32)
-        for first in range(0, clusters, BLOCK):
+        # One stage: blocks of centres are few, and in the cache.
+        for first in tl.range(0, clusters, BLOCK, num_stages=1):
             o_s = first + tl.arange(0, BLOCK)
-            p_mean = p_means + (i_head * ROWS + o_s)[:, None] * (2 * D) + o_d[None, :]
-            mean = tl.load(p_mean, (o_s < clusters)[:, None] & (o_d < D)[None, :], 0.0)
-            score = tl.dot(k, tl.trans(mean), input_precision=PRECISION)
+            p_centre = p_centres + (i_head * ROWS_PAD + o_s)[:, None] * WIDTH + o_w[None, :]
+            centre = tl.load(p_centre, (o_w < WIDTH)[None, :], 0.0)
+            score = tl.dot(x, tl.trans(centre), input_precision=PRECISION)
             score -= tl.load(p_half_norms + i_head * ROWS_PAD + o_s)[None, :]
             most = tl.max(score, 1)
             # Of equal ones the first: a reduction of both at once takes twice as long.
@@ -158,9 +183,9 @@ def sum_kernel(
 
 @triton.jit(do_not_specialize=["clusters"])
 def mean_kernel(
-    p_sums, p_numbers, p_means, p_half_norms, clusters,
+    p_sums, p_numbers, p_means, p_centres, p_half_norms, p_weights, clusters,
     PARTS: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Mean = sum / number over all parts; what has no token stays as it was."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -179,4 +204,9 @@ def mean_kernel(
     mean = (total / tl.maximum(number, 1)[:, None]).to(p_means.dtype.element_ty)
     mean = tl.where((number > 0)[:, None], mean, tl.load(p_mean, m_mean, 0.0))
     tl.store(p_mean, mean, m_mean)
-    tl.store(p_half_norms + i_head * ROWS_PAD + o_s, _half_norms(mean, o_s, o_w, D, clusters))
+    weight = tl.where(o_w < D, 1.0, tl.load(p_weights + i_head))[None, :]
+    mean = mean.to(tl.float32)
+    p_centre = p_centres + (i_head * ROWS_PAD + o_s)[:, None] * WIDTH + o_w[None, :]
+    tl.store(p_centre, _centre(mean, weight, LIMIT).to(p_centres.dtype.element_ty), m_w)
+    half = tl.where(o_s < clusters, 0.5 * tl.sum(mean * mean * weight, 1), float("inf"))
+    tl.store(p_half_norms + i_head * ROWS_PAD + o_s, half)

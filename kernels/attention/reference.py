@@ -65,7 +65,7 @@ def cluster(
     region: int = REGION_TOKENS,
     passes: int = CLUSTER_PASSES,
 ) -> Summaries:
-    """Cluster tokens before ``start`` by their keys, and average regions of those behind it.
+    """Cluster tokens before ``start``, and average regions of those behind it.
 
     Args:
         keys: float32 ``[kv_heads, tokens, head_dim]``.
@@ -78,16 +78,21 @@ def cluster(
     """
     (heads, seen, head_dim), device = keys.shape, keys.device
     rows, both = clusters + REGIONS, torch.cat([keys, values], -1)
-    step = max(1, -(-start // CLUSTER_SAMPLES))
+    step, most = max(1, -(-start // CLUSTER_SAMPLES)), torch.finfo(dtype).max
     sample = stratified(start, step).to(device)
     means = both.new_zeros(heads, rows, 2 * head_dim)
+    weight = both.new_ones(heads, 1, 2 * head_dim)
     if start > 0:
         means[:, :clusters] = both[:, spread(start, clusters).to(device)]
+        weight[..., head_dim:] = value_weight(means[:, :clusters], head_dim)
     place = (torch.arange(seen, device=device) - start) // region
     labels = torch.where(place < REGIONS, clusters + place, NO_SUMMARY).repeat(heads, 1)
     for number in range(passes):
         of = torch.arange(start, device=device) if number == passes - 1 else sample
-        labels[:, of] = nearest(keys[:, of], means[:, :clusters, :head_dim])
+        own = means[:, :clusters]
+        half = 0.5 * (own * own * weight).sum(-1)[:, None]
+        centres = (own * weight).clamp(-most, most).to(dtype).float()
+        labels[:, of] = nearest(both[:, of], centres, half)
         if number == passes - 1:
             sample = torch.cat([sample, torch.arange(start, seen, device=device)])
         new, count = means_of(both[:, sample], labels[:, sample], rows)
@@ -97,7 +102,6 @@ def cluster(
     sample = sample.to(device)
     inside = both[:, sample] - means.gather(1, labels[:, sample, None].expand(-1, -1, 2 * head_dim))
     covariances = inside[..., :head_dim].mT @ inside / max(1, len(sample))
-    most = torch.finfo(dtype).max
     of_keys, of_values = covariances.clamp(-most, most).split(head_dim, -1)
     return Summaries(
         means.to(dtype)[None],
@@ -117,18 +121,36 @@ def spread(tokens: int, count: int) -> torch.Tensor:
     return number * tokens // count + (mixed(number) >> 4) % max(tokens // count, 1)
 
 
-def nearest(keys: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Return the nearest centre of each key.
+def value_weight(tokens: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return how many times a value's squared distance counts beside a key's.
 
     Args:
-        keys: float32 ``[kv_heads, tokens, head_dim]``.
-        centres: float32 ``[kv_heads, clusters, head_dim]``.
+        tokens: float32 ``[kv_heads, tokens, 2 * head_dim]``.
+        head_dim: size of a key.
+
+    Returns:
+        float32 ``[kv_heads, 1, 1]``: the keys' variance over the values', 0 where values hardly
+        vary.
+    """
+    varies = (tokens - tokens.mean(1, keepdim=True)).square().sum(1)
+    of_keys, of_values = (part.sum(-1) for part in varies.split(head_dim, -1))
+    squares = tokens[..., head_dim:].square().sum((1, 2))
+    weight = of_keys / of_values.clamp(min=1e-30)
+    return torch.where(of_values > 1e-4 * squares, weight, 0.0)[:, None, None]
+
+
+def nearest(tokens: torch.Tensor, centres: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+    """Return the nearest centre of each token.
+
+    Args:
+        tokens: float32 ``[kv_heads, tokens, width]``.
+        centres: float32 ``[kv_heads, clusters, width]``, what tokens are multiplied with.
+        half: float32 ``[kv_heads, 1, clusters]``, half of their squared lengths.
 
     Returns:
         int64 ``[kv_heads, tokens]``.
     """
-    half = 0.5 * centres.square().sum(-1)[:, None]
-    parts = keys.split(CACHED_TOKENS, 1)
+    parts = tokens.split(CACHED_TOKENS, 1)
     return torch.cat([(part @ centres.mT - half).argmax(-1) for part in parts], 1)
 
 

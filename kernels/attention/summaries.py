@@ -2,7 +2,7 @@
 
 The attend kernel adds each summary's mean key and value as a token that weighs as much as those of
 its tokens that are not listed (FlashPrefill's mean term, of clusters instead of blocks). Clusters
-are of like keys, see :mod:`clusters`: where a text repeats itself, a region of neighbours has
+are of like tokens, see :mod:`clusters`: where a text repeats itself, a region of neighbours has
 tokens of many kinds, and its mean key is like none of them.
 
 A softmax does not weigh a cluster's values alike: values whose keys are like the query count for
@@ -37,8 +37,9 @@ STRIP_ENTRIES = 16384  # of a covariance that a program sums
 COVARIANCE_TOKENS = 64  # that a program reads at a time
 ROWS = 4  # of a covariance that a program averages
 MEAN_ROWS = 16  # summaries that a program averages
-LABEL_TOKENS = 128  # that a program labels
-LABEL_BLOCK = 64  # clusters that it compares them with at a time
+LABEL_ENTRIES, LABEL_TOKENS = 32768, 128  # numbers and tokens that a program labels, at most
+CENTRE_ENTRIES = 8192  # numbers of centres that it compares them with at a time
+SPREAD_STRIP = 32  # columns that a program reads at a time, of all clusters
 SUM_TOKENS = 64  # that a program adds at a time
 SUM_STRIP = 64  # columns that it adds
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -129,7 +130,9 @@ def workspace(
         Scratch(
             empty(CLUSTER_PARTS, kv_heads, rows_pad, 2 * head_dim, dtype=torch.float32),
             empty(CLUSTER_PARTS, kv_heads, rows_pad, dtype=torch.int32),
+            empty(kv_heads, rows_pad, 2 * head_dim),
             empty(kv_heads, rows_pad, dtype=torch.float32),
+            empty(kv_heads, dtype=torch.float32),
             empty(COVARIANCE_PARTS, 2, kv_heads, pad, pad, dtype=torch.float32),
         ),
     )
@@ -165,23 +168,23 @@ def summarise(
     strides = (kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0))
     cache = (kv_cache, block_table)
     labels = summaries.labels
-    sizes = {"ROWS": rows, "ROWS_PAD": rows_pad, "D": head_dim}
-    precision = input_precision(dtype)
-    averages = (rows_pad // MEAN_ROWS, kv_heads)
-    spread_kernel[averages](
-        *cache, summaries.means, summaries.sizes, summaries.starts, scratch.half_norms,
-        work.row, start, clusters, *strides, BLOCK=MEAN_ROWS, WIDTH=width, WIDTH_PAD=width_pad,
-        PAGE=page, **sizes, num_warps=4,
+    sizes = {"ROWS": rows, "ROWS_PAD": rows_pad, "WIDTH": width}
+    precision, limit = input_precision(dtype), torch.finfo(dtype).max
+    centres = (scratch.centres, scratch.half_norms, scratch.weights)
+    spread_kernel[(kv_heads,)](
+        *cache, summaries.means, summaries.sizes, summaries.starts, *centres, work.row, start,
+        clusters, *strides, D=head_dim, STRIP=SPREAD_STRIP, PAGE=page, LIMIT=limit, **sizes,
+        num_warps=8,
     )  # fmt: skip
+    labelled = min(LABEL_TOKENS, max(16, LABEL_ENTRIES // width_pad))
     for number in range(CLUSTER_PASSES):
         last = number == CLUSTER_PASSES - 1
         tokens = seen if last else samples
-        label_kernel[(max(1, -(-tokens // LABEL_TOKENS)), kv_heads)](
-            *cache, summaries.means, scratch.half_norms, labels, summaries.sizes,
-            work.row, start, seen, samples, step, clusters, region, rows - clusters,
-            *strides, labels.stride(1), SAMPLED=not last, TOKENS=LABEL_TOKENS,
-            BLOCK=min(LABEL_BLOCK, rows_pad), D_PAD=pad, PAGE=page, PRECISION=precision, **sizes,
-            num_warps=4,
+        label_kernel[(max(1, -(-tokens // labelled)), kv_heads)](
+            *cache, *centres[:2], labels, summaries.sizes, work.row, start, seen, samples, step,
+            clusters, region, rows - clusters, *strides, labels.stride(1), SAMPLED=not last,
+            TOKENS=labelled, BLOCK=min(rows_pad, max(16, CENTRE_ENTRIES // width_pad)),
+            WIDTH_PAD=width_pad, PAGE=page, PRECISION=precision, **sizes, num_warps=4,
         )  # fmt: skip
         # A whole chunk, however much of it is there: sums are then of the same parts.
         total = samples + (region * (rows - clusters) if last else 0)
@@ -191,10 +194,10 @@ def summarise(
             TOKENS=SUM_TOKENS, ROWS_PAD=rows_pad, WIDTH=width, STRIP=min(SUM_STRIP, width_pad),
             PAGE=page, DTYPE=TRITON_DTYPES[dtype], PRECISION=precision, num_warps=8,
         )  # fmt: skip
-        mean_kernel[averages](
-            scratch.sums, scratch.numbers, summaries.means, scratch.half_norms, clusters,
-            PARTS=CLUSTER_PARTS, BLOCK=MEAN_ROWS, WIDTH=width, WIDTH_PAD=width_pad, **sizes,
-            num_warps=4,
+        mean_kernel[(rows_pad // MEAN_ROWS, kv_heads)](
+            scratch.sums, scratch.numbers, summaries.means, *centres, clusters,
+            PARTS=CLUSTER_PARTS, BLOCK=MEAN_ROWS, D=head_dim, WIDTH_PAD=width_pad, LIMIT=limit,
+            **sizes, num_warps=4,
         )  # fmt: skip
     step = max(1, -(-start // (COVARIANCE_PARTS * COVARIANCE_SAMPLES)))
     samples = start // step

@@ -56,14 +56,19 @@ class Scratch(NamedTuple):
     Attributes:
         sums: float32 ``[CLUSTER_PARTS, kv_heads, pad, 2 * head_dim]``, sums of keys and values.
         numbers: int32 ``[CLUSTER_PARTS, kv_heads, pad]``, tokens of these.
-        half_norms: float32 ``[kv_heads, pad]``: half of a mean key's squared length, infinite
-            where there is no cluster.
+        centres: ``[kv_heads, pad, 2 * head_dim]``, in the queries' dtype: mean keys, and mean
+            values times their weight.
+        half_norms: float32 ``[kv_heads, pad]``: half of a mean's squared length, that of values
+            times their weight; infinite where there is no cluster.
+        weights: float32 ``[kv_heads]``, of a value's squared distance beside a key's.
         covariances: float32 ``[COVARIANCE_PARTS, 2, kv_heads, head_dim pad, head_dim pad]``.
     """
 
     sums: torch.Tensor
     numbers: torch.Tensor
+    centres: torch.Tensor
     half_norms: torch.Tensor
+    weights: torch.Tensor
     covariances: torch.Tensor
 
 

@@ -208,8 +208,13 @@ def test_lists_and_outputs_are_the_references(device, size, softcap, sinks):
     got = space.selection.lists(work)
     scores = space.selection.scores[: work.num_segments, :, : work.max_history]
     lists = selection_reference.select(
-        scores, batch.block_table, work, page, TIERS_UNORDERED, chunk=CHUNK,
-            summaries=space.summaries,
+        scores,
+        batch.block_table,
+        work,
+        page,
+        TIERS_UNORDERED,
+        chunk=CHUNK,
+        summaries=space.summaries,
     )
     assert torch.equal(got.lengths, lists.lengths)
     for number, head in itertools.product(range(work.num_segments), range(scores.shape[1])):

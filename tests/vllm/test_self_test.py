@@ -94,8 +94,8 @@ def test_a_kernel_that_forgets_the_summaries_is_found(monkeypatch, kernels):
     right = attend.attend
 
     def wrong(query, kv_cache, block_table, work, selected, summaries, *others, **options):
-        forgotten = summaries._replace(region_tokens=2**20)
-        right(query, kv_cache, block_table, work, selected, forgotten, *others, **options)
+        forgotten = selected._replace(left=None)
+        right(query, kv_cache, block_table, work, forgotten, summaries, *others, **options)
 
     monkeypatch.setattr(attend, "attend", wrong)
     with pytest.raises(self_test.SelfTestError, match=r"a budget of 0\.1 the relative error is"):

@@ -92,21 +92,24 @@ def test_the_kernels_cluster_as_the_reference_does(
 
 
 def test_clusters_are_those_of_k_means(device):
-    """By hand, in fp64, from the very tokens that the clusters begin with."""
+    """By hand, in fp64, from the very tokens that the clusters begin with; values weigh as keys."""
     batch = make_batch(device, chunks=((300, 50),))
     (work,) = batch.work(span=SPAN)
     own = refer(batch, work)
     keys, values = (x.double()[:, :256] for x in tokens_of(batch, batch.rows[0]))
     for head in range(len(keys)):
-        centres = keys[head, attention_reference.spread(256, CLUSTERS)]
+        first = attention_reference.spread(256, CLUSTERS)
+        both = torch.cat([keys[head], values[head]], 1)
+        of_keys, of_values = (x[head, first].var(0).sum() for x in (keys, values))
+        scaled = torch.cat([keys[head], values[head] * (of_keys / of_values).sqrt()], 1)
+        centres = scaled[first]
         for _ in range(2):
-            label = torch.cdist(keys[head], centres).argmin(1)
-            centres = torch.stack([keys[head, label == i].mean(0) for i in range(CLUSTERS)])
+            label = torch.cdist(scaled, centres).argmin(1)
+            centres = torch.stack([scaled[label == i].mean(0) for i in range(CLUSTERS)])
         assert (own.labels[0, head, :256] == label).float().mean() > 0.99
-        of_values = torch.stack([values[head, label == i].mean(0) for i in range(CLUSTERS)])
-        wanted = torch.cat([centres, of_values], 1)
-        assert relative_error(own.means[0, head, :CLUSTERS], wanted) < 0.02
-        k, v = keys[head] - centres[label], values[head] - of_values[label]
+        means = torch.stack([both[label == i].mean(0) for i in range(CLUSTERS)])
+        assert relative_error(own.means[0, head, :CLUSTERS], means) < 0.02
+        k, v = (both - means[label]).chunk(2, 1)
         covariance = COVARIANCE_WEIGHT * k.T @ v / 256
         assert relative_error(own.value_covariances[0, head], covariance) < 0.05
         assert relative_error(own.key_covariances[0, head], k.T @ k / 256) < 0.05
