@@ -236,5 +236,6 @@ class Selector:
         )
         k, v = found.means[0, kv].chunk(2, -1)
         count = left_out(tokens, found, kv, history).exp2()
+        any_left = count > 0
         covariances = found.value_covariances[0, kv], found.key_covariances[0, kv]
-        return Summaries(k, v, count, *covariances)
+        return Summaries(k[any_left], v[any_left], count[any_left], *covariances)

@@ -42,7 +42,7 @@ PARTS = tuple(
             "rank",
             r"^_(mean|mean_score|score|moment|basis|project_\w+|row_lse|append|far_mass|pick)_kernel$",
         ),
-        ("rank", r"^_?(spread|label|sum|mean|covariance|mean_covariance)_kernel$"),
+        ("rank", r"^_?(initial|label|sum|mean|covariance|mean_covariance)_kernel$"),
         ("select", r"^_?(plan|emit|count|left)_kernel$"),
         ("attend", r"^_(attend|merge)_kernel$"),
         ("cache write", r"reshape_and_cache"),  # of which one is called "..._flash"

@@ -42,7 +42,7 @@ def _centre(mean, weight, LIMIT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["row", "start", "clusters"])
-def spread_kernel(
+def initial_kernel(
     p_kv, p_table, p_means, p_sizes, p_starts, p_centres, p_half_norms, p_weights,
     row, start, clusters, stride_block, stride_head, stride_token, stride_table,
     ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,

@@ -83,7 +83,7 @@ def cluster(
     means = both.new_zeros(heads, rows, 2 * head_dim)
     weight = both.new_ones(heads, 1, 2 * head_dim)
     if start > 0:
-        means[:, :clusters] = both[:, spread(start, clusters).to(device)]
+        means[:, :clusters] = both[:, initial_positions(start, clusters).to(device)]
         weight[..., head_dim:] = value_weight(means[:, :clusters], head_dim)
     place = (torch.arange(seen, device=device) - start) // region
     labels = torch.where(place < REGIONS, clusters + place, NO_SUMMARY).repeat(heads, 1)
@@ -115,7 +115,7 @@ def cluster(
     )
 
 
-def spread(tokens: int, count: int) -> torch.Tensor:
+def initial_positions(tokens: int, count: int) -> torch.Tensor:
     """Return positions of the tokens that clusters begin with: int64 ``[count]``, ascending."""
     number = torch.arange(count)
     return number * tokens // count + (mixed(number) >> 4) % max(tokens // count, 1)

@@ -29,7 +29,7 @@ from ..tuning import (
     REGION_TOKENS,
 )
 from ..work_list import WorkList
-from .clusters import label_kernel, mean_kernel, spread_kernel, sum_kernel, token_rows
+from .clusters import initial_kernel, label_kernel, mean_kernel, sum_kernel, token_rows
 from .summary_table import REGIONS, Scratch, Summaries, history_before_chunk
 from .tile_ops import cast
 
@@ -39,7 +39,7 @@ ROWS = 4  # of a covariance that a program averages
 MEAN_ROWS = 16  # summaries that a program averages
 LABEL_ENTRIES, LABEL_TOKENS = 32768, 128  # numbers and tokens that a program labels, at most
 CENTRE_ENTRIES = 8192  # numbers of centres that it compares them with at a time
-SPREAD_STRIP = 32  # columns that a program reads at a time, of all clusters
+INITIAL_STRIP = 32  # columns that a program reads at a time, of all clusters
 SUM_TOKENS = 64  # that a program adds at a time
 SUM_STRIP = 64  # columns that it adds
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -171,9 +171,9 @@ def summarise(
     sizes = {"ROWS": rows, "ROWS_PAD": rows_pad, "WIDTH": width}
     precision, limit = input_precision(dtype), torch.finfo(dtype).max
     centres = (scratch.centres, scratch.half_norms, scratch.weights)
-    spread_kernel[(kv_heads,)](
+    initial_kernel[(kv_heads,)](
         *cache, summaries.means, summaries.sizes, summaries.starts, *centres, work.row, start,
-        clusters, *strides, D=head_dim, STRIP=SPREAD_STRIP, PAGE=page, LIMIT=limit, **sizes,
+        clusters, *strides, D=head_dim, STRIP=INITIAL_STRIP, PAGE=page, LIMIT=limit, **sizes,
         num_warps=8,
     )  # fmt: skip
     labelled = min(LABEL_TOKENS, max(16, LABEL_ENTRIES // width_pad))

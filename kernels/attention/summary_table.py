@@ -73,7 +73,7 @@ class Scratch(NamedTuple):
 
 
 def slot_stride(tensor: torch.Tensor) -> int:
-    """Return the stride of slots; 0 where all segments have one."""
+    """Return the stride of slots of a tensor ``[slots, ...]``; 0 where all segments have one."""
     return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 

@@ -59,7 +59,7 @@ def test_compiles_and_fits(target):
     assert {one["name"].split()[0] for one in kernels} == {
         "_mean_kernel", "_mean_score_kernel", "_score_kernel", "_moment_kernel", "_basis_kernel",
         "_project_keys_kernel", "_project_probes_kernel", "_row_lse_kernel", "_count_kernel",
-        "plan_kernel", "_emit_kernel", "_left_kernel", "spread_kernel", "label_kernel",
+        "plan_kernel", "_emit_kernel", "_left_kernel", "initial_kernel", "label_kernel",
         "sum_kernel", "mean_kernel", "_covariance_kernel", "_mean_covariance_kernel",
         "_attend_kernel", "_append_kernel", "_merge_kernel", "_far_mass_kernel", "_pick_kernel",
     }  # fmt: skip

@@ -98,7 +98,7 @@ def test_clusters_are_those_of_k_means(device):
     own = refer(batch, work)
     keys, values = (x.double()[:, :256] for x in tokens_of(batch, batch.rows[0]))
     for head in range(len(keys)):
-        first = attention_reference.spread(256, CLUSTERS)
+        first = attention_reference.initial_positions(256, CLUSTERS)
         both = torch.cat([keys[head], values[head]], 1)
         of_keys, of_values = (x[head, first].var(0).sum() for x in (keys, values))
         scaled = torch.cat([keys[head], values[head] * (of_keys / of_values).sqrt()], 1)
