@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 save(args.out, header(), rows)
                 print(
-                    f"{row['text']} layer {layer}, {row['clusters']} clusters, {row['passes']} passes: "
-                    f"error {row['error']:.4f}, "
+                    f"{row['text']} layer {layer}, {row['clusters']} clusters, "
+                    f"{row['passes']} passes: error {row['error']:.4f}, "
                     f"{row['rows_above_0.3']:.1%} of rows above 0.3, lists of {row['list']:.0f}",
                     flush=True,
                 )

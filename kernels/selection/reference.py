@@ -176,9 +176,9 @@ def select_positions(
     """Return the positions of about the ``length`` best scores, in order of visiting.
 
     Scores are counted in ``BUCKETS`` equal buckets between the best and the worst; inside a bucket
-    they are taken to be spread evenly, which gives the score that ``length`` of them reach. The order is by
-    tier and by address inside a tier, the last two chunks first. Tokens past ``capacity`` are cut
-    off, or more than counts of a sample are uncertain by.
+    they are taken to be spread evenly, which gives the score that ``length`` of them reach. The
+    order is by tier and by address inside a tier, the last two chunks first. Tokens past
+    ``capacity`` are cut off, or more than counts of a sample are uncertain by.
 
     Args:
         scores: float32 ``[n]``, log2-probabilities.
