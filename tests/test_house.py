@@ -3,6 +3,8 @@
 import ast
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,30 @@ def test_no_module_of_the_kernels_imports_itself_by_others(everywhere):
     assert "kernels.ranking.rankings" in graph["kernels.prefill"], "those of types, too"
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
     assert circle(graph) == []
+
+
+def test_every_command_of_the_benchmarks_can_be_run_by_its_name():
+    """Each is imported first, in a process of its own: a circle shows only then."""
+    names = sorted(
+        f"s2o_vllm.benchmarks.{path.parent.name}.{path.stem}"
+        for path in (ROOT / "benchmarks").glob("*/*.py")
+        if "def main(" in path.read_text()
+    )
+    assert "s2o_vllm.benchmarks.speed.serve" in names
+    code = (
+        "import importlib, os, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        importlib.import_module(name)\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(child, 0)[1]:\n"
+        "        print(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [], done.stderr[-2000:]
 
 
 def test_the_host_side_of_the_kernels_needs_no_triton():

@@ -35,7 +35,6 @@ working on one of those that were, or if a kernel was compiled after the server 
 import argparse
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,13 +118,6 @@ def wait_until_idle(url: str) -> int:
         time.sleep(0.5)
 
 
-def percentile(values: Sequence[float], share: int) -> float | None:
-    """Return a percentile in ms, of seconds; None of nothing."""
-    if len(values) < 2:
-        return round(1000 * values[0], 3) if values else None
-    return round(1000 * statistics.quantiles(values, n=100, method="inclusive")[share - 1], 3)
-
-
 def rows_of(results: Iterable[tuple[mix.Request, mix.Outcome]]) -> list[dict[str, Any]]:
     """Return latencies by context and by whether a prefix was shared; see above."""
     groups: dict[tuple[int, bool], list[mix.Outcome]] = {}
@@ -140,8 +132,9 @@ def rows_of(results: Iterable[tuple[mix.Request, mix.Outcome]]) -> list[dict[str
         rows.append({
             "context_from": start, "context_to": 2 * start, "prefix_hit": hit,
             "requests": len(outcomes),
-            "ttft_p50_ms": percentile(first, 50), "ttft_p99_ms": percentile(first, 99),
-            "itl_p50_ms": percentile(gaps, 50), "itl_p99_ms": percentile(gaps, 99),
+            "ttft_p50_ms": report.percentile(first, 50),
+            "ttft_p99_ms": report.percentile(first, 99),
+            "itl_p50_ms": report.percentile(gaps, 50), "itl_p99_ms": report.percentile(gaps, 99),
         })  # fmt: skip
     return rows
 

@@ -42,7 +42,7 @@ from s2o_vllm.loadtest.server import inspect
 
 from ..result_file import save
 from . import mix
-from .serve import SETTLE, check_shares, counts, exit_code, grown, percentile, wait_until_idle
+from .serve import SETTLE, check_shares, counts, exit_code, grown, wait_until_idle
 from .serving import LLAMA_8B, parse, vocabulary_of
 
 WARM = 2  # rounds before anything is compared
@@ -105,7 +105,7 @@ def latencies(results: Sequence[tuple[mix.Request, mix.Outcome]]) -> Row:
     first = [one.ttft_s for one in stayed if one.ttft_s is not None]
     gaps = [gap for one in stayed for gap in one.gaps_s]
     return {
-        f"{name}_p{share}_ms": percentile(values, share)
+        f"{name}_p{share}_ms": report.percentile(values, share)
         for name, values in (("ttft", first), ("itl", gaps))
         for share in (50, 99)
     }

@@ -1,6 +1,8 @@
 """The result file: a header that says what was measured, and one row a measurement."""
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,13 @@ from .bench import COLD, ROW_KEY
 from .server import Server
 
 SAME = ("device", "torch", "triton", "vllm", "commit")  # what appended rows must share
+
+
+def percentile(values: Sequence[float], share: int) -> float | None:
+    """Return a percentile in ms, of seconds; None of nothing."""
+    if len(values) < 2:
+        return round(1000 * values[0], 3) if values else None
+    return round(1000 * statistics.quantiles(values, n=100, method="inclusive")[share - 1], 3)
 
 
 def header(servers: list[Server], device: str | None) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2o_vllm.benchmarks.speed.serve import percentile
-
 from ..arms import LoadTestError
+from ..report import percentile
 
 Record = dict[str, Any]
 SHORT = 4096  # prompt tokens below which a request counts as short
