@@ -35,6 +35,8 @@ RANKINGS = {
     "low_rank": "served",
     "mean_query": "mean_query:unit=512xkv,rule=heads,correction=regions",
 }
+# Settings of `served` in files that are older than clusters, which the reports still show.
+SERVED_BEFORE = {"correction": "regions"}
 NOT_DRAWN = "not drawn: matplotlib is not installed (`pip install 's2o-vllm[bench]'`)."
 NOT_MEASURED = "Not measured: `{file}` has no rows; `{command}` makes them."
 COMMANDS = {
@@ -113,8 +115,12 @@ def of_method(rows: Sequence[Row], spec: str) -> list[Row]:
     if spec.partition(":")[0] not in METHODS:
         return []
     method = parse(spec)
-    wanted = {"method": method.name, "unit": method.unit, "settings": settings(method)}
-    return [row for row in rows if "tau" not in row and wanted == {key: row[key] for key in wanted}]
+    for own in (settings(method), settings(method) | SERVED_BEFORE):
+        wanted = {"method": method.name, "unit": method.unit, "settings": own}
+        found = [row for row in rows if wanted == {key: row[key] for key in wanted}]
+        if found or method.name != "served":
+            break
+    return [row for row in found if "tau" not in row]
 
 
 def attention_tables(order: Sequence[str], rows: Sequence[Row]) -> str:

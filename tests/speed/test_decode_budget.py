@@ -25,9 +25,9 @@ def test_a_share_is_listed_and_repeats(batch):
     run, counters = decode_budget.operator(batch, 0.25, chunk=128)
     first = run().clone()
     wanted = decode_budget.exact(batch, torch.float64)
-    # Keys and bases are random: tokens left out cost √(left out / visited), 1 here, and weights by
-    # scores that say nothing cost more.
-    assert 1 < float((first.double() - wanted).norm() / wanted.norm()) < 3.5
+    # Keys and bases are random: tokens left out cost √(left out / visited), 1 here, and less where
+    # summaries without values take some of their mass.
+    assert 0.5 < float((first.double() - wanted).norm() / wanted.norm()) < 1.5
     # The last 64 to 127 tokens are visited in any case.
     recent, ranked = 287 - 192, 192
     visited = counters[VISITED] / (2 * 32)
