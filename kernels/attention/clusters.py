@@ -162,7 +162,8 @@ def sum_kernel(
     sums = tl.zeros([ROWS_PAD, STRIP], tl.float32)
     numbers = tl.zeros([ROWS_PAD], tl.int32)
     begin = i_part * share
-    for first in range(begin, tl.minimum(begin + share, total), TOKENS):
+    # One stage: before 3.7.1 Triton sets no proxy fence in a pipeline.
+    for first in tl.range(begin, tl.minimum(begin + share, total), TOKENS, num_stages=1):
         number = first + tl.arange(0, TOKENS)
         position = sample_position(number, samples, step, start)
         m_n = (number < tl.minimum(begin + share, total)) & (position < seen)
