@@ -268,7 +268,7 @@ def _attend_kernel(
             p_sample = p_samples + (i_segment // EVERY * kv_heads + i_head) * SAMPLES
             dropped = dropped_mass(
                 q, q_k, p_k, p_table, p_sample, visited, dense_start,
-                m, mass, o_n, o_d, scale, softcap, stride_block, stride_token,
+                m, tokens, o_n, o_d, scale, softcap, stride_block, stride_token,
                 PAGE, D, D_PAD, BLOCK_N, SAMPLES, SAMPLE_STEP, SOFTCAP, PRECISION,
             )  # fmt: skip
             dropped = tl.sum(tl.where(m_row, dropped, 0.0)) * DROPPED_UNITS

@@ -9,20 +9,20 @@ from .tile_ops import load_rows, scores, soft_cap
 
 @triton.jit
 def dropped_mass(
-    q, q_k, p_k, p_table, p_sample, visited, n, m, mass, o_n, o_d, scale, softcap,
+    q, q_k, p_k, p_table, p_sample, visited, n, m, tokens, o_n, o_d, scale, softcap,
     stride_block, stride_token,
     PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """min(1, n / samples * sum of exp2(s - m) over skipped samples / mass), of each row.
+    """lost / (lost + tokens), lost = n / samples * sum of exp2(s - m) over skipped samples; by row.
 
     An estimate of the share of softmax mass on history tokens that were not visited, for which
-    weights and summaries stand. ``mass`` is that of all tokens, in units of exp2(``m``).
+    summaries stand. ``tokens`` is the mass of those that were, in units of exp2(``m``).
     """
     step = tl.maximum(tl.cdiv(n, SAMPLES), SAMPLE_STEP)
     samples = n // step
-    lost = tl.zeros_like(mass)
+    lost = tl.zeros_like(tokens)
     for first in range(0, samples, BLOCK_N):
         number = first + o_n
         m_n = number < samples
@@ -36,6 +36,7 @@ def dropped_mass(
         if SOFTCAP:
             s = soft_cap(s, softcap)
         lost += tl.sum(tl.where(skipped[None, :], tl.exp2(s - m[:, None]), 0.0), 1)
-    share = tl.minimum(lost * n / (tl.maximum(samples, 1) * mass), 1.0)
+    lost *= n / tl.maximum(samples, 1)
+    share = lost / (lost + tokens)
     # NaN is 0: as an integer it would spoil the counter for good.
-    return tl.where(lost > 0, share, 0.0)
+    return tl.where(share > 0, share, 0.0)

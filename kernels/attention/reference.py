@@ -98,7 +98,8 @@ def cluster(
         new, count = means_of(both[:, sample], labels[:, sample], rows)
         means = torch.where(count[..., None] > 0, new.to(dtype).float(), means)
     sizes = torch.stack([one.bincount(minlength=NO_SUMMARY + 1)[:rows] for one in labels])
-    sample = stratified(start, max(1, -(-start // (COVARIANCE_PARTS * COVARIANCE_SAMPLES))))
+    end = start or min(seen, region)
+    sample = stratified(end, max(1, -(-end // (COVARIANCE_PARTS * COVARIANCE_SAMPLES))))
     sample = sample.to(device)
     inside = both[:, sample] - means.gather(1, labels[:, sample, None].expand(-1, -1, 2 * head_dim))
     covariances = inside[..., :head_dim].mT @ inside / max(1, len(sample))
@@ -303,8 +304,8 @@ def attend(
             skipped = (sampled >= visited[..., None]) | (visited[..., None] == 0)
             lost = scores(queries, k).masked_fill(~skipped[:, None], float("-inf")).logsumexp(-1)
             lost += math.log(dense_start / max(len(sample), 1))
-            mass = s.logsumexp(-1)
-            dropped = float((lost - mass).exp().clamp(max=1).nan_to_num(0.0).sum())
+            tokens = torch.cat([s_own, s_list], -1).logsumexp(-1)
+            dropped = float((lost - torch.logaddexp(lost, tokens)).exp().nan_to_num(0.0).sum())
             counters[DROPPED] += round(dropped / DROPPED_UNIT)
 
 

@@ -45,9 +45,9 @@ SUM_STRIP = 64  # columns that it adds
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit(do_not_specialize=["row", "start", "samples", "step"])
+@triton.jit(do_not_specialize=["row", "samples", "step"])
 def _covariance_kernel(
-    p_kv, p_table, p_means, p_labels, p_sums, row, start, samples, step,
+    p_kv, p_table, p_means, p_labels, p_sums, row, samples, step,
     stride_block, stride_head, stride_token, stride_table, stride_labels,
     SUMMARIES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STRIP: tl.constexpr,
     PAGE: tl.constexpr, SAMPLES: tl.constexpr, TOKENS: tl.constexpr,
@@ -144,9 +144,9 @@ def summarise(
     """Cluster the history before a work list's chunk, and average the chunk's regions.
 
     All are in units of the cache: an fp8 cache's scales apply to them as to its tokens. Clusters
-    and covariances hold no token of the chunk, and segments count no region but those that are
-    whole in their history: a summary reveals nothing of later tokens, and is the same however a
-    prompt is cut.
+    and covariances hold no token of the chunk; a prompt's first chunk has no clusters, and the
+    covariances of its first region. Segments count no region but those that are whole in their
+    history. So a summary reveals nothing of later tokens, and is the same however a prompt is cut.
 
     Args:
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
@@ -199,11 +199,13 @@ def summarise(
             PARTS=CLUSTER_PARTS, BLOCK=MEAN_ROWS, D=head_dim, WIDTH_PAD=width_pad, LIMIT=limit,
             **sizes, num_warps=4,
         )  # fmt: skip
-    step = max(1, -(-start // (COVARIANCE_PARTS * COVARIANCE_SAMPLES)))
-    samples = start // step
+    # Without a history before the chunk: of the first region, which whoever sees any region sees.
+    end = start or min(seen, region)
+    step = max(1, -(-end // (COVARIANCE_PARTS * COVARIANCE_SAMPLES)))
+    samples = end // step
     strip = min(pad, STRIP_ENTRIES // pad)
     _covariance_kernel[(COVARIANCE_PARTS, kv_heads, 2 * (pad // strip))](
-        *cache, summaries.means, labels, scratch.covariances, work.row, start, samples, step,
+        *cache, summaries.means, labels, scratch.covariances, work.row, samples, step,
         *strides, labels.stride(1), SUMMARIES=rows, D=head_dim, D_PAD=pad, STRIP=strip, PAGE=page,
         SAMPLES=COVARIANCE_SAMPLES, TOKENS=COVARIANCE_TOKENS, DTYPE=TRITON_DTYPES[dtype],
         PRECISION=precision, num_warps=8,

@@ -135,7 +135,8 @@ def test_a_prefix_cache_hit_is_attended_sparsely(server):
     before = cached_tokens(server)
     share = density(server, lambda: complete(server, tokens + prompt(600, 11)))
     assert cached_tokens(server) - before >= 1500
-    assert share <= 0.1, "all of the new segments have a long history"
+    # Of like scores, which a random model has, a list takes all or none: a sixteenth more at most.
+    assert share <= 0.1 * 17 / 16, "all of the new segments have a long history"
 
 
 def test_two_requests_at_once_do_not_change_each_other(server):

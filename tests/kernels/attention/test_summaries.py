@@ -144,12 +144,17 @@ def test_keys_may_spread_further_than_their_dtype(device):
         assert (one.key_covariances[0].diagonal(dim1=1, dim2=2) == 65504).all()
 
 
-def test_a_chunk_without_a_history_has_no_covariance(device):
+def test_a_first_chunk_has_the_covariances_of_its_first_region(device):
+    """Whoever sees any region sees that one."""
     batch = make_batch(device, chunks=((90, 10),))
     (work,) = batch.work(span=SPAN)
+    keys, values = (x.double()[:, :REGION] for x in tokens_of(batch, batch.rows[0]))
+    k, v = (x - x.mean(1, keepdim=True) for x in (keys, values))
+    rounding = 40 * torch.finfo(DTYPE).eps
     for one in (summarised(batch, work), refer(batch, work)):
-        assert (one.value_covariances == 0).all()
-        assert (one.key_covariances == 0).all()
+        of_values = COVARIANCE_WEIGHT * k.mT @ v / REGION
+        assert relative_error(one.value_covariances[0], of_values) < rounding
+        assert relative_error(one.key_covariances[0], k.mT @ k / REGION) < rounding
         assert (one.sizes[..., :CLUSTERS] == 0).all()
 
 
