@@ -15,7 +15,7 @@ def dropped_mass(
     SAMPLES: tl.constexpr, SAMPLE_STEP: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lost / (lost + tokens), lost = n / samples * sum of exp2(s - m) over skipped samples; by row.
+    """Lost / (lost + tokens), lost = n / samples * sum of exp2(s - m) over skipped samples; by row.
 
     An estimate of the share of softmax mass on history tokens that were not visited, for which
     summaries stand. ``tokens`` is the mass of those that were, in units of exp2(``m``).
