@@ -39,7 +39,7 @@ def decision(heads: int, device: torch.device) -> Callable[[int], int]:
     """Return :func:`least_new_tokens` of a worker; on anything but a GPU ``NEVER``.
 
     A device that was not measured is left dense, and so is a CPU: of the chunks measured behind 2K
-    to 30K tokens nearly all are faster dense, and none is slower by more than a fifth
+    to 30K tokens nearly all are faster dense, and the best gains less than a fifth sparse
     (`benchmarks/results/cpu.json`, made by ``python -m s2o_vllm.benchmarks.speed.cpu``).
     """
     if device.type != "cuda":

@@ -149,7 +149,7 @@ def test_no_module_of_the_kernels_imports_itself_by_others(everywhere):
 
 
 def test_every_command_of_the_benchmarks_can_be_run_by_its_name():
-    """Each is imported first, in a process of its own: a circle shows only then."""
+    """Each is imported first, in a separate process: a circle shows only then."""
     names = sorted(
         f"s2o_vllm.benchmarks.{path.parent.name}.{path.stem}"
         for path in (ROOT / "benchmarks").glob("*/*.py")

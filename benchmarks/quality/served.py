@@ -24,7 +24,7 @@ class Served(Method):
     Retrieval heads are found by the last lists of the segment and ranked again, see
     `kernels.ranking.retrieval`. The
     heads of a tile share its budget, see `selection.counts_heads`; skipped tokens are summarised
-    by clusters of like keys, and regions of the chunk.
+    by clusters of like keys and values, and regions of the chunk.
     """
 
     unit: str = "64xkv"

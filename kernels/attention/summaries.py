@@ -188,10 +188,10 @@ def summarise(
         )  # fmt: skip
         # A whole chunk, however much of it is there: sums are then of the same parts.
         total = samples + (region * (rows - clusters) if last else 0)
-        sum_kernel[(CLUSTER_PARTS, triton.cdiv(width_pad, min(SUM_STRIP, width_pad)), kv_heads)](
+        sum_kernel[(CLUSTER_PARTS, triton.cdiv(width, SUM_STRIP), kv_heads)](
             *cache, labels, scratch.sums, scratch.numbers, work.row, start, seen, samples, step,
             total, -(-total // CLUSTER_PARTS), *strides, labels.stride(1),
-            TOKENS=SUM_TOKENS, ROWS_PAD=rows_pad, WIDTH=width, STRIP=min(SUM_STRIP, width_pad),
+            TOKENS=SUM_TOKENS, ROWS_PAD=rows_pad, WIDTH=width, STRIP=SUM_STRIP,
             PAGE=page, DTYPE=TRITON_DTYPES[dtype], PRECISION=precision, num_warps=8,
         )  # fmt: skip
         mean_kernel[(rows_pad // MEAN_ROWS, kv_heads)](

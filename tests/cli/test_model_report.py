@@ -96,7 +96,7 @@ def test_layers_of_models_that_people_serve(examined, name):
 
 
 def test_layers_of_vision_language_models(tmp_path):
-    """In a process of its own: without torchvision they are built with a stub of it."""
+    """In a separate process: without torchvision they are built with a stub of it."""
     from examine import STUBS
 
     folders = [tmp_path / str(number) for number in range(len(PICTURES))]

@@ -17,7 +17,7 @@ STUBS = Path(__file__).parent / "stubs"
 
 
 def import_here(folder: str | Path) -> None:
-    """Import a model's class as vLLM finds it, but in this process: one of its own takes 15 s."""
+    """Import a model's class as vLLM finds it, but in this process: a separate one takes 15 s."""
     (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
     known = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, known)
